@@ -1,2 +1,42 @@
-//! xtask
-fn main(){}
+//! `cargo xtask`: the one entry for building, running and testing keepalive.
+#![forbid(unsafe_code)]
+
+mod build;
+mod exec;
+mod run;
+mod setup;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The one entry for building, running and testing keepalive.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Options {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Setup(setup::Options),
+    Build(build::Options),
+    Run(run::Options),
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Options::parse().verb {
+        Verb::Setup(options) => setup::main(&options).map(|()| ExitCode::SUCCESS),
+        Verb::Build(options) => build::main(&options).map(|()| ExitCode::SUCCESS),
+        Verb::Run(options) => run::main(&options).map(|never| match never {}),
+        Verb::Test(options) => Ok(test::main(&options)),
+    };
+    result.unwrap_or_else(|error| {
+        exec::say_error(&error);
+        ExitCode::FAILURE
+    })
+}

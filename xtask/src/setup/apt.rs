@@ -1,0 +1,82 @@
+//! Debian's packages.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context as _, Result};
+
+use crate::{exec, workspace};
+
+/// Installs its arguments. Packages that bring a daemon would start it on the
+/// developer's machine; a policy-rc.d that answers 101 forbids that, and is
+/// taken away again whatever happens. A shell does it, because its trap also
+/// runs when the user interrupts.
+const INSTALL: &str = r#"
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 130' HUP INT TERM
+    printf '#!/bin/sh\nexit 101\n' > "$policy"
+    chmod 755 "$policy"
+fi
+DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends --no-remove "$@"
+"#;
+
+/// Whether this machine has apt.
+pub(super) fn available() -> bool {
+    Path::new("/usr/bin/apt-get").exists()
+}
+
+/// Installs `packages` without starting their daemons and without removing
+/// other packages.
+pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
+    if !packages.iter().all(|package| known(package.as_ref())) {
+        update()?;
+    }
+    let names = packages.iter().map(AsRef::as_ref).collect::<Vec<_>>();
+    let mut shell = workspace::as_root("sh");
+    shell.args(["-c", INSTALL, "sh"]).args(&names);
+    exec::announce(
+        Command::new("apt-get")
+            .args(["install", "--no-install-recommends"])
+            .args(&names),
+    );
+    exec::run_unannounced(&mut shell).with_context(|| format!("cannot install {}", names.join(" ")))
+}
+
+/// Fetches the lists of packages.
+pub(super) fn update() -> Result<()> {
+    exec::run(workspace::as_root("apt-get").arg("update"))
+}
+
+/// Whether the lists of packages name `package`.
+pub(super) fn known(package: &str) -> bool {
+    exec::output(
+        Command::new("apt-cache")
+            .args(["policy", package])
+            .env("LC_ALL", "C"),
+    )
+    .is_ok_and(|policy| has_candidate(&policy))
+}
+
+fn has_candidate(policy: &str) -> bool {
+    policy
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Candidate: "))
+        .any(|candidate| candidate != "(none)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_without_candidate_is_not_known() {
+        assert!(has_candidate(
+            "runc:\n  Installed: (none)\n  Candidate: 1.1.5\n"
+        ));
+        assert!(!has_candidate(
+            "nginx-light:\n  Installed: (none)\n  Candidate: (none)\n"
+        ));
+        assert!(!has_candidate(""));
+    }
+}

@@ -1,0 +1,158 @@
+//! `cargo xtask test`: every check there is, and a summary.
+
+mod report;
+
+use std::{
+    fs,
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use crate::{build, exec, workspace};
+use report::{Counts, Outcome, Report, Step};
+
+/// Check formatting, lints, documentation and dependencies, run the tests, and
+/// as root the live tests
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n\nThe live tests use this machine's kernel. `cargo xtask setup --tests` installs the programs they need; a test whose program is missing is skipped and says so."
+)]
+pub(crate) struct Options {
+    /// Leave out what needs root and a BPF toolchain
+    #[arg(long)]
+    no_live: bool,
+
+    /// Run only the tests whose name contains this, and none of the checks
+    filter: Option<String>,
+}
+
+/// Does every step even when an earlier one fails: one run shows all there is
+/// to mend.
+pub(crate) fn main(options: &Options) -> ExitCode {
+    let filter = options.filter.as_deref();
+    let mut report = Report::default();
+    if filter.is_none() {
+        report.add(formatting());
+    }
+    // Before what compiles the agent: its build script embeds the object, and
+    // would have everything compiled once more.
+    let built = options.no_live || report.add(step("build", |_| build::build()));
+    if filter.is_none() {
+        report.add(lints());
+        report.add(documentation());
+        report.add(dependencies());
+    }
+    report.add(step("tests", |counts| {
+        run_tests(workspace::cargo().arg("test").args(filter), counts)
+    }));
+    if !options.no_live {
+        let step = if built {
+            live_tests(filter, &mut report.skips)
+        } else {
+            Step::skipped("live tests", "the build failed")
+        };
+        report.add(step);
+    }
+    if let Some(filter) = filter.filter(|_| report.ran_no_test()) {
+        report.add(Step::failed(
+            "filter",
+            &format!("no test's name contains {filter}"),
+        ));
+    }
+    report.finish()
+}
+
+fn formatting() -> Step {
+    step("formatting", |_| {
+        exec::run(workspace::cargo().args(["fmt", "--all", "--check"]))
+    })
+    .remedy("run: cargo fmt --all")
+}
+
+fn lints() -> Step {
+    step("lints", |_| {
+        exec::run(
+            workspace::cargo()
+                .args(["clippy", "--workspace", "--all-targets"])
+                .args(["--", "-D", "warnings"]),
+        )
+    })
+    .remedy("mend what clippy names above")
+}
+
+fn documentation() -> Step {
+    step("documentation", |_| {
+        exec::run(
+            workspace::cargo()
+                .args([
+                    "doc",
+                    "--workspace",
+                    "--no-deps",
+                    "--document-private-items",
+                ])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
+    })
+    .remedy("mend what rustdoc names above")
+}
+
+/// Licences, duplicates and sources. Not the advisories: their database cannot
+/// be fetched everywhere, and a new one must not fail an old commit.
+fn dependencies() -> Step {
+    if exec::output(workspace::cargo().args(["deny", "--version"])).is_err() {
+        return Step::skipped("dependencies", "cargo-deny is not installed");
+    }
+    step("dependencies", |_| {
+        exec::run(workspace::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
+    })
+    .remedy("mend what cargo-deny names above, or deny.toml")
+}
+
+/// The tests on the real kernel. Cargo builds them as the user who runs this;
+/// only the test programs themselves run as root.
+fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
+    let file = workspace::target_dir().join("live-test-skips");
+    let live = step("live tests", |counts| {
+        fs::write(&file, "").with_context(|| format!("cannot write {}", file.display()))?;
+        let mut cargo = workspace::cargo();
+        cargo
+            .args(["test", "--release", "-p", "keepalive-tests"])
+            .env("KEEPALIVE_AGENT", workspace::agent())
+            .env("KEEPALIVE_SKIPS", &file);
+        if !workspace::is_root() {
+            cargo.args(["--config", "target.'cfg(unix)'.runner = ['sudo', '-E']"]);
+        }
+        run_tests(cargo.args(filter), counts)
+    });
+    skips.extend(report::skipped_tests(
+        &fs::read_to_string(&file).unwrap_or_default(),
+    ));
+    live
+}
+
+fn run_tests(command: &mut Command, counts: &mut Counts) -> Result<()> {
+    // All test programs run, not only those up to the first that fails.
+    exec::run_and_read(command.arg("--no-fail-fast"), |line| counts.add_line(line))
+}
+
+fn step(name: &'static str, body: impl FnOnce(&mut Counts) -> Result<()>) -> Step {
+    let start = Instant::now();
+    let mut counts = Counts::default();
+    let outcome = match body(&mut counts) {
+        Ok(()) => Outcome::Ok,
+        Err(error) => {
+            exec::say_error(&error);
+            Outcome::Failed
+        }
+    };
+    Step {
+        name,
+        outcome,
+        counts,
+        took: start.elapsed(),
+        note: String::new(),
+    }
+}
