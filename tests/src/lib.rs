@@ -1,1 +1,29 @@
-//! Live tests.
+//! What the live tests stand on: guards that own a cgroup, a network namespace, an
+//! agent or a program and take it away again, also when a test panics.
+//!
+//! The tests need root, a kernel that loads the agent's program, and the agent
+//! itself (`KEEPALIVE_AGENT`, or what `cargo xtask build` leaves in the target
+//! directory). A test that needs something that this machine does not have says
+//! so and is skipped: see [`require!`].
+
+#![forbid(unsafe_code)]
+
+mod agent;
+mod cgroup;
+mod netns;
+mod options;
+mod probe;
+mod process;
+mod programs;
+mod skip;
+mod ss;
+
+pub use agent::{Agent, Finished, agent_binary, agent_command};
+pub use cgroup::{Cgroup, hierarchy};
+pub use netns::Netns;
+pub use options::{Options, Sockopt};
+pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno};
+pub use process::{Output, Place, Process, output, wait_until};
+pub use programs::{Program, libkeepalive};
+pub use skip::{Need, missing, postgres, skip};
+pub use ss::{Timer, timer};
