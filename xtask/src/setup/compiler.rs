@@ -117,7 +117,7 @@ fn find() -> Result<Compiler, String> {
 
 fn look_at(kind: Kind) -> Result<Compiler, String> {
     let sysroot = exec::output(kind.rustc().args(["--print", "sysroot"]))
-        .map_err(|_| "is not installed".to_owned())?;
+        .map_err(|_| "is not installed or does not run".to_owned())?;
     let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core");
     if !core.is_dir() {
         return Err("has no rust-src".to_owned());

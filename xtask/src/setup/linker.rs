@@ -96,7 +96,13 @@ impl Trial {
                 .arg(&bitcode)
                 .arg(self.dir.join("empty.bc")),
         )
-        .map_err(|error| format!("does not link: {error:#}"))?;
+        .map_err(|error| {
+            let error = format!("{error:#}");
+            format!(
+                "does not link: {}",
+                error.lines().last().unwrap_or_default()
+            )
+        })?;
         let bitcode = fs::read(&bitcode).map_err(|error| format!("linked nothing: {error}"))?;
         match llvm_major_of_writer(&bitcode) {
             Some(major) if major >= self.llvm_major => Ok(()),
