@@ -3,7 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
-    io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _},
+    io::{self, BufRead as _, BufReader, IsTerminal, Write as _},
     process::{Command, Stdio},
 };
 
@@ -85,19 +85,22 @@ pub(crate) fn say_error(error: &anyhow::Error) {
     eprintln!("{} {error:#}", paint_err("1;31", "error:"));
 }
 
-/// `text` in a terminal colour, if standard error is a terminal that wants it.
-fn paint_err(code: &str, text: &str) -> String {
-    paint(io::stderr().is_terminal(), code, text)
-}
-
-/// `text` in a terminal colour, if standard output is a terminal that wants it.
+/// `text` in a terminal colour, if standard output wants it.
 pub(crate) fn paint_out(code: &str, text: &str) -> String {
-    paint(io::stdout().is_terminal(), code, text)
+    paint(&io::stdout(), code, text)
 }
 
-fn paint(terminal: bool, code: &str, text: &str) -> String {
-    let wanted = env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    if terminal && wanted {
+/// Whether `stream` is a terminal whose user did not ask for no colours.
+pub(crate) fn wants_colour(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+fn paint_err(code: &str, text: &str) -> String {
+    paint(&io::stderr(), code, text)
+}
+
+fn paint(stream: &impl IsTerminal, code: &str, text: &str) -> String {
+    if wants_colour(stream) {
         format!("\x1b[{code}m{text}\x1b[0m")
     } else {
         text.to_owned()

@@ -3,7 +3,7 @@
 mod report;
 
 use std::{
-    fs,
+    fs, io,
     process::{Command, ExitCode},
     time::Instant,
 };
@@ -67,7 +67,13 @@ pub(crate) fn main(options: &Options) -> ExitCode {
 
 fn formatting() -> Step {
     step("formatting", |_| {
-        exec::run(workspace::cargo().args(["fmt", "--all", "--check"]))
+        let mut cargo = workspace::cargo();
+        cargo.args(["fmt", "--all", "--check"]);
+        // Left to itself, rustfmt colours what goes to a file as well.
+        if !exec::wants_colour(&io::stdout()) {
+            cargo.args(["--", "--color=never"]);
+        }
+        exec::run(&mut cargo)
     })
     .remedy("run: cargo fmt --all")
 }
