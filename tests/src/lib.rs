@@ -26,4 +26,4 @@ pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno}
 pub use process::{Output, Place, Process, output, wait_until};
 pub use programs::{Program, libkeepalive};
 pub use skip::{Need, missing, postgres, skip};
-pub use ss::{Timer, timer};
+pub use ss::{Timer, between, timer, timers};

@@ -415,7 +415,7 @@ impl GoProbe {
     }
 }
 
-/// A running `neighbour.c`: somebody else's sock_ops program at a cgroup.
+/// A running `neighbour.c`: somebody else's `sock_ops` program at a cgroup.
 #[derive(Debug)]
 pub struct Neighbour(Conversation);
 

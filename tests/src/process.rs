@@ -74,7 +74,10 @@ impl Place<'_> {
 
 /// A child process that is killed and waited for when the guard goes.
 #[derive(Debug)]
-pub struct Process(Child);
+pub struct Process {
+    child: Child,
+    farewell: Option<Signal>,
+}
 
 impl Process {
     /// Starts the command.
@@ -86,18 +89,29 @@ impl Process {
         let child = command
             .spawn()
             .with_context(|| format!("cannot start {}", command.get_program().display()))?;
-        Ok(Self(child))
+        Ok(Self {
+            child,
+            farewell: None,
+        })
+    }
+
+    /// Has the guard send this signal first and wait a while: for a program that
+    /// leaves something behind when it is killed.
+    #[must_use]
+    pub fn ended_by(mut self, signal: Signal) -> Self {
+        self.farewell = Some(signal);
+        self
     }
 
     /// The process id.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.0.id()
+        self.child.id()
     }
 
     /// The child itself, for its pipes.
     pub fn child(&mut self) -> &mut Child {
-        &mut self.0
+        &mut self.child
     }
 
     /// Sends a signal.
@@ -118,7 +132,7 @@ impl Process {
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let mut status = None;
         wait_until(limit, "the process to end", || {
-            status = self.0.try_wait()?;
+            status = self.child.try_wait()?;
             Ok(status.is_some())
         })?;
         status.context("no exit status")
@@ -127,8 +141,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
+        if let Some(signal) = self.farewell
+            && self.signal(signal).is_ok()
+        {
+            drop(self.wait(Duration::from_secs(10)));
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 

@@ -1,8 +1,12 @@
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{Netns, Place, output};
+
+/// How long a test may take from making a connection to looking at it.
+const SLACK: Duration = Duration::from_secs(10);
 
 /// The timer that `ss -o` shows for a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,13 +19,32 @@ pub struct Timer {
     pub unanswered: u32,
 }
 
-/// The timer of the one established socket for which `ss`'s filter holds, seen
-/// from outside with `ss -tno`. None if no timer runs.
+impl Timer {
+    /// Whether this is the timer of a connection that fell idle a moment ago, with
+    /// `idle` seconds until the first probe.
+    #[must_use]
+    pub fn is_fresh_keepalive(&self, idle: u64) -> bool {
+        // From ten minutes on, ss cuts the seconds off.
+        let cut = if idle >= 600 { 60 } else { 0 };
+        let idle = Duration::from_secs(idle);
+        let slack = SLACK + Duration::from_secs(cut);
+        self.kind == "keepalive" && self.left <= idle && self.left + slack >= idle
+    }
+}
+
+/// The filter that finds one side of a connection.
+#[must_use]
+pub fn between(local: SocketAddr, peer: SocketAddr) -> String {
+    format!("sport = :{} and dport = :{}", local.port(), peer.port())
+}
+
+/// The timers of the established sockets for which `ss`'s filter holds, seen from
+/// outside with `ss -tno`. None for a socket that has no timer running.
 ///
 /// # Errors
 ///
-/// `ss` fails, or the filter finds no socket or several.
-pub fn timer(netns: Option<&Netns>, filter: &str) -> Result<Option<Timer>> {
+/// `ss` fails, or says something that cannot be read.
+pub fn timers(netns: Option<&Netns>, filter: &str) -> Result<Vec<Option<Timer>>> {
     let place = Place {
         cgroup: None,
         netns,
@@ -31,14 +54,22 @@ pub fn timer(netns: Option<&Netns>, filter: &str) -> Result<Option<Timer>> {
     command.args(filter.split_whitespace());
     let output = output(&mut command, Duration::from_secs(10))?;
     ensure!(output.code == Some(0), "ss: {}", output.stderr.trim());
-    let mut sockets = output.stdout.lines();
-    let (Some(socket), None) = (sockets.next(), sockets.next()) else {
-        bail!("not one socket for `{filter}`:\n{}", output.stdout);
+    let timer = |socket: &str| {
+        let timer = socket.split_once("timer:(").map(|(_, timer)| parse(timer));
+        timer.transpose().with_context(|| format!("cannot read `{socket}`"))
     };
-    let Some((_, timer)) = socket.split_once("timer:(") else {
-        return Ok(None);
-    };
-    parse(timer).with_context(|| format!("cannot read `{socket}`")).map(Some)
+    output.stdout.lines().map(timer).collect()
+}
+
+/// The same, for a filter that finds exactly one socket.
+///
+/// # Errors
+///
+/// As [`timers`], and when it finds none or several.
+pub fn timer(netns: Option<&Netns>, filter: &str) -> Result<Option<Timer>> {
+    let mut timers = timers(netns, filter)?;
+    ensure!(timers.len() == 1, "{} sockets for `{filter}`", timers.len());
+    Ok(timers.remove(0))
 }
 
 /// Reads `keepalive,1min20sec,0)`.
