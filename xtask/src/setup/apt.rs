@@ -6,15 +6,26 @@ use anyhow::{Context as _, Result};
 
 use crate::{exec, workspace};
 
-/// Installs its arguments. Packages that bring a daemon would start it on the
-/// developer's machine; a policy-rc.d that answers 101 forbids that, and is
-/// taken away again whatever happens. A shell does it, because its trap also
-/// runs when the user interrupts.
+/// Installs its arguments. Packages that bring a daemon start it at once and at
+/// every boot, which nobody wants on a developer's machine: a policy-rc.d that
+/// answers 101 forbids the one and is taken away again, and what was enabled in
+/// the meantime is disabled. A shell does it because its trap runs whatever
+/// happens, also when the user interrupts.
 const INSTALL: &str = r#"
 policy=/usr/sbin/policy-rc.d
+wants=/etc/systemd/system/multi-user.target.wants
+before=$(ls "$wants" 2>/dev/null)
+made=
+stay_off() {
+    [ -z "$made" ] || rm -f "$policy"
+    for unit in $(ls "$wants" 2>/dev/null); do
+        echo "$before" | grep -qxF "$unit" || systemctl disable --quiet "$unit"
+    done
+}
+trap stay_off EXIT
+trap 'exit 130' HUP INT TERM
 if [ ! -e "$policy" ]; then
-    trap 'rm -f "$policy"' EXIT
-    trap 'exit 130' HUP INT TERM
+    made=yes
     printf '#!/bin/sh\nexit 101\n' > "$policy"
     chmod 755 "$policy"
 fi
