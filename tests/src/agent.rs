@@ -159,10 +159,15 @@ impl Agent {
         let end = Instant::now() + limit;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            let line = self.records.recv_timeout(left).map_err(|error| match error {
-                RecvTimeoutError::Timeout => anyhow!("the agent sent no `{event}` in {limit:?}"),
-                RecvTimeoutError::Disconnected => anyhow!("the agent ended without `{event}`"),
-            })?;
+            let line = self
+                .records
+                .recv_timeout(left)
+                .map_err(|error| match error {
+                    RecvTimeoutError::Timeout => {
+                        anyhow!("the agent sent no `{event}` in {limit:?}")
+                    }
+                    RecvTimeoutError::Disconnected => anyhow!("the agent ended without `{event}`"),
+                })?;
             let record: Value =
                 serde_json::from_str(&line).with_context(|| format!("not JSON: `{line}`"))?;
             if record["event"] == event {

@@ -37,8 +37,8 @@ impl Netns {
         Ok(netns)
     }
 
-    /// Two namespaces with a cable between them: `eth0` in each, 10.99.0.1 and
-    /// fd99::1 in the first, 10.99.0.2 and fd99::2 in the second.
+    /// Two namespaces with a cable between them: `eth0` in each, `10.99.0.1` and
+    /// `fd99::1` in the first, `10.99.0.2` and `fd99::2` in the second.
     ///
     /// # Errors
     ///

@@ -137,7 +137,11 @@ impl Probe {
     ) -> Result<Self> {
         let mut command = place.into().command("env");
         // Through env(1), so that LD_PRELOAD is not in force for nsenter and sh.
-        command.args(variables.iter().map(|(key, value)| format!("{key}={value}")));
+        command.args(
+            variables
+                .iter()
+                .map(|(key, value)| format!("{key}={value}")),
+        );
         command.arg(program.path()?);
         Ok(Self(Conversation::start(&mut command)?))
     }
@@ -167,8 +171,11 @@ impl Probe {
         let domain = if kind.v6 { AF_INET6 } else { AF_INET };
         let flags = if kind.nonblocking { SOCK_NONBLOCK } else { 0 };
         let protocol = if kind.mptcp { IPPROTO_MPTCP } else { 0 };
-        self.ask(&format!("socket {domain} {} {protocol}", SOCK_STREAM | flags))
-            .map(Socket)
+        self.ask(&format!(
+            "socket {domain} {} {protocol}",
+            SOCK_STREAM | flags
+        ))
+        .map(Socket)
     }
 
     /// Sets an option as the application.
@@ -391,7 +398,11 @@ impl GoProbe {
         variables: &[(&str, &str)],
     ) -> Result<Self> {
         let mut command = place.into().command("env");
-        command.args(variables.iter().map(|(key, value)| format!("{key}={value}")));
+        command.args(
+            variables
+                .iter()
+                .map(|(key, value)| format!("{key}={value}")),
+        );
         command.arg(Program::Go.path()?);
         command.arg(if own_keepalive { "own" } else { "plain" });
         Ok(Self(Conversation::start(&mut command)?))
@@ -409,7 +420,9 @@ impl GoProbe {
         };
         Options::read(|option| {
             let (level, number) = option.numbers();
-            let value = self.0.ask(&format!("get {side} {level} {number}"), PATIENCE)?;
+            let value = self
+                .0
+                .ask(&format!("get {side} {level} {number}"), PATIENCE)?;
             Ok(value.parse()?)
         })
     }
@@ -477,7 +490,9 @@ fn encode(address: SocketAddr) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn decode(text: &str) -> Result<SocketAddr> {

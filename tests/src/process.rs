@@ -203,9 +203,7 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
 }
 
 /// Reads a pipe to its end on a thread of its own.
-pub(crate) fn collect(
-    pipe: Option<impl Read + Send + 'static>,
-) -> JoinHandle<String> {
+pub(crate) fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
@@ -219,7 +217,10 @@ pub(crate) fn collect(
 pub(crate) fn lines(pipe: Option<impl Read + Send + 'static>) -> Receiver<String> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
-        for line in pipe.into_iter().flat_map(|pipe| BufReader::new(pipe).lines()) {
+        for line in pipe
+            .into_iter()
+            .flat_map(|pipe| BufReader::new(pipe).lines())
+        {
             let Ok(line) = line else { return };
             if sender.send(line).is_err() {
                 return;

@@ -95,7 +95,9 @@ impl Program {
             }
         };
         let mut command = Command::new("cc");
-        command.args(["-O1", "-Wall", "-Wextra", "-Werror"]).args(flags);
+        command
+            .args(["-O1", "-Wall", "-Wextra", "-Werror"])
+            .args(flags);
         command
     }
 
@@ -139,7 +141,10 @@ fn directory() -> Result<PathBuf> {
 /// The library of Debian's libkeepalive0.
 #[must_use]
 pub fn libkeepalive() -> Option<PathBuf> {
-    let multiarch = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
+    let multiarch = fs::read_dir("/usr/lib")
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path());
     std::iter::once(PathBuf::from("/usr/lib"))
         .chain(multiarch)
         .map(|directory| directory.join("libkeepalive.so.0"))

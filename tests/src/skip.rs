@@ -86,7 +86,10 @@ pub fn postgres() -> Option<PathBuf> {
             let entry = entry.ok()?;
             let version = entry.file_name().to_str()?.parse().ok()?;
             let programs = entry.path().join("bin");
-            programs.join("initdb").exists().then_some((version, programs))
+            programs
+                .join("initdb")
+                .exists()
+                .then_some((version, programs))
         })
         .collect();
     found.sort();

@@ -56,7 +56,9 @@ pub fn timers(netns: Option<&Netns>, filter: &str) -> Result<Vec<Option<Timer>>>
     ensure!(output.code == Some(0), "ss: {}", output.stderr.trim());
     let timer = |socket: &str| {
         let timer = socket.split_once("timer:(").map(|(_, timer)| parse(timer));
-        timer.transpose().with_context(|| format!("cannot read `{socket}`"))
+        timer
+            .transpose()
+            .with_context(|| format!("cannot read `{socket}`"))
     };
     output.stdout.lines().map(timer).collect()
 }

@@ -1,6 +1,7 @@
 //! What cannot work is said once and clearly, with exit code 1, and nothing is
 //! left attached.
 
+use std::fmt::Write;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -149,7 +150,10 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ("idel = \"60s\"", &["idel"]),
     ("[[policy]]", &[]),
     ("name = \"web\"", &[]),
-    ("cgroup = \"system.slice/web\"", &["cgroup", "system.slice/web"]),
+    (
+        "cgroup = \"system.slice/web\"",
+        &["cgroup", "system.slice/web"],
+    ),
     ("[[policy]]", &[]),
     ("name = \"web\"", &["name", "web"]),
     ("cgroup = \"/system.slice/web\"", &[]),
@@ -197,15 +201,14 @@ fn every_error_of_a_config_with_its_line() -> Result<()> {
                 about.any(|said| words.iter().all(|word| said.contains(word)))
             };
             if !found {
-                missing += &format!(
-                    "{subcommand}: line {}, `{line}`: expected {words:?}\n",
+                writeln!(
+                    missing,
+                    "{subcommand}: line {}, `{line}`: expected {words:?}",
                     number + 1
-                );
+                )?;
             }
         }
-        if !missing.is_empty() {
-            panic!("{missing}{subcommand} said:\n{said}");
-        }
+        assert!(missing.is_empty(), "\n{missing}{subcommand} said:\n{said}");
     }
     untouched(&cgroup)
 }
@@ -272,7 +275,7 @@ fn each_kind_of_bad_value_by_itself() -> Result<()> {
         let said = refused.stderr + &refused.stdout;
         let place = format!("{}:2", config.display());
         if refused.code != Some(1) || !said.contains(&place) {
-            accepted += &format!("`{text}`: {:?}, {said}\n", refused.code);
+            writeln!(accepted, "`{text}`: {:?}, {said}", refused.code)?;
         }
     }
     for text in [
@@ -294,7 +297,7 @@ fn each_kind_of_bad_value_by_itself() -> Result<()> {
         let said = refused.stderr + &refused.stdout;
         let place = format!("{}:", config.display());
         if refused.code != Some(1) || !said.contains(&place) {
-            accepted += &format!("`{text}`: {:?}, {said}\n", refused.code);
+            writeln!(accepted, "`{text}`: {:?}, {said}", refused.code)?;
         }
     }
     assert!(accepted.is_empty(), "\n{accepted}");
@@ -360,7 +363,9 @@ fn check_finds_this_kernel_able_and_a_good_config_good() -> Result<()> {
         "[default]\nidle = \"2m\"\nuser-timeout = \"derive\"\n",
     )?;
     let mut command = agent_command();
-    command.args(["check", "--json", "--config"]).arg(config.path());
+    command
+        .args(["check", "--json", "--config"])
+        .arg(config.path());
     let checked = run(&mut command)?;
     assert_eq!(checked.code, Some(0), "{checked:?}");
     for line in checked.stdout.lines() {

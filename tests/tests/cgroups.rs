@@ -165,7 +165,10 @@ fn a_list_of_cgroups_and_globs() -> Result<()> {
     let policies = agent.started()["policies"].clone();
     let assigned = |name: &str| {
         let all = policies.as_array().expect("policies");
-        all.iter().find(|policy| policy["name"] == name).expect(name)["cgroups"].clone()
+        all.iter()
+            .find(|policy| policy["name"] == name)
+            .expect(name)["cgroups"]
+            .clone()
     };
     assert_eq!(assigned("list"), 2, "{policies}");
     assert_eq!(assigned("web"), 2, "{policies}");

@@ -149,8 +149,11 @@ impl Wire {
         self.process.wait(Duration::from_secs(5))?;
         std::fs::read_to_string(&self.file)?
             .lines()
+            .filter(|line| !line.is_empty())
             .map(|line| {
-                let (time, _) = line.split_once(' ').context("no time")?;
+                let (time, _) = line
+                    .split_once(' ')
+                    .with_context(|| format!("no time in `{line}`"))?;
                 let (_, flags) = line.split_once("Flags [").context("no flags")?;
                 let (flags, _) = flags.split_once(']').context("no flags")?;
                 Ok((time.parse()?, flags.to_owned()))

@@ -66,7 +66,10 @@ fn both_sides(cgroup: &Cgroup, listen: &str, connect: &str, nonblocking: bool) -
 
 #[test]
 fn tcp_fast_open() -> Result<()> {
-    require!(Need::File("/proc/sys/net/ipv4/tcp_fastopen"), Need::NoConfig);
+    require!(
+        Need::File("/proc/sys/net/ipv4/tcp_fastopen"),
+        Need::NoConfig
+    );
     let netns = Netns::new()?;
     let cgroup = Cgroup::new()?;
     // Client and server, without a cookie, for every listener: the very first SYN
@@ -128,15 +131,19 @@ fn mptcp_subflows() -> Result<()> {
         let mut seen = Vec::new();
         // The second subflow comes in its own time, and a socket shows its
         // keepalive timer once the retransmission timer has gone.
-        wait_until(Duration::from_secs(5), "two subflows with keepalive", || {
-            seen = timers(Some(netns), &filter)?;
-            let fresh = |timer: &&Option<_>| {
-                timer
-                    .as_ref()
-                    .is_some_and(|timer: &keepalive_tests::Timer| timer.is_fresh_keepalive(60))
-            };
-            Ok(seen.len() == 2 && seen.iter().filter(fresh).count() == 2)
-        })
+        wait_until(
+            Duration::from_secs(5),
+            "two subflows with keepalive",
+            || {
+                seen = timers(Some(netns), &filter)?;
+                let fresh = |timer: &&Option<_>| {
+                    timer
+                        .as_ref()
+                        .is_some_and(|timer: &keepalive_tests::Timer| timer.is_fresh_keepalive(60))
+                };
+                Ok(seen.len() == 2 && seen.iter().filter(fresh).count() == 2)
+            },
+        )
         .with_context(|| format!("{filter}: {seen:?}"))?;
         let details = netns.run("ss", &format!("-tniH state established {filter}"))?;
         assert_eq!(

@@ -130,12 +130,13 @@ fn survives_the_end_of_the_cgroups_it_governs() -> Result<()> {
     Ok(())
 }
 
+const PROCESSES: usize = 4;
+const CONNECTIONS: usize = 50;
+
 /// Every connection is seen, also when several processes make them at once.
 #[test]
 fn counts_every_connection() -> Result<()> {
     require!();
-    const PROCESSES: usize = 4;
-    const CONNECTIONS: usize = 50;
     let cgroup = Cgroup::new()?;
     let agent = Agent::start(&cgroup, POLICY)?;
     std::thread::scope(|scope| {

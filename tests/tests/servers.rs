@@ -71,14 +71,25 @@ impl Home {
 
     /// The server's side of its only connection on that port.
     fn server_side(&self, port: u16) -> Result<Option<Timer>> {
-        timer(Some(&self.netns), &format!("sport = :{port}"))
+        self.settled(&format!("sport = :{port}"))
+    }
+
+    /// The timer of a connection once what was sent is acknowledged: until then
+    /// its timer is that of the retransmission.
+    fn settled(&self, filter: &str) -> Result<Option<Timer>> {
+        let mut seen = None;
+        wait_until(LIMIT, "a quiet connection", || {
+            seen = timer(Some(&self.netns), filter)?;
+            Ok(seen.as_ref().is_none_or(|timer| timer.kind != "on"))
+        })?;
+        Ok(seen)
     }
 
     fn expect_idle(&self, port: u16, idle: u64) -> Result<()> {
         let timer = self.server_side(port)?.context("no timer")?;
         ensure!(timer.is_fresh_keepalive(idle), "{timer:?}, not {idle} s");
         // The client is not governed: it shows that the server's side is our work.
-        let client = keepalive_tests::timer(Some(&self.netns), &format!("dport = :{port}"))?;
+        let client = self.settled(&format!("dport = :{port}"))?;
         ensure!(client.is_none(), "the client has {client:?}");
         Ok(())
     }
@@ -189,7 +200,12 @@ fn postgresql() -> Result<()> {
     let programs = postgres().context("no PostgreSQL")?;
     let program = |name: &str| programs.join(name).display().to_string();
     let home = Home::new()?;
-    let as_postgres = ["--reuid=postgres", "--regid=postgres", "--init-groups", "--"];
+    let as_postgres = [
+        "--reuid=postgres",
+        "--regid=postgres",
+        "--init-groups",
+        "--",
+    ];
     // The server runs as postgres and wants a directory that is its own.
     let data = home.directory.path().join("data");
     let data = data.to_str().context("a path in UTF-8")?;
