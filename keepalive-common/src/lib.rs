@@ -1,2 +1,25 @@
-#![no_std]
-//! common
+//! What both sides of keepalive agree on.
+//!
+//! The decision about a socket is pure code here, run by the BPF program for
+//! every new connection and by the agent wherever it explains or checks one:
+//!
+//! * [`policy`]: what should hold for a socket,
+//! * [`plan`]: what has to be set on a socket so that it does,
+//! * [`counters`]: what was done, counted,
+//! * [`layout`]: where the running kernel keeps the fields that the plan reads,
+//! * [`slot`]: how a cgroup points to its policy.
+//!
+//! Every record that crosses into a BPF map is `repr(C)`, made of integers
+//! only, and without padding.
+#![cfg_attr(not(test), no_std)]
+#![deny(unsafe_code)]
+
+pub mod counters;
+pub mod layout;
+pub mod plan;
+pub mod policy;
+pub mod slot;
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]
+mod pod;

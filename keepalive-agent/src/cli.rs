@@ -1,0 +1,154 @@
+//! The command line: one file per subcommand.
+
+mod check;
+mod output;
+mod run;
+mod trial;
+
+use std::{
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use tracing::Level;
+
+use crate::{
+    config::{Config, DEFAULT_FILE, Diagnostics},
+    hierarchy::{Cgroup, Hierarchy},
+};
+
+/// Version and commit, for `--version` and reports.
+pub(crate) const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (",
+    env!("KEEPALIVE_COMMIT"),
+    ")"
+);
+
+/// TCP keepalive for every connection of this machine, whatever the
+/// applications do.
+#[derive(Debug, Parser)]
+#[command(
+    name = "keepalive-agent",
+    version = VERSION,
+    disable_help_subcommand = true,
+    after_help = "Exit codes: 0 done, 1 failed or not able, 2 wrong usage.\n\n\
+                  Examples:\n  \
+                  keepalive-agent check                     is this kernel able?\n  \
+                  keepalive-agent run                       keepalive for all new connections\n  \
+                  keepalive-agent run --config my.toml      with a policy of your own"
+)]
+pub struct Cli {
+    /// Log what is decided on the way, not only what goes wrong
+    #[arg(long, short, global = true)]
+    verbose: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Enforce the policy on every new connection until stopped
+    Run(run::Arguments),
+    /// Find out whether this kernel is able, and whether a config is right
+    Check(check::Arguments),
+    /// Connect to itself and show the options of both ends (used by `check`)
+    #[command(name = trial::COMMAND, hide = true)]
+    Trial,
+}
+
+/// Which policy, and where.
+#[derive(Args, Debug)]
+struct Target {
+    /// Policy file; without it /etc/keepalive/keepalive.toml, and where that
+    /// does not exist the built-in policy: on, idle 60s, interval 10s, probes 6
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Govern only this cgroup and what is below it, such as /system.slice
+    #[arg(long, value_name = "PATH", default_value = "/", hide_default_value = true)]
+    cgroup: PathBuf,
+
+    /// Print JSON lines for machines instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+impl Target {
+    /// The config to use, where it came from, and its warnings.
+    fn config(&self) -> Result<(Config, ConfigSource, Diagnostics)> {
+        let file = match &self.config {
+            Some(file) => file.clone(),
+            None => {
+                let file = PathBuf::from(DEFAULT_FILE);
+                if !file.try_exists()? {
+                    let built_in = Config::built_in();
+                    return Ok((built_in, ConfigSource::BuiltIn, Diagnostics::default()));
+                }
+                file
+            }
+        };
+        let (config, warnings) = Config::read(&file)?;
+        Ok((config, ConfigSource::File(file), warnings))
+    }
+
+    /// The hierarchy, and the cgroup to attach to.
+    fn root(&self) -> Result<(Hierarchy, Cgroup)> {
+        let hierarchy = Hierarchy::find()?;
+        let root = hierarchy.existing(&self.cgroup)?;
+        Ok((hierarchy, root))
+    }
+}
+
+/// Where a config came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum ConfigSource {
+    BuiltIn,
+    File(PathBuf),
+}
+
+impl std::fmt::Display for ConfigSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::BuiltIn => write!(f, "built in ({DEFAULT_FILE} does not exist)"),
+            Self::File(file) => file.display().fmt(f),
+        }
+    }
+}
+
+/// Runs the program. Errors are printed here, once, with all their causes.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.verbose);
+    let done = match &cli.command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Check(arguments) => check::check(arguments),
+        Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Levels: error, the agent cannot do what it is for; warn, something in its
+/// surroundings keeps a part of the policy from holding; info, unused, reports
+/// go to stdout; debug, each step that is taken, never one line per socket.
+fn log_to_stderr(verbose: bool) {
+    let level = if verbose { Level::DEBUG } else { Level::WARN };
+    let colour = io::stderr().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(colour)
+        .with_target(false)
+        // The journal and terminals have clocks of their own.
+        .without_time()
+        .init();
+}

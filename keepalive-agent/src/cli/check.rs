@@ -1,0 +1,213 @@
+//! `keepalive-agent check`: is this kernel able, and is the config right?
+
+use std::{fmt, process::ExitCode};
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+
+use super::{Target, output, trial};
+use crate::{
+    assignment,
+    bpf::Loaded,
+    config::Diagnostics,
+    kernel::{self, layout, preflight},
+};
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Each feature is tried, not guessed from the kernel's version. Nothing on the \
+                  machine is changed: the trial connection is made in a cgroup of its own.\n\n\
+                  Examples:\n  \
+                  keepalive-agent check\n  \
+                  keepalive-agent check --config my.toml"
+)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Whether something works here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    /// It was tried and works.
+    Yes,
+    /// It was tried and does not.
+    No,
+    /// It could not be tried.
+    Inconclusive,
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Yes => "yes",
+            Self::No => "no",
+            Self::Inconclusive => "inconclusive",
+        })
+    }
+}
+
+/// A feature that is needed, and what came of trying it.
+#[derive(Debug, Serialize)]
+struct Finding {
+    feature: &'static str,
+    answer: Answer,
+    detail: String,
+}
+
+impl Finding {
+    fn yes(feature: &'static str, detail: impl fmt::Display) -> Self {
+        Self::new(feature, Answer::Yes, detail)
+    }
+
+    fn no(feature: &'static str, detail: impl fmt::Display) -> Self {
+        Self::new(feature, Answer::No, detail)
+    }
+
+    fn inconclusive(feature: &'static str, detail: impl fmt::Display) -> Self {
+        Self::new(feature, Answer::Inconclusive, detail)
+    }
+
+    fn new(feature: &'static str, answer: Answer, detail: impl fmt::Display) -> Self {
+        Self {
+            feature,
+            answer,
+            detail: detail.to_string(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    kernel: String,
+    able: bool,
+    findings: &'a [Finding],
+    config_errors: &'a Diagnostics,
+}
+
+pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
+    let target = &arguments.target;
+    let mut findings = kernel_findings(target);
+    let config_errors = config_finding(target, &mut findings);
+    let able = findings.iter().all(|finding| finding.answer == Answer::Yes);
+    if target.json {
+        output::json(&Report {
+            kernel: kernel::release(),
+            able,
+            findings: &findings,
+            config_errors: &config_errors,
+        })?;
+    } else {
+        let rows = findings.iter().map(|finding| {
+            // A table has one line per row; what a cause says below is told after it.
+            let detail = finding.detail.lines().next().unwrap_or_default();
+            [
+                finding.feature.to_owned(),
+                finding.answer.to_string(),
+                detail.to_owned(),
+            ]
+        });
+        output::table(["NEEDED", "WORKS", "DETAIL"], rows)?;
+        for more in findings.iter().filter_map(|finding| finding.detail.split_once('\n')) {
+            println!("{}", more.1);
+        }
+        println!(
+            "\nLinux {}: {}",
+            kernel::release(),
+            if able {
+                "able to enforce"
+            } else {
+                "not able to enforce, see above"
+            }
+        );
+    }
+    Ok(if able {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Tries what the kernel must be able to do. What a missing feature blocks is
+/// reported as not tried.
+fn kernel_findings(target: &Target) -> Vec<Finding> {
+    const HIERARCHY: &str = "cgroup v2";
+    const CAPABILITIES: &str = "capabilities";
+    const TYPES: &str = "kernel types (BTF)";
+    const PROGRAM: &str = "BPF program loads";
+    const EFFECT: &str = "options are set";
+
+    let mut findings = Vec::new();
+    let root = target.root();
+    findings.push(match &root {
+        Ok((hierarchy, root)) => {
+            Finding::yes(HIERARCHY, hierarchy.directory(&root.path).display())
+        }
+        Err(error) => Finding::no(HIERARCHY, format_args!("{error:#}")),
+    });
+    let capable = preflight::may_enforce();
+    findings.push(match &capable {
+        Ok(()) => Finding::yes(CAPABILITIES, "may load and attach programs"),
+        Err(error) => Finding::no(CAPABILITIES, format_args!("{error:#}")),
+    });
+    let layout = layout::running();
+    findings.push(match &layout {
+        Ok(layout) => Finding::yes(
+            TYPES,
+            format_args!("all fields found in {}, HZ {}", layout::KERNEL_BTF, layout.hz),
+        ),
+        Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
+    });
+    let (Ok((hierarchy, root)), Ok(()), Ok(layout)) = (root, capable, layout) else {
+        for feature in [PROGRAM, EFFECT] {
+            findings.push(Finding::inconclusive(feature, "not tried: see above"));
+        }
+        return findings;
+    };
+    let loaded = match Loaded::load(&layout, 1) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            findings.push(Finding::no(PROGRAM, format_args!("{error:#}")));
+            findings.push(Finding::inconclusive(EFFECT, "not tried: see above"));
+            return findings;
+        }
+    };
+    findings.push(Finding::yes(PROGRAM, "accepted by the verifier"));
+    findings.push(match trial::parent(loaded, &hierarchy, &root) {
+        Ok(()) => Finding::yes(EFFECT, "on both ends of a trial connection over loopback"),
+        Err(trial::Failure::NoEffect(what)) => Finding::no(EFFECT, what),
+        Err(trial::Failure::NotTried(error)) => {
+            Finding::inconclusive(EFFECT, format_args!("{error:#}"))
+        }
+    });
+    findings
+}
+
+/// Reads the config that `run` would use.
+fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
+    const CONFIG: &str = "config";
+    match target.config() {
+        Ok((config, source, warnings)) => {
+            let policies = config.policies.len() + usize::from(config.default.is_some());
+            let mut detail = format!("{source}: {policies} policies");
+            let mut remarks: Vec<_> = warnings.0.iter().map(ToString::to_string).collect();
+            if let Ok((hierarchy, root)) = target.root()
+                && let Ok((_, warnings)) = assignment::assign(&config, &hierarchy, &root)
+            {
+                remarks.extend(warnings.iter().map(ToString::to_string));
+            }
+            for remark in remarks {
+                detail.push_str("\nwarning: ");
+                detail.push_str(&remark);
+            }
+            findings.push(Finding::yes(CONFIG, detail));
+            Diagnostics::default()
+        }
+        Err(error) => {
+            findings.push(Finding::no(CONFIG, format_args!("{error:#}")));
+            error.downcast::<Diagnostics>().unwrap_or_default()
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! What people and machines read: aligned tables, JSON lines.
+
+use std::io::{self, Write};
+
+use anyhow::{Context as _, Result};
+use keepalive_common::policy::{Keepalive, Policy, Range};
+use serde::Serialize;
+use tabwriter::TabWriter;
+
+use crate::duration;
+
+/// Prints a table with a header, columns aligned.
+pub(super) fn table<const COLUMNS: usize>(
+    header: [&str; COLUMNS],
+    rows: impl IntoIterator<Item = [String; COLUMNS]>,
+) -> Result<()> {
+    let mut out = TabWriter::new(io::stdout().lock()).padding(2);
+    writeln!(out, "{}", header.join("\t"))?;
+    for row in rows {
+        writeln!(out, "{}", row.join("\t"))?;
+    }
+    out.flush().context("printing a table")
+}
+
+/// Prints one JSON object on a line of its own.
+pub(super) fn json(record: &impl Serialize) -> Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, record)?;
+    writeln!(out)?;
+    out.flush().context("printing JSON")
+}
+
+/// The wishes of a policy, as people read them: keepalive, idle, interval,
+/// probes, user-timeout.
+pub(super) fn wishes(policy: &Policy) -> [String; 5] {
+    [
+        keepalive(policy).to_owned(),
+        range(&policy.idle, None, duration::show_seconds),
+        range(&policy.interval, None, duration::show_seconds),
+        range(&policy.probes, None, |probes| probes.to_string()),
+        range(
+            &policy.user_timeout,
+            policy.derives_user_timeout().then_some("derive"),
+            duration::show_milliseconds,
+        ),
+    ]
+}
+
+fn keepalive(policy: &Policy) -> &'static str {
+    match policy.keepalive() {
+        Keepalive::On => "on",
+        Keepalive::Off => "off",
+        Keepalive::Leave => "leave",
+    }
+}
+
+/// `1m`, `exactly 1m`, `1m (30s to 5m)`, `1m (at most 5m)`, `leave`.
+fn range(range: &Range, word: Option<&str>, show: impl Fn(u32) -> String) -> String {
+    let default = match word {
+        Some(word) => word.to_owned(),
+        None if range.default == 0 => "leave".to_owned(),
+        None if *range == Range::exactly(range.default) => {
+            return format!("exactly {}", show(range.default));
+        }
+        None => show(range.default),
+    };
+    match (range.at_least, range.at_most) {
+        (0, u32::MAX) => default,
+        (least, u32::MAX) => format!("{default} (at least {})", show(least)),
+        (0, most) => format!("{default} (at most {})", show(most)),
+        (least, most) => format!("{default} ({} to {})", show(least), show(most)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_reads_at_a_glance() {
+        let mut policy = Policy::BUILT_IN;
+        assert_eq!(wishes(&policy), ["on", "1m", "10s", "6", "leave"]);
+        policy = policy
+            .with_keepalive(Keepalive::Leave)
+            .with_derived_user_timeout(true);
+        policy.idle = Range::exactly(250);
+        policy.interval.at_least = 5;
+        policy.probes.at_most = 9;
+        policy.user_timeout.at_least = 1;
+        policy.user_timeout.at_most = 90_000;
+        assert_eq!(
+            wishes(&policy),
+            [
+                "leave",
+                "exactly 4m 10s",
+                "10s (at least 5s)",
+                "6 (at most 9)",
+                "derive (1ms to 1m 30s)"
+            ]
+        );
+    }
+}

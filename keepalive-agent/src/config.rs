@@ -1,0 +1,147 @@
+//! Configuration: what a person wrote, checked as a whole.
+//!
+//! Reading finds every error in a file, not only the first, each with its line,
+//! key and value. What the kernel would refuse is refused here.
+
+mod diagnostic;
+mod document;
+mod timer;
+
+use std::{fmt, fs, path::Path};
+
+use anyhow::{Context as _, Result};
+use globset::{GlobBuilder, GlobMatcher};
+use keepalive_common::policy::Policy;
+
+pub use diagnostic::{Diagnostic, Diagnostics};
+
+/// Read when it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/keepalive/keepalive.toml";
+
+/// What should hold on this node.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// For sockets that no named policy claims; none leaves them alone.
+    pub default: Option<Policy>,
+    /// The named policies, in the order of the file.
+    pub policies: Vec<NamedPolicy>,
+}
+
+/// A policy for some cgroups.
+#[derive(Clone, Debug)]
+pub struct NamedPolicy {
+    /// What it is called in reports and errors.
+    pub name: String,
+    /// The cgroups that it claims.
+    pub cgroups: Vec<CgroupPattern>,
+    /// What it wants, completed from the default.
+    pub policy: Policy,
+}
+
+/// A cgroup path from the root of the hierarchy, or a glob over such paths:
+/// `*` and `?` stay within one level, `**` spans levels.
+#[derive(Clone, Debug)]
+pub struct CgroupPattern {
+    text: String,
+    glob: Option<GlobMatcher>,
+}
+
+impl Config {
+    /// What holds where there is no config at all.
+    #[must_use]
+    pub const fn built_in() -> Self {
+        Self {
+            default: Some(Policy::BUILT_IN),
+            policies: Vec::new(),
+        }
+    }
+
+    /// Reads a file; the diagnostics are warnings.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read, or [`Diagnostics`] with everything that is
+    /// wrong in it.
+    pub fn read(path: &Path) -> Result<(Self, Diagnostics)> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("reading the config {}", path.display()))?;
+        Ok(Self::parse(path, &text)?)
+    }
+
+    /// The same for a text; the path only stands in diagnostics.
+    ///
+    /// # Errors
+    ///
+    /// [`Diagnostics`] with everything that is wrong.
+    pub fn parse(path: &Path, text: &str) -> Result<(Self, Diagnostics), Diagnostics> {
+        document::parse(path, text)
+    }
+}
+
+impl CgroupPattern {
+    /// Checks a path or glob as it stands in the config.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong with it.
+    pub fn new(text: &str) -> Result<Self, String> {
+        if !text.starts_with('/') {
+            return Err(format!(
+                "a cgroup path starts with `/`, the root of the cgroup v2 hierarchy; \
+                 did you mean \"/{text}\"?"
+            ));
+        }
+        if text.split('/').any(|part| part == "." || part == "..") {
+            return Err("`.` and `..` are not allowed in a cgroup path".to_owned());
+        }
+        if text.starts_with("/sys/fs/cgroup") {
+            return Err(
+                "a cgroup path starts at the root of the hierarchy, not of the file system; \
+                 leave out /sys/fs/cgroup"
+                    .to_owned(),
+            );
+        }
+        let trimmed = text.trim_end_matches('/');
+        let text = if trimmed.is_empty() { "/" } else { trimmed }.to_owned();
+        let glob = text
+            .contains(['*', '?', '[', '{'])
+            .then(|| {
+                GlobBuilder::new(&text)
+                    .literal_separator(true)
+                    // systemd writes `-` in unit names as `\x2d`.
+                    .backslash_escape(false)
+                    .build()
+                    .map(|glob| glob.compile_matcher())
+                    .map_err(|error| format!("not a glob: {}", error.kind()))
+            })
+            .transpose()?;
+        Ok(Self { text, glob })
+    }
+
+    /// Whether it can match more than one path.
+    #[must_use]
+    pub fn is_glob(&self) -> bool {
+        self.glob.is_some()
+    }
+
+    /// The one path that it matches, unless it is a glob.
+    #[must_use]
+    pub fn as_path(&self) -> Option<&str> {
+        (!self.is_glob()).then_some(self.text.as_str())
+    }
+
+    /// Whether it matches a cgroup's path.
+    #[must_use]
+    pub fn matches(&self, path: &str) -> bool {
+        match &self.glob {
+            Some(glob) => glob.is_match(path),
+            None => self.text == path,
+        }
+    }
+}
+
+impl fmt::Display for CgroupPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}

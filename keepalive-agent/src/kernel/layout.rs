@@ -1,0 +1,233 @@
+//! Takes the [`Layout`] from the kernel's BTF.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use btf_rs::{Backend, Btf, Member, Type};
+use keepalive_common::layout::{Field, Layout};
+use rustix::time::{ClockId, clock_getres};
+
+/// Where a kernel built with `CONFIG_DEBUG_INFO_BTF` shows its types
+/// (since Linux 5.4).
+pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// The layout of the running kernel.
+///
+/// # Errors
+///
+/// When the kernel shows no BTF, or one in which a field cannot be found: an
+/// offset is never guessed.
+pub fn running() -> Result<Layout> {
+    let btf = open(Path::new(KERNEL_BTF)).with_context(|| {
+        format!(
+            "reading the kernel's types from {KERNEL_BTF}: without them no program can be loaded; \
+             the kernel must be built with CONFIG_DEBUG_INFO_BTF=y"
+        )
+    })?;
+    resolve(&btf, jiffies_per_second()?)
+}
+
+/// Maps the file where the kernel can (cheaper by far), reads it where not
+/// (sysfs files can be mapped since Linux 6.16).
+fn open(path: &Path) -> Result<Btf> {
+    Ok(Btf::from_file_with_backend(path, Backend::Mmap)
+        .or_else(|_| Btf::from_file_with_backend(path, Backend::Cache))?)
+}
+
+/// HZ, from the resolution of the clock that advances once per tick
+/// (`LOW_RES_NSEC` in include/linux/hrtimer_defs.h).
+fn jiffies_per_second() -> Result<u32> {
+    let tick = clock_getres(ClockId::MonotonicCoarse);
+    hz_of_tick(tick.tv_sec, tick.tv_nsec).with_context(|| {
+        format!("the kernel's tick of {tick:?} is not one of a known rate: timers cannot be read")
+    })
+}
+
+fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Option<u32> {
+    if seconds != 0 || nanoseconds <= 0 {
+        return None;
+    }
+    let hz = u32::try_from((1_000_000_000 + nanoseconds / 2) / nanoseconds).ok()?;
+    (24..=2000).contains(&hz).then_some(hz)
+}
+
+/// Finds every field in the given types.
+///
+/// # Errors
+///
+/// Names the structure and field that cannot be found.
+pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
+    let tcp_sock = Structure::named(btf, "tcp_sock")?;
+    let cgroup = Structure::named(btf, "cgroup")?;
+    let sock = "inet_conn.icsk_inet.sk";
+    let sock_cgroup = tcp_sock.field(&format!("{sock}.sk_cgrp_data"))?;
+    let typed_cgroup = Structure::named(btf, "sock_cgroup_data")?
+        .field("cgroup")
+        .is_ok();
+    Ok(Layout {
+        flags: tcp_sock.number(&format!("{sock}.__sk_common.skc_flags"))?,
+        keepalive_time: tcp_sock.number("keepalive_time")?,
+        keepalive_intvl: tcp_sock.number("keepalive_intvl")?,
+        keepalive_probes: tcp_sock.number("keepalive_probes")?,
+        user_timeout: tcp_sock.number("inet_conn.icsk_user_timeout")?,
+        sock_cgroup,
+        cgroup_parent: cgroup.number("self.parent")?,
+        css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,
+        cgroup_kn: cgroup.number("kn")?,
+        kernfs_id: Structure::named(btf, "kernfs_node")?.number("id")?,
+        keepopen_bit: enumerator(btf, "sock_flags", "SOCK_KEEPOPEN")?,
+        hz,
+        typed_cgroup: u32::from(typed_cgroup),
+        reserved: 0,
+    })
+}
+
+/// A structure of the kernel.
+struct Structure<'a> {
+    btf: &'a Btf,
+    name: &'a str,
+    definition: btf_rs::Struct,
+}
+
+impl<'a> Structure<'a> {
+    fn named(btf: &'a Btf, name: &'a str) -> Result<Self> {
+        let types = btf
+            .resolve_types_by_name(name)
+            .with_context(|| format!("struct {name} in the kernel's BTF"))?;
+        let definition = types
+            .into_iter()
+            .find_map(|found| match found {
+                Type::Struct(definition) => Some(definition),
+                _ => None,
+            })
+            .with_context(|| format!("the kernel's BTF has no struct {name}"))?;
+        Ok(Self {
+            btf,
+            name,
+            definition,
+        })
+    }
+
+    /// A field of a width that one load can read, by its dotted path.
+    fn number(&self, path: &str) -> Result<Field> {
+        let field = self.field(path)?;
+        ensure!(
+            matches!(field.width, 1 | 2 | 4 | 8),
+            "{}.{path} is {} bytes wide in this kernel: it cannot be read in one load",
+            self.name,
+            field.width
+        );
+        Ok(field)
+    }
+
+    /// Any field, by its dotted path. Members of anonymous structures and
+    /// unions count as members of what contains them, as in C.
+    fn field(&self, path: &str) -> Result<Field> {
+        let mut definition = self.definition.clone();
+        let mut offset = 0;
+        let mut width = 0;
+        for (depth, name) in path.split('.').enumerate() {
+            if depth > 0 && width == 0 {
+                bail!("{}.{path}: a part of it is not a structure", self.name);
+            }
+            let (bits, member) = find_member(self.btf, &definition, name)?.with_context(|| {
+                format!("struct {} of this kernel has no field {path}", self.name)
+            })?;
+            ensure!(
+                bits % 8 == 0 && member.bitfield_size().unwrap_or(0) == 0,
+                "{}.{path} is a bit field in this kernel",
+                self.name
+            );
+            offset += bits / 8;
+            let target = strip(self.btf, &member)?;
+            width = size_of_type(&target)?;
+            if let Type::Struct(inner) | Type::Union(inner) = target {
+                definition = inner;
+            }
+        }
+        Ok(Field { offset, width })
+    }
+}
+
+/// A member and its offset in bits, looked for in anonymous members too.
+fn find_member(btf: &Btf, within: &btf_rs::Struct, name: &str) -> Result<Option<(u32, Member)>> {
+    for member in &within.members {
+        let found = btf.resolve_name(member)?;
+        if found == name {
+            return Ok(Some((member.bit_offset(), member.clone())));
+        }
+        if !found.is_empty() {
+            continue;
+        }
+        if let Type::Struct(inner) | Type::Union(inner) = strip(btf, member)?
+            && let Some((bits, member_of_inner)) = find_member(btf, &inner, name)?
+        {
+            return Ok(Some((member.bit_offset() + bits, member_of_inner)));
+        }
+    }
+    Ok(None)
+}
+
+/// The type of a member, behind typedefs and qualifiers.
+fn strip(btf: &Btf, member: &Member) -> Result<Type> {
+    let mut target = btf.resolve_chained_type(member)?;
+    loop {
+        target = match &target {
+            Type::Typedef(outer) => btf.resolve_chained_type(outer)?,
+            Type::Volatile(outer) | Type::Const(outer) | Type::Restrict(outer) => {
+                btf.resolve_chained_type(outer)?
+            }
+            Type::TypeTag(outer) => btf.resolve_chained_type(outer)?,
+            _ => return Ok(target),
+        }
+    }
+}
+
+/// Bytes of a type; 0 for what has no size of its own.
+fn size_of_type(target: &Type) -> Result<u32> {
+    let size = match target {
+        Type::Int(number) => number.size(),
+        Type::Enum(choice) => choice.size(),
+        Type::Struct(inner) | Type::Union(inner) => inner.size(),
+        // BPF runs on 64-bit kernels here.
+        Type::Ptr(_) => 8,
+        _ => 0,
+    };
+    Ok(u32::try_from(size)?)
+}
+
+/// The value of an enumerator.
+fn enumerator(btf: &Btf, name: &str, wanted: &str) -> Result<u32> {
+    let types = btf
+        .resolve_types_by_name(name)
+        .with_context(|| format!("enum {name} in the kernel's BTF"))?;
+    for found in types {
+        let Type::Enum(choice) = found else { continue };
+        for member in &choice.members {
+            if btf.resolve_name(member)? == wanted {
+                return Ok(member.val());
+            }
+        }
+    }
+    bail!("the kernel's BTF has no {wanted} in enum {name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hz_follows_from_the_tick() {
+        for (nanoseconds, hz) in [
+            (10_000_000, Some(100)),
+            (4_000_000, Some(250)),
+            (3_333_333, Some(300)),
+            (1_000_000, Some(1000)),
+            (1, None),
+            (0, None),
+        ] {
+            assert_eq!(hz_of_tick(0, nanoseconds), hz, "{nanoseconds}");
+        }
+        assert_eq!(hz_of_tick(1, 0), None);
+    }
+}

@@ -1,0 +1,158 @@
+//! Counters: what was done to sockets, per policy.
+
+/// What a policy did, in sockets. One record per policy and CPU.
+///
+/// A socket counts once in [`Self::seen`] and at most once in each of the
+/// others; one that needed nothing counts in [`Self::left_alone`] instead.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Sockets that the policy claimed.
+    pub seen: u64,
+    /// Keepalive was off and was turned on.
+    pub turned_on: u64,
+    /// Keepalive was on and was turned off.
+    pub turned_off: u64,
+    /// A timer that the application left unset was set.
+    pub filled: u64,
+    /// A timer that the application had set was moved into the bounds.
+    pub clamped: u64,
+    /// Everything was already as the policy wants it.
+    pub left_alone: u64,
+    /// The kernel refused an option; the connection goes on without it.
+    pub failed: u64,
+}
+
+impl Counters {
+    /// Adds what another CPU counted.
+    pub fn add(&mut self, other: &Self) {
+        self.seen += other.seen;
+        self.turned_on += other.turned_on;
+        self.turned_off += other.turned_off;
+        self.filled += other.filled;
+        self.clamped += other.clamped;
+        self.left_alone += other.left_alone;
+        self.failed += other.failed;
+    }
+}
+
+/// Which option could not be set, under which policy, and why.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FailureKey {
+    /// The policy's slot, see [`crate::slot`].
+    pub slot: u32,
+    /// Number of the [`SocketOption`].
+    pub option: u32,
+    /// The kernel's error number, positive.
+    pub errno: u32,
+}
+
+/// How often that happened on one CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// Number of refused calls.
+    pub count: u64,
+    /// When it was last logged, in nanoseconds since boot.
+    pub logged_at: u64,
+}
+
+/// An option that keepalive sets. The numbers stand in map records.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketOption {
+    /// SO_KEEPALIVE.
+    Keepalive = 0,
+    /// TCP_KEEPIDLE.
+    Idle = 1,
+    /// TCP_KEEPINTVL.
+    Interval = 2,
+    /// TCP_KEEPCNT.
+    Probes = 3,
+    /// TCP_USER_TIMEOUT.
+    UserTimeout = 4,
+}
+
+impl SocketOption {
+    /// All of them, at the index of their number.
+    pub const ALL: [Self; 5] = [
+        Self::Keepalive,
+        Self::Idle,
+        Self::Interval,
+        Self::Probes,
+        Self::UserTimeout,
+    ];
+
+    /// The option with this number, if there is one.
+    #[must_use]
+    pub fn from_number(number: u32) -> Option<Self> {
+        Self::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+
+    /// As the kernel's headers name it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Keepalive => "SO_KEEPALIVE",
+            Self::Idle => "TCP_KEEPIDLE",
+            Self::Interval => "TCP_KEEPINTVL",
+            Self::Probes => "TCP_KEEPCNT",
+            Self::UserTimeout => "TCP_USER_TIMEOUT",
+        }
+    }
+
+    /// Level and number for setsockopt, the same on every architecture that
+    /// BPF programs run on but MIPS, PA-RISC and SPARC, which have another
+    /// SOL_SOCKET and are not supported.
+    #[must_use]
+    #[inline(always)]
+    pub const fn level_and_number(self) -> (i32, i32) {
+        const SOL_SOCKET: i32 = 1;
+        const SOL_TCP: i32 = 6;
+        match self {
+            Self::Keepalive => (SOL_SOCKET, 9),
+            Self::Idle => (SOL_TCP, 4),
+            Self::Interval => (SOL_TCP, 5),
+            Self::Probes => (SOL_TCP, 6),
+            Self::UserTimeout => (SOL_TCP, 18),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_stand_at_their_number() {
+        for (number, option) in (0..).zip(SocketOption::ALL) {
+            assert_eq!(SocketOption::from_number(number), Some(option));
+            assert_eq!(option as u32, number);
+        }
+    }
+
+    #[test]
+    fn the_records_have_no_padding() {
+        assert_eq!(size_of::<Counters>(), 7 * 8);
+        assert_eq!(size_of::<FailureKey>(), 3 * 4);
+        assert_eq!(size_of::<Failure>(), 2 * 8);
+    }
+
+    #[test]
+    fn adding_adds_every_counter() {
+        let mut sum = Counters::default();
+        let one = Counters {
+            seen: 1,
+            turned_on: 2,
+            turned_off: 3,
+            filled: 4,
+            clamped: 5,
+            left_alone: 6,
+            failed: 7,
+        };
+        sum.add(&one);
+        assert_eq!(sum, one);
+    }
+}

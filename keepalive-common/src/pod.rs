@@ -1,0 +1,20 @@
+//! The records as values of aya's maps and globals.
+
+use crate::{
+    counters::{Counters, Failure, FailureKey},
+    layout::Layout,
+    policy::Policy,
+};
+
+// SAFETY: each record is `repr(C)`, made of integers only and free of padding
+// (the tests of their modules hold the sizes against the fields), so any bit
+// pattern is a value and every byte of it is initialised.
+unsafe impl aya::Pod for Policy {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Counters {}
+// SAFETY: as above.
+unsafe impl aya::Pod for FailureKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Failure {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Layout {}

@@ -1,0 +1,248 @@
+//! Policy: what should hold for a TCP socket.
+
+/// Smallest TCP_KEEPIDLE and TCP_KEEPINTVL the kernel accepts, in seconds.
+pub const MIN_SECONDS: u32 = 1;
+/// Largest TCP_KEEPIDLE and TCP_KEEPINTVL the kernel accepts, in seconds
+/// (`MAX_TCP_KEEPIDLE` and `MAX_TCP_KEEPINTVL` in include/net/tcp.h).
+pub const MAX_SECONDS: u32 = 32_767;
+/// Smallest TCP_KEEPCNT the kernel accepts.
+pub const MIN_PROBES: u32 = 1;
+/// Largest TCP_KEEPCNT the kernel accepts (`MAX_TCP_KEEPCNT` in include/net/tcp.h).
+pub const MAX_PROBES: u32 = 127;
+/// Smallest TCP_USER_TIMEOUT that is not "unset", in milliseconds.
+pub const MIN_USER_TIMEOUT: u32 = 1;
+/// Largest TCP_USER_TIMEOUT the kernel accepts, in milliseconds: it is a
+/// signed integer there (`do_tcp_setsockopt` in net/ipv4/tcp.c).
+pub const MAX_USER_TIMEOUT: u32 = i32::MAX as u32;
+
+/// What a policy wants of SO_KEEPALIVE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keepalive {
+    /// SO_KEEPALIVE as the application has it; the timers are shaped all the same.
+    Leave,
+    /// SO_KEEPALIVE is turned on.
+    On,
+    /// SO_KEEPALIVE is turned off; idle, interval and probes mean nothing then
+    /// and are left.
+    Off,
+}
+
+/// One timer of a policy: a value for sockets that have none, and bounds for
+/// all. The unit is the timer's own (seconds, a number, milliseconds).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// What a socket gets whose application set nothing; 0 leaves it unset.
+    pub default: u32,
+    /// Lower bound of whatever is set; 0 is none.
+    pub at_least: u32,
+    /// Upper bound of whatever is set; [`u32::MAX`] is none.
+    pub at_most: u32,
+}
+
+impl Range {
+    /// Leaves the timer as it is, set or not.
+    pub const LEAVE: Self = Self::default_only(0);
+
+    /// Fills in what the application left unset, bounds nothing.
+    #[must_use]
+    pub const fn default_only(default: u32) -> Self {
+        Self {
+            default,
+            at_least: 0,
+            at_most: u32::MAX,
+        }
+    }
+
+    /// One value, whatever the application set.
+    #[must_use]
+    pub const fn exactly(value: u32) -> Self {
+        Self {
+            default: value,
+            at_least: value,
+            at_most: value,
+        }
+    }
+
+    /// The formula of every timer: the application's value if it set one, the
+    /// default if not, within the bounds. 0 stands for unset on both sides.
+    #[must_use]
+    #[inline]
+    pub const fn effective(&self, set: u32) -> u32 {
+        let value = if set == 0 { self.default } else { set };
+        if value == 0 {
+            0
+        } else if value < self.at_least {
+            self.at_least
+        } else if value > self.at_most {
+            self.at_most
+        } else {
+            value
+        }
+    }
+}
+
+/// What should hold for a socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    keepalive: u32,
+    flags: u32,
+    /// TCP_KEEPIDLE in seconds: silence before the first probe.
+    pub idle: Range,
+    /// TCP_KEEPINTVL in seconds: time between two probes.
+    pub interval: Range,
+    /// TCP_KEEPCNT: unanswered probes after which the peer counts as dead.
+    pub probes: Range,
+    /// TCP_USER_TIMEOUT in milliseconds: how long sent data, or a probe, may
+    /// stay unacknowledged. Its default is ignored when it is derived.
+    pub user_timeout: Range,
+}
+
+/// The default of the user-timeout is idle + interval × probes.
+const DERIVE_USER_TIMEOUT: u32 = 1;
+
+impl Policy {
+    /// What holds where nobody configured anything: keepalive on, first probe
+    /// after 60 s, then every 10 s, dead after 6; the user-timeout is left.
+    ///
+    /// 60 s is safely below every middlebox's idle timeout that is documented
+    /// (the shortest common one is Azure's 240 s), so that two probes may be
+    /// lost on the way and the path is still kept open.
+    pub const BUILT_IN: Self = Self {
+        keepalive: 1,
+        flags: 0,
+        idle: Range::default_only(60),
+        interval: Range::default_only(10),
+        probes: Range::default_only(6),
+        user_timeout: Range::LEAVE,
+    };
+
+    /// What the policy wants of SO_KEEPALIVE.
+    #[must_use]
+    #[inline]
+    pub const fn keepalive(&self) -> Keepalive {
+        match self.keepalive {
+            1 => Keepalive::On,
+            2 => Keepalive::Off,
+            // 0, and what no agent writes: touching nothing is the safe reading.
+            _ => Keepalive::Leave,
+        }
+    }
+
+    /// The same policy with another wish for SO_KEEPALIVE.
+    #[must_use]
+    pub const fn with_keepalive(mut self, keepalive: Keepalive) -> Self {
+        self.keepalive = match keepalive {
+            Keepalive::Leave => 0,
+            Keepalive::On => 1,
+            Keepalive::Off => 2,
+        };
+        self
+    }
+
+    /// Whether the default of the user-timeout is idle + interval × probes.
+    #[must_use]
+    #[inline]
+    pub const fn derives_user_timeout(&self) -> bool {
+        self.flags & DERIVE_USER_TIMEOUT != 0
+    }
+
+    /// The same policy with a user-timeout whose default is derived, or not.
+    #[must_use]
+    pub const fn with_derived_user_timeout(mut self, derive: bool) -> Self {
+        if derive {
+            self.flags |= DERIVE_USER_TIMEOUT;
+        } else {
+            self.flags &= !DERIVE_USER_TIMEOUT;
+        }
+        self
+    }
+}
+
+/// How long a dead peer goes unnoticed at most, in milliseconds:
+/// idle + interval × probes, no more than the kernel takes as a user-timeout.
+/// All of it in seconds in the arguments but `probes`, which is a number.
+#[must_use]
+#[inline]
+pub const fn time_to_notice(idle: u32, interval: u32, probes: u32) -> u32 {
+    let seconds = idle as u64 + interval as u64 * probes as u64;
+    if seconds > MAX_USER_TIMEOUT as u64 / 1000 {
+        MAX_USER_TIMEOUT
+    } else {
+        #[expect(clippy::cast_possible_truncation, reason = "bounded just above")]
+        let ms = (seconds * 1000) as u32;
+        ms
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effective_follows_the_formula() {
+        let fill = Range::default_only(60);
+        let bounded = Range {
+            default: 60,
+            at_least: 30,
+            at_most: 300,
+        };
+        let exactly = Range::exactly(60);
+        for (range, set, expected) in [
+            (fill, 0, 60),
+            (fill, 1, 1),
+            (fill, 7200, 7200),
+            (bounded, 0, 60),
+            (bounded, 10, 30),
+            (bounded, 30, 30),
+            (bounded, 45, 45),
+            (bounded, 300, 300),
+            (bounded, 7200, 300),
+            (exactly, 0, 60),
+            (exactly, 1, 60),
+            (exactly, 7200, 60),
+            (Range::LEAVE, 0, 0),
+            (Range::LEAVE, 7200, 7200),
+        ] {
+            assert_eq!(range.effective(set), expected, "{range:?} with {set}");
+        }
+    }
+
+    #[test]
+    fn a_default_outside_the_bounds_is_bounded_too() {
+        let range = Range {
+            default: 60,
+            at_least: 0,
+            at_most: 30,
+        };
+        assert_eq!(range.effective(0), 30);
+    }
+
+    #[test]
+    fn time_to_notice_is_in_milliseconds_and_cannot_overflow() {
+        assert_eq!(time_to_notice(60, 10, 6), 120_000);
+        assert_eq!(
+            time_to_notice(u32::MAX, u32::MAX, u32::MAX),
+            MAX_USER_TIMEOUT
+        );
+    }
+
+    #[test]
+    fn wishes_survive_the_record() {
+        for keepalive in [Keepalive::Leave, Keepalive::On, Keepalive::Off] {
+            let policy = Policy::BUILT_IN.with_keepalive(keepalive);
+            assert_eq!(policy.keepalive(), keepalive);
+            assert!(!policy.derives_user_timeout());
+            let derived = policy.with_derived_user_timeout(true);
+            assert!(derived.derives_user_timeout());
+            assert_eq!(derived.with_derived_user_timeout(false), policy);
+        }
+    }
+
+    #[test]
+    fn the_record_has_no_padding() {
+        assert_eq!(size_of::<Policy>(), 2 * 4 + 4 * size_of::<Range>());
+        assert_eq!(size_of::<Range>(), 3 * 4);
+    }
+}

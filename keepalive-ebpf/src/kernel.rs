@@ -1,0 +1,213 @@
+//! Reads kernel structures, at the offsets that the agent found in the kernel's
+//! BTF. All unsafe reads of kernel memory are in this file.
+//!
+//! Two kinds of pointers: one whose type the verifier knows is followed by a
+//! plain load, which it checks against the type's BTF and the kernel guards
+//! against faults; a bare number is followed with `bpf_probe_read_kernel`.
+
+use aya_ebpf::{
+    Global,
+    bindings::tcp_sock,
+    helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
+    programs::SockOpsContext,
+};
+use keepalive_common::{
+    layout::{Field, Layout},
+    plan::Options,
+};
+
+/// Set by the agent before the program is loaded, frozen since.
+#[unsafe(no_mangle)]
+static LAYOUT: Global<Layout> = Global::new(Layout {
+    flags: NOWHERE,
+    keepalive_time: NOWHERE,
+    keepalive_intvl: NOWHERE,
+    keepalive_probes: NOWHERE,
+    user_timeout: NOWHERE,
+    sock_cgroup: NOWHERE,
+    cgroup_parent: NOWHERE,
+    css_cgroup: NOWHERE,
+    cgroup_kn: NOWHERE,
+    kernfs_id: NOWHERE,
+    keepopen_bit: 0,
+    hz: 0,
+    typed_cgroup: 0,
+    reserved: 0,
+});
+
+const NOWHERE: Field = Field { offset: 0, width: 0 };
+
+/// One member of [`LAYOUT`], read by itself: the verifier must see each offset
+/// as a constant, which a copy of the whole record through the stack loses.
+macro_rules! layout {
+    ($($member:ident).+) => {
+        // SAFETY: points into a global that lives as long as the program; the
+        // read is volatile because the agent changes the value after compilation.
+        unsafe { (&raw const (*(&raw const LAYOUT).cast::<Layout>()).$($member).+).read_volatile() }
+    };
+}
+
+/// An unsigned field of a width that only the running kernel knows.
+macro_rules! read_field {
+    ($base:expr, $member:ident) => {
+        load($base, layout!($member.offset), layout!($member.width))
+    };
+}
+
+#[inline(always)]
+fn load(base: *const u8, offset: u32, width: u32) -> u64 {
+    let at = base.wrapping_add(offset as usize);
+    // SAFETY: the verifier checks the load against the BTF of the type that the
+    // pointer has, and the branches of other widths are dead to it.
+    unsafe {
+        match width {
+            1 => u64::from(at.read_volatile()),
+            2 => u64::from(at.cast::<u16>().read_volatile()),
+            4 => u64::from(at.cast::<u32>().read_volatile()),
+            _ => at.cast::<u64>().read_volatile(),
+        }
+    }
+}
+
+/// A full TCP socket: not a listener's request, not one in TIME_WAIT.
+#[derive(Clone, Copy)]
+pub(crate) struct TcpSock(*const u8);
+
+impl TcpSock {
+    /// The socket that the callback is about, if it is a full TCP socket.
+    #[inline(always)]
+    pub(crate) fn of(ctx: &SockOpsContext) -> Option<Self> {
+        // SAFETY: the context is the kernel's own; the helper takes a null or
+        // foreign socket and answers null.
+        let sock: *mut tcp_sock = unsafe {
+            let sk = (*ctx.ops).__bindgen_anon_2.sk;
+            if sk.is_null() {
+                return None;
+            }
+            bpf_skc_to_tcp_sock(sk.cast())
+        };
+        (!sock.is_null()).then_some(Self(sock.cast()))
+    }
+
+    /// What the application, or an earlier plan, set on the socket.
+    #[inline(always)]
+    pub(crate) fn options(self) -> Options {
+        Options {
+            keepalive: (read_field!(self.0, flags) >> layout!(keepopen_bit)) & 1 == 1,
+            idle: seconds(read_field!(self.0, keepalive_time)),
+            interval: seconds(read_field!(self.0, keepalive_intvl)),
+            probes: number(read_field!(self.0, keepalive_probes)),
+            user_timeout: number(read_field!(self.0, user_timeout)),
+        }
+    }
+
+    /// The cgroup v2 of the process that created the socket; for an accepted
+    /// one, of the process that created the listener.
+    #[inline(always)]
+    pub(crate) fn cgroup(self) -> Option<Cgroup> {
+        let at = self.0.wrapping_add(layout!(sock_cgroup.offset) as usize);
+        if layout!(typed_cgroup) == 1 {
+            // SAFETY: checked by the verifier against the BTF of tcp_sock.
+            return Cgroup::new(unsafe { at.cast::<*const u8>().read_volatile() });
+        }
+        // SAFETY: as above. Read as the number it is there: the verifier allows
+        // no arithmetic on pointers, not even in a branch that is never taken.
+        let word = unsafe { at.cast::<u64>().read_volatile() };
+        if word & 1 == 1 {
+            // Data of net_cls and net_prio stands in the place of the pointer.
+            return None;
+        }
+        Cgroup::new(pointer(word))
+    }
+}
+
+/// A cgroup of the v2 hierarchy.
+#[derive(Clone, Copy)]
+pub(crate) struct Cgroup(*const u8);
+
+impl Cgroup {
+    #[inline(always)]
+    fn new(cgroup: *const u8) -> Option<Self> {
+        (!cgroup.is_null()).then_some(Self(cgroup))
+    }
+
+    /// The inode number of its directory, which is never used again.
+    #[inline(always)]
+    pub(crate) fn id(self) -> u64 {
+        let kn = follow(self.0, layout!(cgroup_kn.offset));
+        if layout!(typed_cgroup) == 1 {
+            read_field!(kn, kernfs_id)
+        } else {
+            probe(kn, layout!(kernfs_id.offset))
+        }
+    }
+
+    /// The cgroup above, none for the root.
+    #[inline(always)]
+    pub(crate) fn parent(self) -> Option<Self> {
+        let css = follow(self.0, layout!(cgroup_parent.offset));
+        if css.is_null() {
+            return None;
+        }
+        Self::new(follow(css, layout!(css_cgroup.offset)))
+    }
+}
+
+/// The pointer that stands at `offset` of what `base` points to; null when it
+/// cannot be read.
+#[inline(always)]
+fn follow(base: *const u8, offset: u32) -> *const u8 {
+    if layout!(typed_cgroup) == 1 {
+        let at = base.wrapping_add(offset as usize);
+        // SAFETY: checked by the verifier against the BTF of the type of
+        // `base`; a fault reads as zero.
+        unsafe { at.cast::<*const u8>().read_volatile() }
+    } else {
+        pointer(probe(base, offset))
+    }
+}
+
+/// A kernel address that was read as a number.
+#[inline(always)]
+fn pointer(address: u64) -> *const u8 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "pointers of the BPF machine have 64 bits"
+    )]
+    core::ptr::with_exposed_provenance(address as usize)
+}
+
+/// Eight bytes at an address that the verifier knows nothing about; zero when
+/// they cannot be read.
+#[inline(always)]
+fn probe(base: *const u8, offset: u32) -> u64 {
+    let mut value = 0_u64;
+    // SAFETY: the helper checks the address and never faults; the destination
+    // is ours and eight bytes long.
+    unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut value).cast(),
+            8,
+            base.wrapping_add(offset as usize).cast(),
+        );
+    }
+    value
+}
+
+/// Jiffies as seconds. Only setsockopt writes these fields, in whole seconds.
+#[inline(always)]
+fn seconds(jiffies: u64) -> u32 {
+    if jiffies == 0 {
+        // Most sockets: spares the division.
+        return 0;
+    }
+    number(jiffies) / layout!(hz).max(1)
+}
+
+/// No field is wider than its values: seconds, numbers and milliseconds of at
+/// most 31 bits.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+fn number(field: u64) -> u32 {
+    field as u32
+}
