@@ -65,7 +65,27 @@ impl Agent {
         fs::write(&file, config)?;
         let mut command = agent_command();
         command.arg("run").arg("--config").arg(file.path());
-        Self::start_command(command, cgroup, Some(file))
+        command.args(["--cgroup", cgroup.path()]);
+        Self::start_command(command, Some(file))
+    }
+
+    /// Starts it for the whole host. The configuration must claim nothing but
+    /// cgroups of the test: this is where everybody's connections are.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    ///
+    /// # Panics
+    ///
+    /// The configuration has a `[default]`.
+    pub fn start_everywhere(config: &str) -> Result<Self> {
+        assert!(!config.contains("[default]"), "that would be everybody's");
+        let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+        fs::write(&file, config)?;
+        let mut command = agent_command();
+        command.arg("run").arg("--config").arg(file.path());
+        Self::start_command(command, Some(file))
     }
 
     /// Starts it with its built-in policy.
@@ -75,16 +95,15 @@ impl Agent {
     /// As [`Agent::start`].
     pub fn start_built_in(cgroup: &Cgroup) -> Result<Self> {
         let mut command = agent_command();
-        command.arg("run");
-        Self::start_command(command, cgroup, None)
+        command.arg("run").args(["--cgroup", cgroup.path()]);
+        Self::start_command(command, None)
     }
 
     fn start_command(
         mut command: Command,
-        cgroup: &Cgroup,
         config: Option<tempfile::NamedTempFile>,
     ) -> Result<Self> {
-        command.arg("--json").args(["--cgroup", cgroup.path()]);
+        command.arg("--json");
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process::start(&mut command)?;
         let records = lines(process.child().stdout.take());

@@ -49,6 +49,14 @@ impl Conversation {
         self.answer(question, patience)
     }
 
+    /// Ends the input and waits for the program to end with it.
+    fn finish(mut self) -> Result<()> {
+        drop(self.process.child().stdin.take());
+        let status = self.process.wait(PATIENCE)?;
+        ensure!(status.success(), "the program failed: {status}");
+        Ok(())
+    }
+
     fn answer(&mut self, question: &str, patience: Duration) -> Result<String> {
         let answer = self
             .answers
@@ -144,6 +152,25 @@ impl Probe {
         );
         command.arg(program.path()?);
         Ok(Self(Conversation::start(&mut command)?))
+    }
+
+    /// Starts it by a command of the caller's, at the other end of whose pipes it
+    /// is.
+    ///
+    /// # Errors
+    ///
+    /// The command does not start.
+    pub fn start_by(command: &mut Command) -> Result<Self> {
+        Ok(Self(Conversation::start(command)?))
+    }
+
+    /// Lets the program end by itself.
+    ///
+    /// # Errors
+    ///
+    /// It does not, or fails.
+    pub fn finish(self) -> Result<()> {
+        self.0.finish()
     }
 
     /// The process id.
@@ -460,11 +487,8 @@ impl Neighbour {
     /// # Errors
     ///
     /// It was not attached any more.
-    pub fn detach(mut self) -> Result<()> {
-        drop(self.0.process.child().stdin.take());
-        let status = self.0.process.wait(PATIENCE)?;
-        ensure!(status.success(), "the neighbour could not detach: {status}");
-        Ok(())
+    pub fn detach(self) -> Result<()> {
+        self.0.finish().context("the neighbour cannot detach")
     }
 }
 

@@ -176,6 +176,25 @@ fn a_list_of_cgroups_and_globs() -> Result<()> {
     Ok(())
 }
 
+/// Attached at the root of the hierarchy, as on a real host, and told to claim
+/// nothing but this.
+#[test]
+fn from_the_root_of_the_hierarchy() -> Result<()> {
+    require!();
+    let root = Cgroup::new()?;
+    let (claimed, other) = (root.child("claimed")?, root.child("other")?);
+    let config = policy("claimed", &quoted(claimed.path()), 71);
+    let agent = Agent::start_everywhere(&config)?;
+    let mount = keepalive_tests::hierarchy()?.display().to_string();
+    let attached = agent.started()["cgroup"].as_str().unwrap_or_default();
+    assert_eq!(attached.trim_end_matches('/'), mount);
+    assert_eq!(idle_in(&claimed)?, [71, 71]);
+    assert_eq!(idle_in(&claimed.child("below")?)?, [71, 71]);
+    assert_eq!(idle_in(&other)?, [7200, 7200]);
+    assert_eq!(agent.stop()?.count("claimed", "seen"), 4);
+    Ok(())
+}
+
 /// The kernel remembers in each socket the cgroup it was made in.
 #[test]
 fn a_socket_keeps_the_cgroup_it_was_made_in() -> Result<()> {
