@@ -4,24 +4,16 @@ use std::{
     env,
     ffi::OsStr,
     io::{self, BufRead as _, BufReader, IsTerminal, Write as _},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// Prints the command, runs it, and fails unless it succeeds.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     announce(command);
-    run_unannounced(command)
-}
-
-/// For a command whose caller announced it in a more readable way.
-pub(crate) fn run_unannounced(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| cannot_start(command))?;
-    if !status.success() {
-        bail!("`{}` failed: {status}", describe(command));
-    }
-    Ok(())
+    succeeded(command, status)
 }
 
 /// Like [`run`], and shows every line of standard output to `see` on its way
@@ -42,10 +34,7 @@ pub(crate) fn run_and_read(command: &mut Command, mut see: impl FnMut(&str)) -> 
         }
     }
     let status = child.wait()?;
-    if !status.success() {
-        bail!("`{}` failed: {status}", describe(command));
-    }
-    Ok(())
+    succeeded(command, status)
 }
 
 /// Runs a question silently and returns its standard output.
@@ -105,6 +94,11 @@ fn paint(stream: &impl IsTerminal, code: &str, text: &str) -> String {
     } else {
         text.to_owned()
     }
+}
+
+fn succeeded(command: &Command, status: ExitStatus) -> Result<()> {
+    ensure!(status.success(), "`{}` failed: {status}", describe(command));
+    Ok(())
 }
 
 fn cannot_start(command: &Command) -> String {

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Command};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{exec, workspace};
 
@@ -51,7 +51,16 @@ pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
             .args(["install", "--no-install-recommends"])
             .args(&names),
     );
-    exec::run_unannounced(&mut shell).with_context(|| format!("cannot install {}", names.join(" ")))
+    let status = shell
+        .status()
+        .with_context(|| format!("cannot start `{}`", shell.get_program().display()))?;
+    // The command itself is not shown: nobody wants to read that script here.
+    ensure!(
+        status.success(),
+        "cannot install {}: {status}",
+        names.join(" ")
+    );
+    Ok(())
 }
 
 /// Fetches the lists of packages.
