@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 pub enum Need {
     /// A program in `PATH` or one of the directories for administrators.
     Program(&'static str),
+    /// A helper program: built already, or a compiler for it.
+    Built(crate::Program),
     /// A file or directory.
     File(&'static str),
     /// Debian's libkeepalive0.
@@ -38,6 +40,16 @@ pub fn missing(needs: &[Need]) -> Option<String> {
         Need::Program(name) => find_program(name)
             .is_none()
             .then(|| format!("{name} is not installed")),
+        Need::Built(program) => {
+            let prebuilt = std::env::var_os("KEEPALIVE_TEST_PROGRAMS").is_some();
+            let compiler = if *program == crate::Program::Go {
+                "go"
+            } else {
+                "cc"
+            };
+            (!prebuilt && find_program(compiler).is_none())
+                .then(|| format!("{compiler} is not installed"))
+        }
         Need::File(path) => (!Path::new(path).exists()).then(|| format!("{path} does not exist")),
         Need::Libkeepalive => crate::libkeepalive()
             .is_none()

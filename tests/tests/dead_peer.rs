@@ -36,8 +36,14 @@ fn a_dead_peer_is_found_in_time() -> Result<()> {
     require!(Need::Program("ip"));
     let cgroup = Cgroup::new()?;
     let (near, far) = Netns::pair()?;
-    let _agent = Agent::start(&cgroup, POLICY)?;
+    let derived = cgroup.child("derived")?;
+    let config = format!(
+        "{POLICY}[[policy]]\nname = \"derived\"\ncgroup = \"{}\"\nuser-timeout = \"derive\"\n",
+        derived.path()
+    );
+    let _agent = Agent::start(&cgroup, &config)?;
     let mut ours = Probe::start(Program::Static, (&cgroup, &near))?;
+    let mut with_timeout = Probe::start(Program::Raw, (&derived, &near))?;
     let mut control = Probe::start(Program::Static, &near)?;
     let mut theirs = Probe::start(Program::Static, &far)?;
 
@@ -45,6 +51,7 @@ fn a_dead_peer_is_found_in_time() -> Result<()> {
     let (_, v6) = theirs.listener("[fd99::2]:0")?;
     let (listener, own) = ours.listener("10.99.0.1:0")?;
     let bystander = control.connected(v4)?;
+    let derived = with_timeout.connected(v4)?;
     let v4 = ours.connected(v4)?;
     let v6 = ours.connected(v6)?;
     theirs.connected(own)?;
@@ -55,6 +62,7 @@ fn a_dead_peer_is_found_in_time() -> Result<()> {
     dies_in_time(&mut ours, v4, connected).context("over IPv4")?;
     dies_in_time(&mut ours, v6, connected).context("over IPv6")?;
     dies_in_time(&mut ours, accepted, connected).context("accepted")?;
+    dies_in_time(&mut with_timeout, derived, connected).context("with a user timeout")?;
     // The same program on the same cable outside the cgroup goes on waiting.
     ensure!(
         !control.wait(bystander, TOLERANCE)?,

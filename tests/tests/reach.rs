@@ -68,7 +68,7 @@ fn a_program_on_raw_system_calls() -> Result<()> {
 
 #[test]
 fn a_go_binary() -> Result<()> {
-    require!(Need::Libkeepalive, Need::Program("go"), Need::NoConfig);
+    require!(Need::Libkeepalive, Need::Built(Program::Go), Need::NoConfig);
     is_missed_by_preload_and_reached_by_us(Program::Go)
 }
 
@@ -89,7 +89,7 @@ fn a_dynamic_binary() -> Result<()> {
 /// Package net sets 15 s once the connection stands: the application's last word.
 #[test]
 fn what_go_sets_by_itself_stands() -> Result<()> {
-    require!(Need::Program("go"));
+    require!(Need::Built(Program::Go));
     let cgroup = Cgroup::new()?;
     let _agent = Agent::start(&cgroup, "[default]\nuser-timeout = \"200s\"\n")?;
     let mut go = GoProbe::start(true, &cgroup, &[])?;
