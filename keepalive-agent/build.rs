@@ -41,10 +41,7 @@ fn name_commit(workspace: &Path) {
             .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     if let Some(path) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
-        println!(
-            "cargo::rerun-if-changed={}",
-            workspace.join(path).display()
-        );
+        println!("cargo::rerun-if-changed={}", workspace.join(path).display());
     }
     let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
     println!("cargo::rustc-env=KEEPALIVE_COMMIT={commit}");

@@ -151,7 +151,7 @@ fn assign_existing(
         root,
         policies: default.into_iter().chain(named).collect(),
         by_id: HashMap::new(),
-        claims: Vec::new(),
+        made: Vec::new(),
         warnings: Vec::new(),
     };
     let numbered = || (first_named..).zip(&config.policies);
@@ -171,7 +171,7 @@ fn assign_existing(
     }
     let assignment = Assignment {
         policies: claims.policies,
-        claims: claims.claims,
+        claims: claims.made,
     };
     (assignment, claims.warnings)
 }
@@ -181,7 +181,7 @@ struct Claims<'a> {
     root: &'a Cgroup,
     policies: Vec<Assigned>,
     by_id: HashMap<u64, usize>,
-    claims: Vec<Claim>,
+    made: Vec<Claim>,
     warnings: Vec<Warning>,
 }
 
@@ -232,7 +232,7 @@ impl Claims<'_> {
         match self.by_id.entry(cgroup.id) {
             Entry::Occupied(entry) => *entry.get(),
             Entry::Vacant(entry) => {
-                self.claims.push(Claim {
+                self.made.push(Claim {
                     cgroup: cgroup.clone(),
                     policy,
                 });
@@ -299,7 +299,13 @@ mod tests {
         let (assignment, warnings) = assign_existing(&config, &root, &existing);
         assert_eq!(
             claims(&assignment),
-            ["/=default", "/s/a=exact", "/s/ab=wide", "/s/b/c=exact", "/s/b=wide"]
+            [
+                "/=default",
+                "/s/a=exact",
+                "/s/ab=wide",
+                "/s/b/c=exact",
+                "/s/b=wide"
+            ]
         );
         assert_eq!(
             warnings,

@@ -29,8 +29,7 @@ const FAILURES: &str = "FAILURES";
 const LAYOUT: &str = "LAYOUT";
 
 /// What the build script embedded; empty when the BPF object was not built.
-static OBJECT: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/keepalive.bpf.o"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/keepalive.bpf.o"));
 
 /// Accepted by the kernel's verifier; claims nothing yet.
 pub struct Loaded(Ebpf);
@@ -83,7 +82,10 @@ impl Loaded {
             cgroups
                 .insert(claim.cgroup.id, slot::of_index(claim.policy), 0)
                 .with_context(|| {
-                    format!("telling the kernel the policy of cgroup {}", claim.cgroup.path)
+                    format!(
+                        "telling the kernel the policy of cgroup {}",
+                        claim.cgroup.path
+                    )
                 })?;
         }
         Ok(Filled(self.0))

@@ -14,6 +14,9 @@ use std::{
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use tracing::Level;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::{
     config::{Config, DEFAULT_FILE, Diagnostics},
@@ -70,7 +73,12 @@ struct Target {
     config: Option<PathBuf>,
 
     /// Govern only this cgroup and what is below it, such as /system.slice
-    #[arg(long, value_name = "PATH", default_value = "/", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/",
+        hide_default_value = true
+    )]
     cgroup: PathBuf,
 
     /// Print JSON lines for machines instead of text for people
@@ -81,17 +89,12 @@ struct Target {
 impl Target {
     /// The config to use, where it came from, and its warnings.
     fn config(&self) -> Result<(Config, ConfigSource, Diagnostics)> {
-        let file = match &self.config {
-            Some(file) => file.clone(),
-            None => {
-                let file = PathBuf::from(DEFAULT_FILE);
-                if !file.try_exists()? {
-                    let built_in = Config::built_in();
-                    return Ok((built_in, ConfigSource::BuiltIn, Diagnostics::default()));
-                }
-                file
-            }
-        };
+        let default = PathBuf::from(DEFAULT_FILE);
+        if self.config.is_none() && !default.try_exists()? {
+            let built_in = Config::built_in();
+            return Ok((built_in, ConfigSource::BuiltIn, Diagnostics::default()));
+        }
+        let file = self.config.clone().unwrap_or(default);
         let (config, warnings) = Config::read(&file)?;
         Ok((config, ConfigSource::File(file), warnings))
     }
@@ -140,15 +143,20 @@ pub fn main() -> ExitCode {
 /// surroundings keeps a part of the policy from holding; info, unused, reports
 /// go to stdout; debug, each step that is taken, never one line per socket.
 fn log_to_stderr(verbose: bool) {
-    let level = if verbose { Level::DEBUG } else { Level::WARN };
     let colour = io::stderr().is_terminal()
         && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    let own = if verbose { Level::DEBUG } else { Level::WARN };
+    // What libraries do step by step helps nobody who runs the agent.
+    let levels = Targets::new()
+        .with_default(Level::WARN)
+        .with_target(env!("CARGO_CRATE_NAME"), own);
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(colour)
         .with_target(false)
         // The journal and terminals have clocks of their own.
-        .without_time()
+        .without_time();
+    tracing_subscriber::registry()
+        .with(lines.with_filter(levels))
         .init();
 }

@@ -217,8 +217,7 @@ mod tests {
 
     #[test]
     fn finds_the_hierarchy_on_unified_and_hybrid_hosts() {
-        let unified =
-            "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+        let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(mount_in(unified), Some("/sys/fs/cgroup".into()));
         let hybrid = "\
             25 23 0:22 / /sys/fs/cgroup rw shared:4 - tmpfs tmpfs rw,mode=755\n\

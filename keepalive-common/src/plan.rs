@@ -48,11 +48,7 @@ pub fn plan(policy: &Policy, has: &Options) -> Options {
 /// off, or where one of them is unset and so not known here.
 #[inline(always)]
 fn derived(keepalive: Keepalive, wants: &Options) -> u32 {
-    if keepalive == Keepalive::Off
-        || wants.idle == 0
-        || wants.interval == 0
-        || wants.probes == 0
-    {
+    if keepalive == Keepalive::Off || wants.idle == 0 || wants.interval == 0 || wants.probes == 0 {
         return 0;
     }
     time_to_notice(wants.idle, wants.interval, wants.probes)

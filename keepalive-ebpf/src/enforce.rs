@@ -90,6 +90,7 @@ fn count(counter: *const u64) {
 
 /// What became of a socket.
 #[derive(Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent of each other")]
 struct Done {
     turned_on: bool,
     turned_off: bool,
@@ -178,7 +179,7 @@ impl Refusal {
         };
         // SAFETY: takes no arguments and only reads the clock.
         let now = unsafe { bpf_ktime_get_boot_ns() };
-        if let Some(failure) = FAILURES.get_ptr_mut(&key) {
+        if let Some(failure) = FAILURES.get_ptr_mut(key) {
             // SAFETY: a live element of a per-CPU map; a race with a run that
             // interrupts this one costs at worst one more line in the log.
             let failure = unsafe { &mut *failure };
@@ -193,7 +194,7 @@ impl Refusal {
                 logged_at: now,
             };
             // A full map loses the cause, not the count of failed sockets.
-            let _ = FAILURES.insert(&key, &first, 0);
+            let _ = FAILURES.insert(key, first, 0);
         }
         warn!(
             ctx,

@@ -4,6 +4,10 @@
 //! Two kinds of pointers: one whose type the verifier knows is followed by a
 //! plain load, which it checks against the type's BTF and the kernel guards
 //! against faults; a bare number is followed with `bpf_probe_read_kernel`.
+#![expect(
+    clippy::cast_ptr_alignment,
+    reason = "the kernel aligns its fields to their own width"
+)]
 
 use aya_ebpf::{
     Global,
@@ -35,7 +39,10 @@ static LAYOUT: Global<Layout> = Global::new(Layout {
     reserved: 0,
 });
 
-const NOWHERE: Field = Field { offset: 0, width: 0 };
+const NOWHERE: Field = Field {
+    offset: 0,
+    width: 0,
+};
 
 /// One member of [`LAYOUT`], read by itself: the verifier must see each offset
 /// as a constant, which a copy of the whole record through the stack loses.

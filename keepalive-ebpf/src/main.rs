@@ -2,12 +2,7 @@
 //!
 //! Entry points only: each maps what its hook offers to the decision in
 //! `enforce`, which is the same for all of them.
-#![cfg_attr(
-    target_arch = "bpf",
-    no_std,
-    no_main,
-    feature(asm_experimental_arch)
-)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod claim;
 mod enforce;
@@ -33,6 +28,7 @@ const PROCEED: u32 = 1;
 /// Runs some nine times in the life of a connection, of which two callbacks
 /// matter: one end has connected, one end has accepted.
 #[sock_ops]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {

@@ -110,7 +110,10 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
             ]
         });
         output::table(["NEEDED", "WORKS", "DETAIL"], rows)?;
-        for more in findings.iter().filter_map(|finding| finding.detail.split_once('\n')) {
+        for more in findings
+            .iter()
+            .filter_map(|finding| finding.detail.split_once('\n'))
+        {
             println!("{}", more.1);
         }
         println!(
@@ -142,9 +145,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     let mut findings = Vec::new();
     let root = target.root();
     findings.push(match &root {
-        Ok((hierarchy, root)) => {
-            Finding::yes(HIERARCHY, hierarchy.directory(&root.path).display())
-        }
+        Ok((hierarchy, root)) => Finding::yes(HIERARCHY, hierarchy.directory(&root.path).display()),
         Err(error) => Finding::no(HIERARCHY, format_args!("{error:#}")),
     });
     let capable = preflight::may_enforce();
@@ -156,7 +157,11 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     findings.push(match &layout {
         Ok(layout) => Finding::yes(
             TYPES,
-            format_args!("all fields found in {}, HZ {}", layout::KERNEL_BTF, layout.hz),
+            format_args!(
+                "all fields found in {}, HZ {}",
+                layout::KERNEL_BTF,
+                layout.hz
+            ),
         ),
         Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
     });

@@ -71,6 +71,10 @@ async fn enforce(target: &Target) -> Result<()> {
     let mut enforcer = Loaded::load(&layout, assignment.policies.len())?
         .fill(&assignment)?
         .attach(&directory)?;
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger keeps its descriptor open"
+    )]
     let mut log = AsyncFd::with_interest(enforcer.logger()?, Interest::READABLE)
         .context("watching the log of the BPF program")?;
     let started = Instant::now();
@@ -161,7 +165,15 @@ fn report_start(
         let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
         let name = assigned.name.clone();
         let cgroups = some_of(paths_of(assignment, index));
-        [name, keepalive, idle, interval, probes, user_timeout, cgroups]
+        [
+            name,
+            keepalive,
+            idle,
+            interval,
+            probes,
+            user_timeout,
+            cgroups,
+        ]
     });
     output::table(
         [
@@ -305,7 +317,16 @@ fn report_stop(target: &Target, by: &str, started: Instant, done: &Done) -> Resu
             policy.failed,
         ];
         let [seen, on, off, filled, clamped, left, failed] = numbers.map(|n| n.to_string());
-        [policy.name.clone(), seen, on, off, filled, clamped, left, failed]
+        [
+            policy.name.clone(),
+            seen,
+            on,
+            off,
+            filled,
+            clamped,
+            left,
+            failed,
+        ]
     });
     output::table(
         [

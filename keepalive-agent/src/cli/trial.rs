@@ -49,14 +49,13 @@ pub(super) enum Failure {
 }
 
 /// Makes the connection below `root` and looks at both ends.
-pub(super) fn parent(
-    loaded: Loaded,
-    hierarchy: &Hierarchy,
-    root: &Cgroup,
-) -> Result<(), Failure> {
+pub(super) fn parent(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(), Failure> {
     let ends = connect_under_policy(loaded, hierarchy, root).map_err(Failure::NotTried)?;
     let wanted = plan(&POLICY, &Options::default());
-    for (end, has) in [("connecting", ends.connecting), ("accepting", ends.accepting)] {
+    for (end, has) in [
+        ("connecting", ends.connecting),
+        ("accepting", ends.accepting),
+    ] {
         if Options::from(has) != wanted {
             return Err(Failure::NoEffect(format!(
                 "the {end} end has {has:?} instead of {wanted:?}"
@@ -120,7 +119,10 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir(&self.directory) {
-            tracing::warn!("removing the scratch cgroup {}: {error}", self.directory.display());
+            tracing::warn!(
+                "removing the scratch cgroup {}: {error}",
+                self.directory.display()
+            );
         }
     }
 }
@@ -141,10 +143,19 @@ impl Trial {
 
     /// Lets the child connect, and reads what it saw.
     fn ends(&mut self) -> Result<Ends> {
-        let mut go = self.0.stdin.take().context("the trial process has no stdin")?;
-        go.write_all(b"go\n").context("starting the trial connection")?;
+        let mut go = self
+            .0
+            .stdin
+            .take()
+            .context("the trial process has no stdin")?;
+        go.write_all(b"go\n")
+            .context("starting the trial connection")?;
         drop(go);
-        let out = self.0.stdout.take().context("the trial process has no stdout")?;
+        let out = self
+            .0
+            .stdout
+            .take()
+            .context("the trial process has no stdout")?;
         let mut line = String::new();
         BufReader::new(out.take(4096))
             .read_line(&mut line)

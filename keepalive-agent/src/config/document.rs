@@ -109,7 +109,7 @@ impl Reader<'_> {
             return Vec::new();
         };
         let mut tables = Vec::new();
-        for item in items.iter() {
+        for item in items {
             if let DeValue::Table(table) = item.get_ref() {
                 tables.push((item.span(), table));
             } else {
@@ -302,12 +302,7 @@ impl Reader<'_> {
 
     /// What an application gets that set nothing: a value, or for the
     /// user-timeout a word.
-    fn default_of(
-        &mut self,
-        section: Section<'_, '_>,
-        key: &str,
-        timer: Timer,
-    ) -> Option<Default> {
+    fn default_of(&mut self, section: Section<'_, '_>, key: &str, timer: Timer) -> Option<Default> {
         if timer == Timer::UserTimeout {
             match section.get(key)?.get_ref().as_str() {
                 Some("derive") => return Some(Default::Derive),

@@ -20,12 +20,7 @@ pub(super) enum Timer {
 }
 
 impl Timer {
-    pub(super) const ALL: [Self; 4] = [
-        Self::Idle,
-        Self::Interval,
-        Self::Probes,
-        Self::UserTimeout,
-    ];
+    pub(super) const ALL: [Self; 4] = [Self::Idle, Self::Interval, Self::Probes, Self::UserTimeout];
 
     pub(super) const fn key(self) -> &'static str {
         match self {
@@ -90,7 +85,9 @@ impl Timer {
             _ => (Duration::from_secs(1), "seconds"),
         };
         if !duration.as_nanos().is_multiple_of(unit.as_nanos()) {
-            return Err(format!("must be whole {name}: the kernel knows no finer ones"));
+            return Err(format!(
+                "must be whole {name}: the kernel knows no finer ones"
+            ));
         }
         Ok(i128::try_from(duration.as_nanos() / unit.as_nanos()).unwrap_or(i128::MAX))
     }

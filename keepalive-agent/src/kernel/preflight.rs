@@ -48,7 +48,10 @@ mod tests {
     #[test]
     fn names_exactly_what_is_missing() {
         for (effective, expected) in [
-            (CapabilitySet::empty(), &["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"][..]),
+            (
+                CapabilitySet::empty(),
+                &["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"][..],
+            ),
             (CapabilitySet::SYS_ADMIN, &[]),
             (CapabilitySet::NET_ADMIN, &["CAP_BPF", "CAP_PERFMON"]),
             (
