@@ -106,6 +106,9 @@ fn install(needs: &[&Need]) -> anyhow::Result<()> {
     let Err(error) = apt::install(&packages) else {
         return Ok(());
     };
+    if packages.len() == 1 {
+        return Err(error);
+    }
     // One package that cannot be installed must not cost all the others.
     exec::warn(&format!("{error:#}; trying one by one"));
     for package in packages {
