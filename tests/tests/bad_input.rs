@@ -337,6 +337,21 @@ fn a_cgroup_or_glob_that_matches_nothing_is_a_warning() -> Result<()> {
 }
 
 #[test]
+fn a_policy_outside_of_what_is_governed_is_a_warning() -> Result<()> {
+    require!();
+    let (inside, outside) = (Cgroup::new()?, Cgroup::new()?);
+    let path = outside.path();
+    let config = format!("[[policy]]\nname = \"outside\"\ncgroup = \"{path}\"\n");
+    let agent = Agent::start(&inside, &config)?;
+    untouched(&outside)?;
+    let finished = agent.stop()?;
+    assert_eq!(finished.code, Some(0));
+    let warned = finished.stderr.lines().any(|line| line.contains(path));
+    assert!(warned, "{}", finished.stderr);
+    Ok(())
+}
+
+#[test]
 fn usage_errors_have_exit_code_2() -> Result<()> {
     require!();
     for arguments in [

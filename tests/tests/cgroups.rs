@@ -176,6 +176,27 @@ fn a_list_of_cgroups_and_globs() -> Result<()> {
     Ok(())
 }
 
+/// Two policies for one cgroup: the path beats the glob, else the first in the
+/// file wins, and the loser is told.
+#[test]
+fn two_policies_for_one_cgroup() -> Result<()> {
+    require!();
+    let root = Cgroup::new()?;
+    let (a, b) = (root.child("a")?, root.child("b")?);
+    let path = root.path();
+    let config = policy("glob", &format!("\"{path}/*\""), 71)
+        + &policy("path", &quoted(a.path()), 72)
+        + &policy("late", &quoted(a.path()), 73);
+    let agent = Agent::start(&root, &config)?;
+    assert_eq!(idle_in(&a)?, [72, 72]);
+    assert_eq!(idle_in(&b)?, [71, 71]);
+    let finished = agent.stop()?;
+    let told = |name: &str| finished.stderr.lines().any(|line| line.contains(name));
+    assert!(told("policy late"), "{}", finished.stderr);
+    assert!(!told("policy path:"), "{}", finished.stderr);
+    Ok(())
+}
+
 /// Attached at the root of the hierarchy, as on a real host, and told to claim
 /// nothing but this.
 #[test]

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, output, require, wait_until,
+    Agent, Cgroup, Need, Options, Place, Probe, Process, Program, agent_command, output, require,
+    wait_until,
 };
 use rustix::process::Signal;
 use std::time::Duration;
@@ -127,6 +128,35 @@ fn survives_the_end_of_the_cgroups_it_governs() -> Result<()> {
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     assert_eq!(finished.count("service", "seen"), 2);
     assert_eq!(finished.count("default", "seen"), 2);
+    Ok(())
+}
+
+/// Nobody reads what it says, or it cannot be written: that may end it with an
+/// error, but not with a panic, and nothing stays attached.
+#[test]
+fn output_that_cannot_be_written_is_no_panic() -> Result<()> {
+    require!(Need::NoConfig);
+    for arguments in [&["run"][..], &["run", "--json"]] {
+        let cgroup = Cgroup::new()?;
+        let mut command = agent_command();
+        command.args(arguments).args(["--cgroup", cgroup.path()]);
+        let stderr = tempfile::NamedTempFile::new()?;
+        let full = std::fs::File::options().write(true).open("/dev/full")?;
+        command.stdout(full).stderr(stderr.reopen()?);
+        let mut agent = Process::start(&mut command)?;
+        // Long enough to attach and speak, or to give up.
+        if agent.wait(Duration::from_secs(2)).is_err() {
+            agent.signal(Signal::TERM)?;
+        }
+        let status = agent.wait(LIMIT)?;
+        let said = std::fs::read_to_string(&stderr)?;
+        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+        assert!(
+            matches!(status.code(), Some(0 | 1)),
+            "{arguments:?}: {status}"
+        );
+        assert_eq!(connection(&cgroup)?, [Options::UNTOUCHED; 2]);
+    }
     Ok(())
 }
 
