@@ -114,7 +114,13 @@ impl Filled {
         // the flag that says so.
         program(&mut self.0)?
             .attach(cgroup, CgroupAttachMode::default())
-            .with_context(|| format!("attaching program {PROGRAM}: nothing is enforced"))?;
+            .with_context(|| {
+                format!(
+                    "attaching program {PROGRAM}: nothing is enforced; \
+                     if another program wants the cgroup for itself alone, \
+                     `bpftool cgroup show PATH` names it"
+                )
+            })?;
         Ok(Enforcer(self.0))
     }
 }

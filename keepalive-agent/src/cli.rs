@@ -6,7 +6,7 @@ mod run;
 mod trial;
 
 use std::{
-    io::{self, IsTerminal as _},
+    io::{self, IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
 };
@@ -134,7 +134,8 @@ pub fn main() -> ExitCode {
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        // Nobody is left to tell when this fails too.
+        let _ = writeln!(io::stderr(), "error: {error:#}");
         ExitCode::FAILURE
     })
 }

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File, Metadata},
     io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -80,6 +80,12 @@ impl Hierarchy {
     /// When there is none.
     pub fn existing(&self, path: &Path) -> Result<Cgroup> {
         let below = path.strip_prefix(&self.mount).unwrap_or(path);
+        if path.is_relative() || below.components().any(|part| part == Component::ParentDir) {
+            bail!(
+                "a cgroup path starts with `/`, the root of the hierarchy, and has no `..`: {}",
+                path.display()
+            );
+        }
         let Some(below) = below.to_str() else {
             bail!("the cgroup path {} is not UTF-8", path.display());
         };

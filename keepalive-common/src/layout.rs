@@ -6,7 +6,7 @@
 
 /// Where a field stands in its structure.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
     /// Offset in bytes.
     pub offset: u32,
@@ -16,7 +16,7 @@ pub struct Field {
 
 /// All fields that are read, and what is needed to understand them.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// `tcp_sock` → `sock_common.skc_flags`.
     pub flags: Field,
@@ -39,16 +39,85 @@ pub struct Layout {
     pub cgroup_kn: Field,
     /// `kernfs_node.id`, the cgroup's id and inode number.
     pub kernfs_id: Field,
+    /// `tcp_sock` → `sock_common.skc_state`.
+    pub state: Field,
+    /// `tcp_sock` → `sock_common.skc_family`.
+    pub family: Field,
+    /// `tcp_sock` → `sock_common.skc_num`, the local port.
+    pub local_port: Field,
+    /// `tcp_sock` → `sock_common.skc_dport`, the remote port, big-endian.
+    pub remote_port: Field,
+    /// `tcp_sock` → `sock_common.skc_rcv_saddr`.
+    pub local_v4: Field,
+    /// `tcp_sock` → `sock_common.skc_daddr`.
+    pub remote_v4: Field,
+    /// `tcp_sock` → `sock_common.skc_v6_rcv_saddr`.
+    pub local_v6: Field,
+    /// `tcp_sock` → `sock_common.skc_v6_daddr`.
+    pub remote_v6: Field,
+    /// `tcp_sock` → when the keepalive timer fires, in jiffies.
+    pub timer_expires: Field,
+    /// `tcp_sock.rcv_tstamp`: when the last acknowledgement came, in jiffies.
+    pub last_ack: Field,
+    /// `tcp_sock` → `inet_connection_sock.icsk_ack.lrcvtime`: when the last data
+    /// came, in jiffies.
+    pub last_data: Field,
+    /// `tcp_sock.packets_out`: segments that are not acknowledged yet.
+    pub packets_out: Field,
+    /// `tcp_sock` → `sock.sk_socket`, null for a socket that no process holds.
+    pub socket: Field,
+    /// `socket` → the inode number that /proc/PID/fd shows.
+    pub socket_inode: Field,
     /// Bit number of `SOCK_KEEPOPEN` in the flags: keepalive is on.
     pub keepopen_bit: u32,
+    /// Bit number of `SOCK_DEAD` in the flags: no process holds the socket.
+    pub dead_bit: u32,
     /// Jiffies per second.
     pub hz: u32,
     /// 1 where `sk_cgrp_data` holds a typed pointer that programs may follow;
     /// 0 where it is a bare number (before Linux 5.15 or so) whose lowest bit says that it is
     /// not a pointer at all.
     pub typed_cgroup: u32,
-    /// Explicit end of the record, always 0.
-    pub reserved: u32,
+}
+
+impl Layout {
+    /// Before the agent has looked: every field at offset 0 and without width.
+    pub const NOWHERE: Self = {
+        const NOWHERE: Field = Field {
+            offset: 0,
+            width: 0,
+        };
+        Self {
+            flags: NOWHERE,
+            keepalive_time: NOWHERE,
+            keepalive_intvl: NOWHERE,
+            keepalive_probes: NOWHERE,
+            user_timeout: NOWHERE,
+            sock_cgroup: NOWHERE,
+            cgroup_parent: NOWHERE,
+            css_cgroup: NOWHERE,
+            cgroup_kn: NOWHERE,
+            kernfs_id: NOWHERE,
+            state: NOWHERE,
+            family: NOWHERE,
+            local_port: NOWHERE,
+            remote_port: NOWHERE,
+            local_v4: NOWHERE,
+            remote_v4: NOWHERE,
+            local_v6: NOWHERE,
+            remote_v6: NOWHERE,
+            timer_expires: NOWHERE,
+            last_ack: NOWHERE,
+            last_data: NOWHERE,
+            packets_out: NOWHERE,
+            socket: NOWHERE,
+            socket_inode: NOWHERE,
+            keepopen_bit: 0,
+            dead_bit: 0,
+            hz: 0,
+            typed_cgroup: 0,
+        }
+    };
 }
 
 #[cfg(test)]
@@ -57,6 +126,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 10 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 24 * size_of::<Field>() + 4 * 4);
     }
 }

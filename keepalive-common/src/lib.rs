@@ -7,7 +7,8 @@
 //! * [`plan`]: what has to be set on a socket so that it does,
 //! * [`counters`]: what was done, counted,
 //! * [`layout`]: where the running kernel keeps the fields that the plan reads,
-//! * [`slot`]: how a cgroup points to its policy.
+//! * [`slot`]: how a cgroup points to its policy,
+//! * [`socket`]: one connection, as it is listed.
 //!
 //! Every record that crosses into a BPF map is `repr(C)`, made of integers
 //! only, and without padding.
@@ -19,6 +20,7 @@ pub mod layout;
 pub mod plan;
 pub mod policy;
 pub mod slot;
+pub mod socket;
 
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]

@@ -4,6 +4,7 @@ use crate::{
     counters::{Counters, Failure, FailureKey},
     layout::Layout,
     policy::Policy,
+    socket::SocketRecord,
 };
 
 // SAFETY: each record is `repr(C)`, made of integers only and free of padding
@@ -18,3 +19,5 @@ unsafe impl aya::Pod for FailureKey {}
 unsafe impl aya::Pod for Failure {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Layout {}
+// SAFETY: as above.
+unsafe impl aya::Pod for SocketRecord {}

@@ -22,27 +22,7 @@ use keepalive_common::{
 
 /// Set by the agent before the program is loaded, frozen since.
 #[unsafe(no_mangle)]
-static LAYOUT: Global<Layout> = Global::new(Layout {
-    flags: NOWHERE,
-    keepalive_time: NOWHERE,
-    keepalive_intvl: NOWHERE,
-    keepalive_probes: NOWHERE,
-    user_timeout: NOWHERE,
-    sock_cgroup: NOWHERE,
-    cgroup_parent: NOWHERE,
-    css_cgroup: NOWHERE,
-    cgroup_kn: NOWHERE,
-    kernfs_id: NOWHERE,
-    keepopen_bit: 0,
-    hz: 0,
-    typed_cgroup: 0,
-    reserved: 0,
-});
-
-const NOWHERE: Field = Field {
-    offset: 0,
-    width: 0,
-};
+static LAYOUT: Global<Layout> = Global::new(Layout::NOWHERE);
 
 /// One member of [`LAYOUT`], read by itself: the verifier must see each offset
 /// as a constant, which a copy of the whole record through the stack loses.

@@ -114,17 +114,14 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
             .iter()
             .filter_map(|finding| finding.detail.split_once('\n'))
         {
-            println!("{}", more.1);
+            output::text(format_args!("{}\n", more.1))?;
         }
-        println!(
-            "\nLinux {}: {}",
-            kernel::release(),
-            if able {
-                "able to enforce"
-            } else {
-                "not able to enforce, see above"
-            }
-        );
+        let verdict = if able {
+            "able to enforce"
+        } else {
+            "not able to enforce, see above"
+        };
+        output::text(format_args!("\nLinux {}: {verdict}\n", kernel::release()))?;
     }
     Ok(if able {
         ExitCode::SUCCESS

@@ -1,6 +1,9 @@
 //! What people and machines read: aligned tables, JSON lines.
 
-use std::io::{self, Write};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+};
 
 use anyhow::{Context as _, Result};
 use keepalive_common::policy::{Keepalive, Policy, Range};
@@ -8,6 +11,15 @@ use serde::Serialize;
 use tabwriter::TabWriter;
 
 use crate::duration;
+
+const PRINTING: &str = "printing to standard output";
+
+/// Prints text as it is. Unlike `println!` it does not panic when nobody reads.
+pub(super) fn text(text: impl Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}")?;
+    out.flush().context(PRINTING)
+}
 
 /// Prints a table with a header, columns aligned.
 pub(super) fn table<const COLUMNS: usize>(
@@ -19,7 +31,7 @@ pub(super) fn table<const COLUMNS: usize>(
     for row in rows {
         writeln!(out, "{}", row.join("\t"))?;
     }
-    out.flush().context("printing a table")
+    out.flush().context(PRINTING)
 }
 
 /// Prints one JSON object on a line of its own.
@@ -27,7 +39,7 @@ pub(super) fn json(record: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
     serde_json::to_writer(&mut out, record)?;
     writeln!(out)?;
-    out.flush().context("printing JSON")
+    out.flush().context(PRINTING)
 }
 
 /// The wishes of a policy, as people read them: keepalive, idle, interval,

@@ -67,10 +67,12 @@ async fn enforce(target: &Target) -> Result<()> {
     for warning in &warnings {
         warn!("{warning}");
     }
+    let place = hierarchy.directory(&root.path).display().to_string();
     let directory = hierarchy.open(&root)?;
     let mut enforcer = Loaded::load(&layout, assignment.policies.len())?
         .fill(&assignment)?
-        .attach(&directory)?;
+        .attach(&directory)
+        .with_context(|| format!("cgroup {place}"))?;
     #[expect(
         deprecated,
         reason = "its successor is unsafe; the logger keeps its descriptor open"
@@ -78,7 +80,6 @@ async fn enforce(target: &Target) -> Result<()> {
     let mut log = AsyncFd::with_interest(enforcer.logger()?, Interest::READABLE)
         .context("watching the log of the BPF program")?;
     let started = Instant::now();
-    let place = hierarchy.directory(&root.path).display().to_string();
     report_start(target, &place, &source, &assignment)?;
 
     let stopped_by = tokio::select! {
@@ -158,9 +159,12 @@ fn report_start(
             policies: policies.collect(),
         });
     }
-    println!("keepalive-agent {VERSION} on Linux {}", kernel::release());
-    println!("config    {source}");
-    println!("attached  {place}: every new TCP connection in it and below\n");
+    output::text(format_args!(
+        "keepalive-agent {VERSION} on Linux {}\n\
+         config    {source}\n\
+         attached  {place}: every new TCP connection in it and below\n\n",
+        kernel::release()
+    ))?;
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
         let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
         let name = assigned.name.clone();
@@ -187,8 +191,7 @@ fn report_start(
         ],
         rows,
     )?;
-    println!("\nenforcing until stopped with SIGINT (ctrl-c) or SIGTERM");
-    Ok(())
+    output::text("\nenforcing until stopped with SIGINT (ctrl-c) or SIGTERM\n")
 }
 
 /// The cgroups that point to a policy.
@@ -302,10 +305,10 @@ fn report_stop(target: &Target, by: &str, started: Instant, done: &Done) -> Resu
         return output::json(done);
     }
     let seconds = u32::try_from(started.elapsed().as_secs()).unwrap_or(u32::MAX);
-    println!(
-        "\nstopped by {by} after {}; connections keep what they were given\n",
+    output::text(format_args!(
+        "\nstopped by {by} after {}; connections keep what they were given\n\n",
         duration::show_seconds(seconds)
-    );
+    ))?;
     let rows = done.policies.iter().map(|policy| {
         let numbers = [
             policy.seen,
@@ -349,7 +352,9 @@ fn report_stop(target: &Target, by: &str, started: Instant, done: &Done) -> Resu
             count,
         } = failure;
         let reason = io::Error::from_raw_os_error(i32::try_from(*errno).unwrap_or(0));
-        println!("policy {policy}: the kernel refused {option} {count} times: {reason}");
+        output::text(format_args!(
+            "policy {policy}: the kernel refused {option} {count} times: {reason}\n"
+        ))?;
     }
     Ok(())
 }

@@ -64,8 +64,14 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
     let typed_cgroup = Structure::named(btf, "sock_cgroup_data")?
         .field("cgroup")
         .is_ok();
+    // The keepalive timer had the socket's general timer to itself until it got
+    // one of its own.
+    let timer_expires = tcp_sock
+        .number("inet_conn.icsk_keepalive_timer.expires")
+        .or_else(|_| tcp_sock.number(&format!("{sock}.sk_timer.expires")))?;
+    let common = |name: &str| tcp_sock.number(&format!("{sock}.__sk_common.{name}"));
     Ok(Layout {
-        flags: tcp_sock.number(&format!("{sock}.__sk_common.skc_flags"))?,
+        flags: common("skc_flags")?,
         keepalive_time: tcp_sock.number("keepalive_time")?,
         keepalive_intvl: tcp_sock.number("keepalive_intvl")?,
         keepalive_probes: tcp_sock.number("keepalive_probes")?,
@@ -75,10 +81,24 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,
         cgroup_kn: cgroup.number("kn")?,
         kernfs_id: Structure::named(btf, "kernfs_node")?.number("id")?,
+        state: common("skc_state")?,
+        family: common("skc_family")?,
+        local_port: common("skc_num")?,
+        remote_port: common("skc_dport")?,
+        local_v4: common("skc_rcv_saddr")?,
+        remote_v4: common("skc_daddr")?,
+        local_v6: tcp_sock.field(&format!("{sock}.__sk_common.skc_v6_rcv_saddr"))?,
+        remote_v6: tcp_sock.field(&format!("{sock}.__sk_common.skc_v6_daddr"))?,
+        timer_expires,
+        last_ack: tcp_sock.number("rcv_tstamp")?,
+        last_data: tcp_sock.number("inet_conn.icsk_ack.lrcvtime")?,
+        packets_out: tcp_sock.number("packets_out")?,
+        socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
+        socket_inode: Structure::named(btf, "socket_alloc")?.number("vfs_inode.i_ino")?,
         keepopen_bit: enumerator(btf, "sock_flags", "SOCK_KEEPOPEN")?,
+        dead_bit: enumerator(btf, "sock_flags", "SOCK_DEAD")?,
         hz,
         typed_cgroup: u32::from(typed_cgroup),
-        reserved: 0,
     })
 }
 
