@@ -5,6 +5,8 @@
 
 mod diagnostic;
 mod document;
+#[cfg(test)]
+mod tests;
 mod timer;
 
 use std::{fmt, fs, path::Path};
@@ -85,6 +87,9 @@ impl CgroupPattern {
     ///
     /// Says what is wrong with it.
     pub fn new(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("must not be empty; the root of the hierarchy is \"/\"".to_owned());
+        }
         if !text.starts_with('/') {
             return Err(format!(
                 "a cgroup path starts with `/`, the root of the cgroup v2 hierarchy; \

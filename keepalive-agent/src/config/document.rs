@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, ops::Range as Span, path::Path};
 
-use keepalive_common::policy::{Keepalive, Policy, time_to_notice};
+use keepalive_common::{
+    plan::{Options, plan},
+    policy::{Keepalive, Policy, time_to_notice},
+};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -21,8 +24,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<(Config, Diagnostics), Di
     let mut reader = Reader {
         path,
         text,
-        errors: Diagnostics::default(),
-        warnings: Diagnostics::default(),
+        errors: Found::default(),
+        warnings: Found::default(),
     };
     let (document, syntax_errors) = DeTable::parse_recoverable(text);
     if !syntax_errors.is_empty() {
@@ -30,23 +33,33 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<(Config, Diagnostics), Di
             let span = error.span().unwrap_or(0..0);
             reader.error(&span, "", error.message());
         }
-        return Err(reader.errors);
+        return Err(reader.errors.into_order());
     }
     let config = reader.document(document.get_ref());
     if reader.errors.0.is_empty() {
-        Ok((config, reader.warnings))
+        Ok((config, reader.warnings.into_order()))
     } else {
-        // Keys are read by topic; a person reads from the top.
-        reader.errors.0.sort_by_key(|error| error.line);
-        Err(reader.errors)
+        Err(reader.errors.into_order())
     }
 }
 
 struct Reader<'a> {
     path: &'a Path,
     text: &'a str,
-    errors: Diagnostics,
-    warnings: Diagnostics,
+    errors: Found,
+    warnings: Found,
+}
+
+/// What was found, with its offset in the text. Keys are read by topic, a
+/// person reads from the top.
+#[derive(Default)]
+struct Found(Vec<(usize, Diagnostic)>);
+
+impl Found {
+    fn into_order(mut self) -> Diagnostics {
+        self.0.sort_by_key(|(offset, _)| *offset);
+        Diagnostics(self.0.into_iter().map(|(_, found)| found).collect())
+    }
 }
 
 /// A table of the document and the name that its keys go by in messages.
@@ -157,7 +170,7 @@ impl Reader<'_> {
             self.wrong_value(section, "name", "must be a string");
             return None;
         };
-        if name.is_empty() || name.len() > LONGEST || name.chars().any(char::is_control) {
+        if name.is_empty() || name.chars().count() > LONGEST || name.chars().any(char::is_control) {
             let message = format!("must have 1 to {LONGEST} characters and no control characters");
             self.wrong_value(section, "name", &message);
             return None;
@@ -307,6 +320,11 @@ impl Reader<'_> {
             match section.get(key)?.get_ref().as_str() {
                 Some("derive") => return Some(Default::Derive),
                 Some("leave") => return Some(Default::Leave),
+                Some(word) if !word.contains(|c: char| c.is_ascii_digit()) => {
+                    let message = "must be a duration such as \"30s\", or \"derive\" or \"leave\"";
+                    self.wrong_value(section, key, message);
+                    return None;
+                }
                 _ => {}
             }
         }
@@ -314,46 +332,46 @@ impl Reader<'_> {
     }
 
     /// With a user-timeout the kernel counts time, not probes
-    /// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c).
+    /// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c). The table that brings
+    /// the two together is warned of, even when it inherits one of them.
     fn warn_of_user_timeout(&mut self, section: Section<'_, '_>, policy: &Policy) {
-        let Some(value) = section.get(Timer::UserTimeout.key()) else {
+        let own = Timer::UserTimeout.key();
+        let mentioned = [own, "idle", "interval", "probes", "keepalive"]
+            .into_iter()
+            .find_map(|key| Some((key, section.get(key)?.span())));
+        let Some((key, span)) = mentioned else {
             return;
         };
-        let timeout = policy.user_timeout.effective(0);
-        let (idle, interval, probes) = (
-            policy.idle.effective(0),
-            policy.interval.effective(0),
-            policy.probes.effective(0),
-        );
-        let by_probes = time_to_notice(idle, interval, probes);
-        if timeout == 0
-            || policy.derives_user_timeout()
-            || policy.keepalive() == Keepalive::Off
-            || timeout == by_probes
+        let wants = plan(policy, &Options::default());
+        let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
+        if policy.keepalive() == Keepalive::Off
+            || wants.user_timeout == 0
+            || wants.user_timeout == by_probes
         {
             return;
         }
-        let shown = duration::show_milliseconds(timeout);
-        let message = if u64::from(timeout) < u64::from(idle) * 1000 {
+        let timeout = duration::show_milliseconds(wants.user_timeout);
+        let subject = if key == own {
+            String::new()
+        } else {
+            format!("user-timeout {timeout} of [default] ")
+        };
+        let message = if u64::from(wants.user_timeout) < u64::from(wants.idle) * 1000 {
             format!(
-                "is below idle {}: a dead peer is given up right after the first probe, \
-                 and unacknowledged data after {shown}",
-                duration::show_seconds(idle)
+                "{subject}is below idle {}: a dead peer is given up after one unanswered probe, \
+                 and unacknowledged data after {timeout}",
+                duration::show_seconds(wants.idle)
             )
         } else {
             format!(
-                "cancels probes = {probes}: with a user-timeout the kernel gives up by time, \
-                 here after {shown} instead of idle + interval × probes = {}; \
+                "{subject}cancels probes = {}: with a user-timeout the kernel gives up by time, \
+                 here after {timeout} instead of idle + interval × probes = {}; \
                  \"derive\" makes them agree",
+                wants.probes,
                 duration::show_milliseconds(by_probes)
             )
         };
-        let warning = self.diagnostic(
-            &value.span(),
-            &section.path(Timer::UserTimeout.key()),
-            Some(self.text[value.span()].to_owned()),
-            &message,
-        );
+        let warning = self.diagnostic(&span, &section.path(key), self.as_written(&span), &message);
         self.warnings.0.push(warning);
     }
 
@@ -361,7 +379,9 @@ impl Reader<'_> {
         for key in section.table.keys() {
             if !known.contains(&key.get_ref().as_ref()) {
                 let message = format!("unknown key; known here: {}", known.join(", "));
-                self.error(&key.span(), &section.path(key.get_ref()), &message);
+                // As it is written: a quoted key may hold anything.
+                let name = self.text.get(key.span()).unwrap_or_default();
+                self.error(&key.span(), &section.path(name), &message);
             }
         }
     }
@@ -374,8 +394,7 @@ impl Reader<'_> {
 
     /// The value that stands here is wrong.
     fn wrong_at(&mut self, span: &Span<usize>, key: &str, message: &str) {
-        let value = self.text.get(span.clone()).map(str::to_owned);
-        let error = self.diagnostic(span, key, value, message);
+        let error = self.diagnostic(span, key, self.as_written(span), message);
         self.errors.0.push(error);
     }
 
@@ -390,14 +409,28 @@ impl Reader<'_> {
         key: &str,
         value: Option<String>,
         message: &str,
-    ) -> Diagnostic {
-        Diagnostic {
+    ) -> (usize, Diagnostic) {
+        let found = Diagnostic {
             file: self.path.to_owned(),
             line: self.line(span),
             key: key.to_owned(),
             value,
             message: message.to_owned(),
+        };
+        (span.start, found)
+    }
+
+    /// A value as it stands in the text, on one line; none for a table that
+    /// has a header, where the key says it all.
+    fn as_written(&self, span: &Span<usize>) -> Option<String> {
+        let text = self.text.get(span.clone())?;
+        let first = text.lines().next()?;
+        let line = &self.text[..span.start + first.len()];
+        if line.rsplit('\n').next()?.trim_start() == first && first.starts_with('[') {
+            return None;
         }
+        let rest = if first.len() < text.len() { " …" } else { "" };
+        Some(format!("{first}{rest}"))
     }
 
     /// The line that a span starts in.

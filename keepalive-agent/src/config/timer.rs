@@ -77,8 +77,9 @@ impl Timer {
 
     /// A duration in the timer's unit; fractions of it would be lost silently.
     fn duration(self, text: &str) -> Result<i128, String> {
-        let duration = humantime::parse_duration(text).map_err(|_| {
-            "not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"".to_owned()
+        let duration = humantime::parse_duration(text).map_err(|error| match error {
+            humantime::DurationError::NumberOverflow => self.out_of_range(),
+            _ => "not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"".to_owned(),
         })?;
         let (unit, name) = match self {
             Self::UserTimeout => (Duration::from_millis(1), "milliseconds"),
@@ -104,7 +105,9 @@ impl Timer {
                 format!("{min}s to {max}s ({})", duration::show_seconds(max))
             }
             Self::Probes => format!("{min} to {max}"),
-            Self::UserTimeout => format!("{min}ms to {max}ms"),
+            Self::UserTimeout => {
+                format!("{min}ms to {max}ms ({})", duration::show_milliseconds(max))
+            }
         }
     }
 }
