@@ -5,7 +5,11 @@ use std::{
     fmt, io,
 };
 
-use keepalive_common::policy::Policy;
+use keepalive_common::{
+    history,
+    policy::{MIN_SECONDS, Policy},
+};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{CgroupPattern, Config},
@@ -16,7 +20,7 @@ use crate::{
 pub const DEFAULT: &str = "default";
 
 /// What goes into the kernel's maps.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Assignment {
     /// Every policy of the config; `default` comes first where there is one.
     pub policies: Vec<Assigned>,
@@ -25,7 +29,7 @@ pub struct Assignment {
 }
 
 /// A policy by its name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Assigned {
     /// The name in the config, or [`DEFAULT`].
     pub name: String,
@@ -34,7 +38,7 @@ pub struct Assigned {
 }
 
 /// A cgroup and the policy it points to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Claim {
     /// The cgroup; the ones below it that claim nothing themselves follow it.
     pub cgroup: Cgroup,
@@ -104,6 +108,27 @@ impl fmt::Display for Warning {
                  then the first in the file wins)"
             ),
         }
+    }
+}
+
+impl Assignment {
+    /// The cgroups that point to a policy, by its index.
+    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &str> {
+        self.claims
+            .iter()
+            .filter(move |claim| claim.policy == policy)
+            .map(|claim| claim.cgroup.path.as_str())
+    }
+
+    /// The shortest idle time that a policy gives, in seconds.
+    #[must_use]
+    pub fn shortest_idle(&self) -> u32 {
+        self.policies
+            .iter()
+            .map(|assigned| history::given(&assigned.policy).idle)
+            .filter(|idle| *idle > 0)
+            .min()
+            .unwrap_or(MIN_SECONDS)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod check;
 mod output;
+mod report;
 mod run;
 mod trial;
 

@@ -12,3 +12,6 @@ pub mod config;
 pub mod duration;
 pub mod hierarchy;
 pub mod kernel;
+pub mod netns;
+pub mod state;
+pub mod sweep;

@@ -5,10 +5,12 @@
 //!
 //! * [`policy`]: what should hold for a socket,
 //! * [`plan`]: what has to be set on a socket so that it does,
+//! * [`history`]: what the application set, where a policy has written before,
 //! * [`counters`]: what was done, counted,
 //! * [`layout`]: where the running kernel keeps the fields that the plan reads,
 //! * [`slot`]: how a cgroup points to its policy,
-//! * [`socket`]: one connection, as it is listed.
+//! * [`socket`]: one connection, as it is listed,
+//! * [`sweep`]: how a pass over the existing connections is steered.
 //!
 //! Every record that crosses into a BPF map is `repr(C)`, made of integers
 //! only, and without padding.
@@ -16,11 +18,13 @@
 #![deny(unsafe_code)]
 
 pub mod counters;
+pub mod history;
 pub mod layout;
 pub mod plan;
 pub mod policy;
 pub mod slot;
 pub mod socket;
+pub mod sweep;
 
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]

@@ -2,9 +2,11 @@
 
 use crate::{
     counters::{Counters, Failure, FailureKey},
+    history::Originals,
     layout::Layout,
     policy::Policy,
-    socket::SocketRecord,
+    slot::Claim,
+    sweep::Pass,
 };
 
 // SAFETY: each record is `repr(C)`, made of integers only and free of padding
@@ -20,4 +22,8 @@ unsafe impl aya::Pod for Failure {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Layout {}
 // SAFETY: as above.
-unsafe impl aya::Pod for SocketRecord {}
+unsafe impl aya::Pod for Originals {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Claim {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Pass {}

@@ -31,6 +31,7 @@ pub enum Keepalive {
 /// all. The unit is the timer's own (seconds, a number, milliseconds).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Range {
     /// What a socket gets whose application set nothing; 0 leaves it unset.
     pub default: u32,
@@ -85,6 +86,7 @@ impl Range {
 /// What should hold for a socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Policy {
     keepalive: u32,
     flags: u32,

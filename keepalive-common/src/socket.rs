@@ -12,6 +12,7 @@ const AF_INET: u32 = 2;
 /// at which the record was written.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct SocketRecord {
     /// Id of its cgroup; 0 where the kernel does not tell.
     pub cgroup: u64,
@@ -135,7 +136,10 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<SocketRecord>(), 4 * 8 + 2 * 16 + 4 + 2 * 2 + 8 * 4);
+        assert_eq!(
+            size_of::<SocketRecord>(),
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 8 * 4
+        );
     }
 
     #[test]

@@ -7,37 +7,37 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     policy::Policy,
-    slot::{FIRST, MAX_DEPTH, UNCLAIMED},
+    slot::{Claim, FIRST, MAX_DEPTH},
 };
 
 use crate::kernel::Cgroup;
 
-/// Cgroup id → slot of its policy. Elements are allocated as they come, so an
+/// Cgroup id → what it claims. Elements are allocated as they come, so an
 /// almost empty map costs its buckets only.
 #[btf_map]
-static CGROUPS: HashMap<u64, u32, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+static CGROUPS: HashMap<u64, Claim, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
-/// Slot → policy. The agent sizes it when it loads the program.
+/// Slot → policy. The agent sizes it when it loads the programs.
 #[btf_map]
 static POLICIES: Array<Policy, 1> = Array::new();
 
-/// The slot of the nearest cgroup that has a policy, from the socket's own
+/// What the nearest cgroup claims that claims anything, from the socket's own
 /// upward to the root.
 #[inline(always)]
-pub(crate) fn slot(own: Option<Cgroup>) -> u32 {
+pub(crate) fn nearest(own: Option<Cgroup>) -> Claim {
     let mut next = own;
     for _ in 0..MAX_DEPTH {
         let Some(cgroup) = next else {
-            return UNCLAIMED;
+            return Claim::NONE;
         };
-        // SAFETY: four bytes are read at once, and an agent that replaces them
-        // meanwhile leaves the old or the new slot to be seen.
-        if let Some(slot) = unsafe { CGROUPS.get(cgroup.id()) } {
-            return *slot;
+        if let Some(claim) = CGROUPS.get_ptr(cgroup.id()) {
+            // SAFETY: eight aligned bytes, read at once; an agent that replaces
+            // them meanwhile leaves the old or the new claim to be seen.
+            return unsafe { *claim };
         }
         next = cgroup.parent();
     }
-    UNCLAIMED
+    Claim::NONE
 }
 
 /// The policy in a slot.

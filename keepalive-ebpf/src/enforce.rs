@@ -12,10 +12,11 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use keepalive_common::{
     counters::{Counters, Failure, FailureKey, SocketOption},
+    history::Originals,
     plan::{Options, plan},
 };
 
-use crate::{claim, kernel::TcpSock};
+use crate::{claim, kernel::TcpSock, sweep};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -31,28 +32,45 @@ const LOG_EVERY: u64 = 10_000_000_000;
 
 /// A connection has been established, on either end.
 #[inline(always)]
-pub(crate) fn new_connection(ctx: &SockOpsContext) {
-    let Some(sock) = TcpSock::of(ctx) else {
-        return;
-    };
-    let slot = claim::slot(sock.cgroup());
+pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
+    let slot = claim::nearest(sock.cgroup()).slot;
     let Some(counters) = COUNTERS.get_ptr(slot) else {
         return;
     };
-    // SAFETY: the element lives as long as the map, and only its addresses are
-    // used.
-    let counters = unsafe { &*counters };
-    count(&raw const counters.seen);
     let Some(policy) = claim::policy(slot) else {
+        // SAFETY: only the address of the counter is used.
+        count(unsafe { &raw const (*counters).seen });
         return;
     };
     let has = sock.options();
     let wants = plan(policy, &has);
+    let done = apply(ctx.as_ptr(), slot, counters, &has, &wants);
+    if done.clamped {
+        sweep::remember(sock, &Originals::of(&has, &wants));
+    }
+    if let Some(refusal) = done.to_be_logged {
+        refusal.log(ctx, slot);
+    }
+}
+
+/// Sets what differs and counts what became of the socket.
+#[inline(always)]
+pub(crate) fn apply(
+    target: *mut c_void,
+    slot: u32,
+    counters: *const Counters,
+    has: &Options,
+    wants: &Options,
+) -> Done {
+    // SAFETY: the element lives as long as the map, and only its addresses are
+    // used.
+    let counters = unsafe { &*counters };
+    count(&raw const counters.seen);
     if wants == has {
         count(&raw const counters.left_alone);
-        return;
+        return Done::default();
     }
-    let done = set(ctx, &has, &wants);
+    let mut done = set(target, has, wants);
     for (happened, counter) in [
         (done.turned_on, &raw const counters.turned_on),
         (done.turned_off, &raw const counters.turned_off),
@@ -64,9 +82,8 @@ pub(crate) fn new_connection(ctx: &SockOpsContext) {
             count(counter);
         }
     }
-    if let Some(refusal) = done.refused {
-        refusal.record(ctx, slot);
-    }
+    done.to_be_logged = done.refused.filter(|refusal| refusal.count(slot));
+    done
 }
 
 /// Adds one. The program can be interrupted on its CPU by another run of
@@ -91,19 +108,21 @@ fn count(counter: *const u64) {
 /// What became of a socket.
 #[derive(Default)]
 #[expect(clippy::struct_excessive_bools, reason = "independent of each other")]
-struct Done {
+pub(crate) struct Done {
     turned_on: bool,
     turned_off: bool,
     filled: bool,
     clamped: bool,
     /// The last option that the kernel refused.
     refused: Option<Refusal>,
+    /// The same, unless it has been logged lately.
+    to_be_logged: Option<Refusal>,
 }
 
 /// Sets what differs. The timers come first, so that SO_KEEPALIVE arms the first
 /// probe with the new idle time, once.
 #[inline(always)]
-fn set(ctx: &SockOpsContext, has: &Options, wants: &Options) -> Done {
+fn set(target: *mut c_void, has: &Options, wants: &Options) -> Done {
     let mut done = Done::default();
     for (option, has, wants) in [
         (SocketOption::Idle, has.idle, wants.idle),
@@ -118,14 +137,14 @@ fn set(ctx: &SockOpsContext, has: &Options, wants: &Options) -> Done {
         if has == wants {
             continue;
         }
-        match set_option(ctx, option, wants) {
+        match set_option(target, option, wants) {
             Err(refusal) => done.refused = Some(refusal),
             Ok(()) if has == 0 => done.filled = true,
             Ok(()) => done.clamped = true,
         }
     }
     if has.keepalive != wants.keepalive {
-        match set_option(ctx, SocketOption::Keepalive, u32::from(wants.keepalive)) {
+        match set_option(target, SocketOption::Keepalive, u32::from(wants.keepalive)) {
             Err(refusal) => done.refused = Some(refusal),
             Ok(()) if wants.keepalive => done.turned_on = true,
             Ok(()) => done.turned_off = true,
@@ -134,21 +153,20 @@ fn set(ctx: &SockOpsContext, has: &Options, wants: &Options) -> Done {
     done
 }
 
+/// Sets one option. The target is what bpf_setsockopt takes on the hook: the
+/// context of sock_ops, the socket of an iterator.
 #[inline(always)]
-fn set_option(ctx: &SockOpsContext, option: SocketOption, value: u32) -> Result<(), Refusal> {
+pub(crate) fn set_option(
+    target: *mut c_void,
+    option: SocketOption,
+    value: u32,
+) -> Result<(), Refusal> {
     let (level, number) = option.level_and_number();
     let mut value = value;
-    // SAFETY: the context is the kernel's own and the value is four bytes on
-    // the stack, as all five options take it.
-    let result = unsafe {
-        bpf_setsockopt(
-            ctx.as_ptr(),
-            level,
-            number,
-            (&raw mut value).cast::<c_void>(),
-            4,
-        )
-    };
+    // SAFETY: the target is the kernel's own and the value is four bytes on the
+    // stack, as all five options take it.
+    let result =
+        unsafe { bpf_setsockopt(target, level, number, (&raw mut value).cast::<c_void>(), 4) };
     if result == 0 {
         return Ok(());
     }
@@ -163,15 +181,15 @@ fn set_option(ctx: &SockOpsContext, option: SocketOption, value: u32) -> Result<
 
 /// An option that the kernel did not take. The connection goes on without it.
 #[derive(Clone, Copy)]
-struct Refusal {
+pub(crate) struct Refusal {
     option: SocketOption,
     errno: u32,
 }
 
 impl Refusal {
-    /// Counts it by its cause and logs it, but not the same one again and again.
+    /// Counts it by its cause; whether it is time to log that cause again.
     #[inline(always)]
-    fn record(self, ctx: &SockOpsContext, slot: u32) {
+    fn count(self, slot: u32) -> bool {
         let key = FailureKey {
             slot,
             option: self.option as u32,
@@ -179,23 +197,28 @@ impl Refusal {
         };
         // SAFETY: takes no arguments and only reads the clock.
         let now = unsafe { bpf_ktime_get_boot_ns() };
-        if let Some(failure) = FAILURES.get_ptr_mut(key) {
-            // SAFETY: a live element of a per-CPU map; a race with a run that
-            // interrupts this one costs at worst one more line in the log.
-            let failure = unsafe { &mut *failure };
-            count(&raw const failure.count);
-            if now.wrapping_sub(failure.logged_at) < LOG_EVERY {
-                return;
-            }
-            failure.logged_at = now;
-        } else {
+        let Some(failure) = FAILURES.get_ptr_mut(key) else {
             let first = Failure {
                 count: 1,
                 logged_at: now,
             };
             // A full map loses the cause, not the count of failed sockets.
             let _ = FAILURES.insert(key, first, 0);
+            return true;
+        };
+        // SAFETY: a live element of a per-CPU map; a race with a run that
+        // interrupts this one costs at worst one more line in the log.
+        let failure = unsafe { &mut *failure };
+        count(&raw const failure.count);
+        if now.wrapping_sub(failure.logged_at) < LOG_EVERY {
+            return false;
         }
+        failure.logged_at = now;
+        true
+    }
+
+    #[inline(always)]
+    fn log(self, ctx: &SockOpsContext, slot: u32) {
         warn!(
             ctx,
             "the kernel refused {} with errno {} (policy slot {}); the connection goes on without it",

@@ -9,15 +9,18 @@
     reason = "the kernel aligns its fields to their own width"
 )]
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     Global,
-    bindings::tcp_sock,
-    helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
+    bindings::{seq_file, tcp_sock},
+    helpers::generated::{bpf_jiffies64, bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
 };
 use keepalive_common::{
-    layout::{Field, Layout},
+    layout::Layout,
     plan::Options,
+    socket::{Addresses, is_held_open},
 };
 
 /// Set by the agent before the program is loaded, frozen since.
@@ -64,16 +67,102 @@ impl TcpSock {
     /// The socket that the callback is about, if it is a full TCP socket.
     #[inline(always)]
     pub(crate) fn of(ctx: &SockOpsContext) -> Option<Self> {
-        // SAFETY: the context is the kernel's own; the helper takes a null or
-        // foreign socket and answers null.
-        let sock: *mut tcp_sock = unsafe {
-            let sk = (*ctx.ops).__bindgen_anon_2.sk;
-            if sk.is_null() {
-                return None;
-            }
-            bpf_skc_to_tcp_sock(sk.cast())
-        };
+        // SAFETY: the context is the kernel's own.
+        Self::try_from(unsafe { (*ctx.ops).__bindgen_anon_2.sk }.cast())
+    }
+
+    #[inline(always)]
+    fn try_from(sk: *mut c_void) -> Option<Self> {
+        if sk.is_null() {
+            return None;
+        }
+        // SAFETY: the helper takes any socket and answers null for those that
+        // are not full TCP sockets.
+        let sock: *mut tcp_sock = unsafe { bpf_skc_to_tcp_sock(sk) };
         (!sock.is_null()).then_some(Self(sock.cast()))
+    }
+
+    /// What bpf_setsockopt and the like take, where the context is no socket.
+    #[inline(always)]
+    pub(crate) fn target(self) -> *mut c_void {
+        self.0.cast_mut().cast()
+    }
+
+    /// State of the connection, by the kernel's number.
+    #[inline(always)]
+    pub(crate) fn state(self) -> u32 {
+        number(read_field!(self.0, state))
+    }
+
+    /// Segments that are not acknowledged yet.
+    #[inline(always)]
+    pub(crate) fn packets_out(self) -> u32 {
+        number(read_field!(self.0, packets_out))
+    }
+
+    /// Whether a process holds the socket. The kernel uses the keepalive timer
+    /// of an orphan for other things.
+    #[inline(always)]
+    fn has_owner(self) -> bool {
+        (read_field!(self.0, flags) >> layout!(dead_bit)) & 1 == 0
+    }
+
+    /// Jiffies per second.
+    #[inline(always)]
+    pub(crate) fn hz() -> i64 {
+        i64::from(layout!(hz))
+    }
+
+    /// Jiffies from now until the keepalive timer fires.
+    #[inline(always)]
+    pub(crate) fn armed_for(self) -> i64 {
+        let expires = read_field!(self.0, timer_expires);
+        expires.wrapping_sub(jiffies()).cast_signed()
+    }
+
+    /// Jiffies since anything came from the peer (`keepalive_time_elapsed` in
+    /// include/net/tcp.h). Both times are kept in 32 bits.
+    #[inline(always)]
+    pub(crate) fn silent_for(self) -> i64 {
+        let now = number(jiffies());
+        let ack = now.wrapping_sub(number(read_field!(self.0, last_ack)));
+        let data = now.wrapping_sub(number(read_field!(self.0, last_data)));
+        i64::from(if ack < data { ack } else { data })
+    }
+
+    /// Inode number that /proc/PID/fd shows; 0 for a socket without a process.
+    #[inline(always)]
+    pub(crate) fn inode(self) -> u64 {
+        let socket = read_field!(self.0, socket);
+        if socket == 0 {
+            return 0;
+        }
+        probe(pointer(socket), layout!(socket_inode.offset))
+    }
+
+    /// Where the connection goes from and to.
+    #[inline(always)]
+    pub(crate) fn addresses(self) -> Addresses {
+        const AF_INET: u32 = 2;
+        let family = number(read_field!(self.0, family));
+        let (local_address, remote_address) = if family == AF_INET {
+            (
+                probe_bytes::<4>(self.0, layout!(local_v4.offset)),
+                probe_bytes::<4>(self.0, layout!(remote_v4.offset)),
+            )
+        } else {
+            (
+                probe_bytes::<16>(self.0, layout!(local_v6.offset)),
+                probe_bytes::<16>(self.0, layout!(remote_v6.offset)),
+            )
+        };
+        Addresses {
+            family,
+            local_address,
+            remote_address,
+            local_port: port(read_field!(self.0, local_port)),
+            remote_port: u16::from_be(port(read_field!(self.0, remote_port))),
+        }
     }
 
     /// What the application, or an earlier plan, set on the socket.
@@ -105,6 +194,46 @@ impl TcpSock {
             return None;
         }
         Cgroup::new(pointer(word))
+    }
+}
+
+/// What an iterator over the TCP sockets of a network namespace offers
+/// (`struct bpf_iter__tcp` in net/ipv4/tcp_ipv4.c).
+#[repr(C)]
+pub(crate) struct TcpIterator {
+    meta: *const IteratorMeta,
+    socket: *mut c_void,
+    uid: u32,
+}
+
+/// `struct bpf_iter_meta` in include/linux/bpf.h.
+#[repr(C)]
+struct IteratorMeta {
+    sequence: *mut seq_file,
+}
+
+impl TcpIterator {
+    /// The socket, if it is a connection that a process holds: no listener,
+    /// request or TIME_WAIT, and nothing that the kernel is about to end.
+    #[inline(always)]
+    pub(crate) fn connection(&self) -> Option<TcpSock> {
+        // SAFETY: the context is the kernel's own. Volatile, so that the null
+        // check stays one.
+        let socket = unsafe { (&raw const self.socket).read_volatile() };
+        TcpSock::try_from(socket).filter(|sock| is_held_open(sock.state()) && sock.has_owner())
+    }
+
+    /// User id of the socket's owner.
+    #[inline(always)]
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// Where the program writes to.
+    #[inline(always)]
+    pub(crate) fn sequence(&self) -> *mut seq_file {
+        // SAFETY: the kernel's own, never null while the program runs.
+        unsafe { (*self.meta).sequence }
     }
 }
 
@@ -179,6 +308,37 @@ fn probe(base: *const u8, offset: u32) -> u64 {
         );
     }
     value
+}
+
+/// A few bytes of kernel memory, the rest zero.
+#[inline(always)]
+fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; 16] {
+    const { assert!(LENGTH <= 16) };
+    let mut bytes = [0_u8; 16];
+    // SAFETY: the helper checks the address and never faults; the destination
+    // is ours and long enough.
+    unsafe {
+        bpf_probe_read_kernel(
+            bytes.as_mut_ptr().cast(),
+            LENGTH as u32,
+            base.wrapping_add(offset as usize).cast(),
+        );
+    }
+    bytes
+}
+
+/// Ticks of the kernel's clock.
+#[inline(always)]
+fn jiffies() -> u64 {
+    // SAFETY: takes no arguments and only reads the clock.
+    unsafe { bpf_jiffies64() }
+}
+
+/// Ports have 16 bits in the kernel too.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+fn port(field: u64) -> u16 {
+    field as u16
 }
 
 /// Jiffies as seconds. Only setsockopt writes these fields, in whole seconds.

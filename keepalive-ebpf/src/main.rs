@@ -1,18 +1,22 @@
 //! The BPF programs of keepalive.
 //!
 //! Entry points only: each maps what its hook offers to the decision in
-//! `enforce`, which is the same for all of them.
+//! `enforce`, which is the same for all of them, or to a record for the listing.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod claim;
 mod enforce;
 mod kernel;
+mod list;
+mod sweep;
 
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
     macros::sock_ops,
     programs::SockOpsContext,
 };
+
+use crate::kernel::{TcpIterator, TcpSock};
 
 /// The kernel lets only programs with a GPL-compatible licence call the helpers
 /// that read kernel memory.
@@ -25,6 +29,9 @@ static LICENSE: [u8; 4] = *b"GPL\0";
 /// the hook reply.
 const PROCEED: u32 = 1;
 
+/// Goes on to the next socket.
+const NEXT: i32 = 0;
+
 /// Runs some nine times in the life of a connection, of which two callbacks
 /// matter: one end has connected, one end has accepted.
 #[sock_ops]
@@ -32,11 +39,43 @@ const PROCEED: u32 = 1;
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            enforce::new_connection(&ctx);
+            if let Some(sock) = TcpSock::of(&ctx) {
+                enforce::new_connection(&ctx, sock);
+            }
         }
         _ => {}
     }
     PROCEED
+}
+
+/// Runs for every TCP socket of a network namespace: applies policy to the
+/// connections among them.
+///
+/// # Minimum kernel version
+///
+/// 5.15, for bpf_setsockopt in iterators.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+extern "C" fn sweep(iterator: &TcpIterator) -> i32 {
+    if let Some(sock) = iterator.connection() {
+        sweep::existing_connection(sock);
+    }
+    NEXT
+}
+
+/// Runs for every TCP socket of a network namespace: writes a record of the
+/// connections among them. Changes nothing.
+///
+/// # Minimum kernel version
+///
+/// 5.9, for TCP iterators.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+extern "C" fn list(iterator: &TcpIterator) -> i32 {
+    if let Some(sock) = iterator.connection() {
+        list::write(iterator, sock);
+    }
+    NEXT
 }
 
 #[cfg(target_arch = "bpf")]

@@ -78,7 +78,7 @@ fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) ->
         }],
     };
     let directory = hierarchy.open(&scratch.cgroup)?;
-    let _enforcer = loaded.fill(&assignment)?.attach(&directory)?;
+    let _enforcer = loaded.fill(None, &assignment)?.attach(&directory)?;
     let mut trial = Trial::start()?;
     scratch.take_in(trial.0.id())?;
     trial.ends()

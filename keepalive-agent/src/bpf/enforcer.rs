@@ -1,0 +1,353 @@
+//! Enforces: load, fill, attach, in that order; then change policy and sweep.
+//!
+//! Dropping [`Enforcer`] detaches the program and frees the maps.
+
+use std::{collections::BTreeMap, os::fd::AsFd};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuHashMap},
+    programs::{CgroupAttachMode, SockOps},
+};
+use aya_log::EbpfLogger;
+use keepalive_common::{
+    counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
+    layout::Layout,
+    policy::Policy,
+    slot::{Claim, FIRST, UNCLAIMED},
+    sweep::Pass,
+};
+
+use super::{
+    Writable, create, load_iterator, map, map_mut, prepare_iterator, program, refused,
+    run_iterator,
+    slots::{Settle, Slots, Switch},
+};
+use crate::{assignment::Assignment, netns::Namespace};
+
+/// The name under which connections are counted that no policy claims.
+const UNCLAIMED_NAME: &str = "(unclaimed)";
+
+/// How many cgroups can claim a policy.
+const CGROUPS: u32 = 131_072;
+
+/// Accepted by the kernel's verifier; claims nothing yet.
+pub struct Loaded {
+    ebpf: Ebpf,
+    slots: Slots,
+}
+
+/// Knows every policy; attached to nothing yet.
+pub struct Filled(Enforcer);
+
+/// Attached: applies policy to every connection below its cgroup.
+pub struct Enforcer {
+    ebpf: Ebpf,
+    slots: Slots,
+    /// What policies did that are not in force any more, by name.
+    retired: BTreeMap<String, Done>,
+    retired_failures: Vec<Failure>,
+    can_sweep: bool,
+}
+
+/// What a policy did, in connections.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Done {
+    /// To connections when they were established.
+    pub established: Counters,
+    /// To connections that were there already.
+    pub existing: Counters,
+}
+
+/// An option that the kernel refused, and how often.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Name of the policy.
+    pub policy: String,
+    /// The option as the kernel's headers name it.
+    pub option: &'static str,
+    /// The kernel's error number, positive.
+    pub errno: u32,
+    /// Number of refused calls.
+    pub count: u64,
+}
+
+impl Loaded {
+    /// Loads the program with room for this many policies and as many again,
+    /// for the time while one set of them replaces another.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the program or a map, with its reason.
+    pub fn load(layout: &Layout, policies: usize) -> Result<Self> {
+        /// Room for policies that a later config may bring.
+        const ROOM: usize = 64;
+        let count = u32::try_from(policies.max(ROOM) * 2).context("too many policies")?;
+        let capacity = FIRST + count;
+        let mut ebpf = create(layout, capacity, CGROUPS)?;
+        established(&mut ebpf)?
+            .load()
+            .map_err(|error| refused(program::ESTABLISHED, error))?;
+        Ok(Self {
+            ebpf,
+            slots: Slots::new(capacity),
+        })
+    }
+
+    /// Writes policies and the cgroups that point to them; `before` is what an
+    /// earlier agent enforced, so that its values are recognised.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more.
+    pub fn fill(self, before: Option<&Assignment>, now: &Assignment) -> Result<Filled> {
+        let mut enforcer = Enforcer {
+            ebpf: self.ebpf,
+            slots: self.slots,
+            retired: BTreeMap::new(),
+            retired_failures: Vec::new(),
+            can_sweep: false,
+        };
+        if let Some(before) = before {
+            enforcer.switch(before)?;
+            enforcer.settle(before)?;
+        }
+        enforcer.switch(now)?;
+        Ok(Filled(enforcer))
+    }
+}
+
+impl Filled {
+    /// Attaches to a cgroup: every connection of it and of all cgroups below.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.7, for links of cgroup programs: they go away with the agent, also
+    /// when it is killed.
+    pub fn attach(mut self, cgroup: impl AsFd) -> Result<Enforcer> {
+        // Links always allow other programs beside them; the kernel refuses
+        // the flag that says so.
+        established(&mut self.0.ebpf)?
+            .attach(cgroup, CgroupAttachMode::default())
+            .with_context(|| {
+                format!(
+                    "attaching program {}: nothing is enforced; \
+                     if another program wants the cgroup for itself alone, \
+                     `bpftool cgroup show PATH` names it",
+                    program::ESTABLISHED
+                )
+            })?;
+        Ok(self.0)
+    }
+
+    /// Does without being attached: for a single sweep.
+    #[must_use]
+    pub fn detached(self) -> Enforcer {
+        self.0
+    }
+}
+
+impl Enforcer {
+    /// Lets the kernel go over to another assignment. New connections follow it
+    /// when this returns; each finds its old policy or its new one meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more. Too many policies are refused before anything
+    /// has changed.
+    pub fn switch(&mut self, next: &Assignment) -> Result<()> {
+        let Switch { policies, claims } = self.slots.switch(next)?;
+        let mut map: Array<Writable<'_>, Policy> = map_mut(&mut self.ebpf, super::map::POLICIES)?;
+        for (slot, assigned) in policies {
+            map.set(slot, assigned.policy, 0)
+                .with_context(|| format!("writing policy {} to the kernel", assigned.name))?;
+        }
+        let mut map: HashMap<Writable<'_>, u64, Claim> =
+            map_mut(&mut self.ebpf, super::map::CGROUPS)?;
+        for (cgroup, claim) in claims {
+            map.insert(cgroup.id, claim, 0).with_context(|| {
+                format!("telling the kernel the policy of cgroup {}", cgroup.path)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the assignment before this one, once existing connections have
+    /// been swept.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn settle(&mut self, now: &Assignment) -> Result<()> {
+        let Settle {
+            claims,
+            removed,
+            freed,
+        } = self.slots.settle(now);
+        let mut map: HashMap<Writable<'_>, u64, Claim> =
+            map_mut(&mut self.ebpf, super::map::CGROUPS)?;
+        for (cgroup, claim) in claims {
+            map.insert(cgroup.id, claim, 0)
+                .with_context(|| format!("settling the policy of cgroup {}", cgroup.path))?;
+        }
+        for cgroup in removed {
+            match map.remove(&cgroup.id) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        for (slot, assigned) in freed {
+            self.retire(slot, assigned.name)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what a slot counted and clears it for another policy.
+    fn retire(&mut self, slot: u32, name: String) -> Result<()> {
+        let done = self.done_in(slot)?;
+        let total = self.retired.entry(name).or_default();
+        total.established.add(&done.established);
+        total.existing.add(&done.existing);
+        for name in [super::map::COUNTERS, super::map::SWEPT] {
+            let mut counters: PerCpuArray<Writable<'_>, Counters> = map_mut(&mut self.ebpf, name)?;
+            let zero = vec![Counters::default(); aya::util::nr_cpus().map_err(|(_, error)| error)?];
+            counters.set(slot, zero.try_into()?, 0)?;
+        }
+        for (key, count) in self.refusals()? {
+            if key.slot == slot {
+                let failure = self.failure(key, count);
+                self.retired_failures.push(failure);
+                let mut failures: PerCpuHashMap<Writable<'_>, FailureKey, Refusals> =
+                    map_mut(&mut self.ebpf, super::map::FAILURES)?;
+                failures.remove(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What each policy did so far, by name; the ones in force first.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn done(&self) -> Result<Vec<(String, Done)>> {
+        let mut retired = self.retired.clone();
+        let mut done = Vec::new();
+        for (slot, assigned) in self.slots.held() {
+            let mut total = retired.remove(&assigned.name).unwrap_or_default();
+            let current = self.done_in(slot)?;
+            total.established.add(&current.established);
+            total.existing.add(&current.existing);
+            done.push((assigned.name.clone(), total));
+        }
+        done.extend(retired);
+        let unclaimed = self.done_in(UNCLAIMED)?;
+        if unclaimed.established.seen > 0 {
+            done.push((UNCLAIMED_NAME.to_owned(), unclaimed));
+        }
+        Ok(done)
+    }
+
+    fn done_in(&self, slot: u32) -> Result<Done> {
+        Ok(Done {
+            established: self.sum(super::map::COUNTERS, slot)?,
+            existing: self.sum(super::map::SWEPT, slot)?,
+        })
+    }
+
+    /// A slot's counters, all CPUs together.
+    fn sum(&self, name: &str, slot: u32) -> Result<Counters> {
+        let counters: PerCpuArray<_, Counters> = map(&self.ebpf, name)?;
+        let mut sum = Counters::default();
+        for of_cpu in counters.get(&slot, 0)?.iter() {
+            sum.add(of_cpu);
+        }
+        Ok(sum)
+    }
+
+    /// Refused options by policy and cause.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn failures(&self) -> Result<Vec<Failure>> {
+        let mut failures = self.retired_failures.clone();
+        for (key, count) in self.refusals()? {
+            failures.push(self.failure(key, count));
+        }
+        Ok(failures)
+    }
+
+    fn refusals(&self) -> Result<Vec<(FailureKey, u64)>> {
+        let failures: PerCpuHashMap<_, FailureKey, Refusals> =
+            map(&self.ebpf, super::map::FAILURES)?;
+        failures
+            .iter()
+            .map(|entry| {
+                let (key, of_cpus) = entry?;
+                Ok((key, of_cpus.iter().map(|failure| failure.count).sum()))
+            })
+            .collect()
+    }
+
+    fn failure(&self, key: FailureKey, count: u64) -> Failure {
+        let held = self.slots.held().find(|(slot, _)| *slot == key.slot);
+        Failure {
+            policy: held
+                .map_or(UNCLAIMED_NAME, |(_, held)| &held.name)
+                .to_owned(),
+            option: SocketOption::from_number(key.option).map_or("unknown", SocketOption::name),
+            errno: key.errno,
+            count,
+        }
+    }
+
+    /// Makes one pass over the connections of a namespace and returns what came
+    /// of it; `pass` says what is to be done.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the sweeping program, or the namespace cannot be
+    /// entered.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.15, for bpf_setsockopt in iterators.
+    pub fn pass(&mut self, namespace: &Namespace, pass: Pass) -> Result<Pass> {
+        if !self.can_sweep {
+            load_iterator(&mut self.ebpf, program::SWEEP)?;
+            self.can_sweep = true;
+        }
+        let mut state: Array<Writable<'_>, Pass> = map_mut(&mut self.ebpf, super::map::PASS)?;
+        state.set(0, pass, 0).context("starting a pass")?;
+        let link = prepare_iterator(&mut self.ebpf, program::SWEEP)?;
+        namespace
+            .enter(|| run_iterator(link, |_| Ok(())))
+            .and_then(|swept| swept)
+            .with_context(|| format!("sweeping network namespace {}", namespace.name))?;
+        let state: Array<_, Pass> = map(&self.ebpf, super::map::PASS)?;
+        Ok(state.get(&0, 0)?)
+    }
+
+    /// What the program logs, to be flushed whenever it becomes readable.
+    ///
+    /// # Errors
+    ///
+    /// When the object has no log.
+    pub fn logger(&mut self) -> Result<EbpfLogger<&'static dyn log::Log>> {
+        Ok(EbpfLogger::init(&mut self.ebpf)?)
+    }
+}
+
+fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps> {
+    let name = program::ESTABLISHED;
+    Ok(ebpf
+        .program_mut(name)
+        .with_context(|| format!("the BPF object has no program {name}"))?
+        .try_into()?)
+}

@@ -1,0 +1,319 @@
+//! What `run` and `sweep` tell: for people, or as JSON lines.
+
+use std::{io, time::Duration};
+
+use anyhow::Result;
+use keepalive_common::counters::Counters;
+use serde::Serialize;
+
+use super::{ConfigSource, Target, VERSION, output};
+use crate::{
+    assignment::Assignment,
+    bpf::{Done, Failure},
+    duration, kernel,
+    sweep::Swept,
+};
+
+/// What is enforced, and where.
+pub(super) struct Started<'a> {
+    pub(super) place: &'a str,
+    pub(super) source: &'a ConfigSource,
+    pub(super) assignment: &'a Assignment,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Event<'a> {
+    Started {
+        version: &'a str,
+        kernel: String,
+        cgroup: &'a str,
+        config: Option<String>,
+        policies: Vec<PolicyRecord<'a>>,
+    },
+    Reloaded {
+        policies: Vec<PolicyRecord<'a>>,
+    },
+    Swept {
+        namespaces: usize,
+        connections: u64,
+        probes_forwarded: u64,
+        probes_waiting: u64,
+        missed: Vec<String>,
+    },
+    Stopped {
+        policies: Vec<DoneRecord<'a>>,
+        failures: Vec<FailureRecord<'a>>,
+    },
+}
+
+#[derive(Serialize)]
+struct PolicyRecord<'a> {
+    name: &'a str,
+    cgroups: usize,
+    keepalive: String,
+    idle: String,
+    interval: String,
+    probes: String,
+    user_timeout: String,
+}
+
+#[derive(Serialize)]
+struct DoneRecord<'a> {
+    name: &'a str,
+    /// Connections that were established under the policy.
+    #[serde(flatten)]
+    established: CountersRecord,
+    /// Connections that were there before it.
+    existing: CountersRecord,
+}
+
+#[derive(Serialize)]
+struct CountersRecord {
+    seen: u64,
+    turned_on: u64,
+    turned_off: u64,
+    filled: u64,
+    clamped: u64,
+    left_alone: u64,
+    failed: u64,
+}
+
+#[derive(Serialize)]
+struct FailureRecord<'a> {
+    policy: &'a str,
+    option: &'a str,
+    errno: u32,
+    count: u64,
+}
+
+impl From<Counters> for CountersRecord {
+    fn from(counters: Counters) -> Self {
+        let Counters {
+            seen,
+            turned_on,
+            turned_off,
+            filled,
+            clamped,
+            left_alone,
+            failed,
+        } = counters;
+        Self {
+            seen,
+            turned_on,
+            turned_off,
+            filled,
+            clamped,
+            left_alone,
+            failed,
+        }
+    }
+}
+
+fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
+    let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
+        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        PolicyRecord {
+            name: &assigned.name,
+            cgroups: assignment.paths_of(index).count(),
+            keepalive,
+            idle,
+            interval,
+            probes,
+            user_timeout,
+        }
+    });
+    records.collect()
+}
+
+fn policy_table(assignment: &Assignment) -> Result<()> {
+    let header = [
+        "POLICY",
+        "KEEPALIVE",
+        "IDLE",
+        "INTERVAL",
+        "PROBES",
+        "USER-TIMEOUT",
+        "CGROUPS",
+    ];
+    let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
+        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let name = assigned.name.clone();
+        let cgroups = some_of(assignment.paths_of(index));
+        [
+            name,
+            keepalive,
+            idle,
+            interval,
+            probes,
+            user_timeout,
+            cgroups,
+        ]
+    });
+    output::table(header, rows)
+}
+
+pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
+    let Started {
+        place,
+        source,
+        assignment,
+    } = *started;
+    if target.json {
+        return output::json(&Event::Started {
+            version: VERSION,
+            kernel: kernel::release(),
+            cgroup: place,
+            config: match source {
+                ConfigSource::BuiltIn => None,
+                ConfigSource::File(file) => Some(file.display().to_string()),
+            },
+            policies: policies(assignment),
+        });
+    }
+    output::text(format_args!(
+        "keepalive-agent {VERSION} on Linux {}\n\
+         config    {source}\n\
+         attached  {place}: every new TCP connection in it and below\n\n",
+        kernel::release()
+    ))?;
+    policy_table(assignment)?;
+    output::text("\nenforcing until stopped with SIGINT (ctrl-c) or SIGTERM\n")
+}
+
+pub(super) fn reloaded(target: &Target, assignment: &Assignment) -> Result<()> {
+    if target.json {
+        return output::json(&Event::Reloaded {
+            policies: policies(assignment),
+        });
+    }
+    output::text("\nthe config was read again\n\n")?;
+    policy_table(assignment)
+}
+
+pub(super) fn swept(target: &Target, swept: &Swept) -> Result<()> {
+    if target.json {
+        return output::json(&Event::Swept {
+            namespaces: swept.namespaces,
+            connections: swept.seen,
+            probes_forwarded: swept.forwarded,
+            probes_waiting: swept.waiting,
+            missed: swept
+                .missed
+                .iter()
+                .map(|(namespace, error)| format!("{}: {error:#}", namespace.name))
+                .collect(),
+        });
+    }
+    output::text(format_args!(
+        "looked at {} in {}",
+        count(swept.seen, "existing connection"),
+        count(swept.namespaces as u64, "network namespace")
+    ))?;
+    if swept.waiting > 0 {
+        output::text(format_args!(
+            "; the probes of {} that are idle go out one after the other",
+            count(swept.waiting, "connection")
+        ))?;
+    }
+    output::text("\n")
+}
+
+pub(super) fn stopped(
+    target: &Target,
+    by: &str,
+    after: Duration,
+    done: &[(String, Done)],
+    failures: &[Failure],
+) -> Result<()> {
+    if target.json {
+        return output::json(&Event::Stopped {
+            policies: done
+                .iter()
+                .map(|(name, done)| DoneRecord {
+                    name,
+                    established: done.established.into(),
+                    existing: done.existing.into(),
+                })
+                .collect(),
+            failures: failures
+                .iter()
+                .map(|failure| FailureRecord {
+                    policy: &failure.policy,
+                    option: failure.option,
+                    errno: failure.errno,
+                    count: failure.count,
+                })
+                .collect(),
+        });
+    }
+    output::text(format_args!(
+        "\nstopped by {by} after {}; connections keep what they were given\n\n",
+        duration::show(Duration::from_secs(after.as_secs()))
+    ))?;
+    done_table(done)?;
+    for failure in failures {
+        let errno = i32::try_from(failure.errno).unwrap_or(0);
+        output::text(format_args!(
+            "policy {}: the kernel refused {} {} times: {}\n",
+            failure.policy,
+            failure.option,
+            failure.count,
+            io::Error::from_raw_os_error(errno)
+        ))?;
+    }
+    Ok(())
+}
+
+/// What was done, to new connections and, where there were any, to existing ones.
+pub(super) fn done_table(done: &[(String, Done)]) -> Result<()> {
+    let header = [
+        "POLICY",
+        "CONNECTIONS",
+        "TURNED ON",
+        "TURNED OFF",
+        "TIMERS FILLED",
+        "CLAMPED",
+        "LEFT ALONE",
+        "FAILED",
+    ];
+    let rows = done.iter().flat_map(|(name, done)| {
+        let new = (format!("{} new", done.established.seen), done.established);
+        let old = (format!("{} existing", done.existing.seen), done.existing);
+        [new, old]
+            .into_iter()
+            .enumerate()
+            .filter(|(row, (_, counters))| *row == 0 || counters.seen > 0)
+            .map(move |(row, (seen, counters))| {
+                let name = if row == 0 { name.as_str() } else { "" };
+                [
+                    name.to_owned(),
+                    seen,
+                    counters.turned_on.to_string(),
+                    counters.turned_off.to_string(),
+                    counters.filled.to_string(),
+                    counters.clamped.to_string(),
+                    counters.left_alone.to_string(),
+                    counters.failed.to_string(),
+                ]
+            })
+    });
+    output::table(header, rows)
+}
+
+/// A list that fits on a line.
+fn some_of<'a>(paths: impl Iterator<Item = &'a str>) -> String {
+    const SHOWN: usize = 3;
+    let paths: Vec<_> = paths.collect();
+    match paths.len() {
+        0 => "none yet".to_owned(),
+        count if count <= SHOWN => paths.join(" "),
+        count => format!("{} and {} more", paths[..SHOWN].join(" "), count - SHOWN),
+    }
+}
+
+/// `1 connection`, `2 connections`.
+fn count(number: u64, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}

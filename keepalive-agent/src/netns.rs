@@ -1,0 +1,206 @@
+//! Network namespaces: every one that can be found, each once.
+//!
+//! A namespace has no list of its own in the kernel. It shows where something
+//! holds it: a process, a bind mount (as `ip netns` makes them below
+//! /run/netns), or an open file descriptor.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// A network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its inode number, as `/proc/PID/ns/net` shows it.
+    pub id: u64,
+    /// What to call it: `host` for the agent's own, the name of its file (as
+    /// `ip netns` shows it), or `pid 123` of a process in it.
+    pub name: String,
+    path: PathBuf,
+}
+
+/// All namespaces that can be found, the agent's own first.
+///
+/// One that is held by nothing but sockets, after all its processes and mounts
+/// are gone, cannot be found.
+///
+/// # Errors
+///
+/// When not even the own one can be read.
+pub fn all() -> Result<Vec<Namespace>> {
+    let own = PathBuf::from("/proc/self/ns/net");
+    let id = fs::metadata(&own)
+        .with_context(|| format!("reading {}: is /proc mounted?", own.display()))?
+        .ino();
+    let mut found = Found(BTreeMap::new());
+    found.add(id, "host".to_owned(), own);
+    found.mounted();
+    found.of_processes();
+    let mut namespaces: Vec<_> = found.0.into_values().collect();
+    namespaces.sort_by_key(|namespace| (namespace.id != id, namespace.name.clone()));
+    Ok(namespaces)
+}
+
+struct Found(BTreeMap<u64, Namespace>);
+
+impl Found {
+    /// The first name holds.
+    fn add(&mut self, id: u64, name: String, path: PathBuf) {
+        self.0.entry(id).or_insert(Namespace { id, name, path });
+    }
+
+    /// Bind mounts, wherever they are in this mount namespace.
+    fn mounted(&mut self) {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for path in mounts_of_namespaces(&mountinfo) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Ok(metadata) = fs::metadata(&path) {
+                self.add(metadata.ino(), name.into_owned(), path);
+            }
+        }
+    }
+
+    /// Namespaces that processes are in, and those that they hold open. What
+    /// vanishes meanwhile, or is not ours to see, is passed over.
+    fn of_processes(&mut self) {
+        let Ok(entries) = fs::read_dir("/proc") else {
+            return;
+        };
+        let processes: Vec<u32> = entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .collect();
+        for process in &processes {
+            self.linked(*process, &format!("/proc/{process}/ns/net"));
+        }
+        for process in &processes {
+            let Ok(descriptors) = fs::read_dir(format!("/proc/{process}/fd")) else {
+                continue;
+            };
+            for descriptor in descriptors.flatten() {
+                if let Some(path) = descriptor.path().to_str() {
+                    self.linked(*process, path);
+                }
+            }
+        }
+    }
+
+    /// A link in /proc that may lead to a network namespace.
+    fn linked(&mut self, process: u32, path: &str) {
+        let id = fs::read_link(path)
+            .ok()
+            .and_then(|target| namespace_of_link(target.to_str()?));
+        if let Some(id) = id {
+            self.add(id, format!("pid {process}"), PathBuf::from(path));
+        }
+    }
+}
+
+/// Mount points of network namespaces.
+fn mounts_of_namespaces(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
+    mountinfo.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let root = fields.nth(3)?;
+        let mount = fields.next()?;
+        root.starts_with("net:[").then(|| PathBuf::from(mount))
+    })
+}
+
+/// The id in a link such as `net:[4026531840]`.
+fn namespace_of_link(target: &str) -> Option<u64> {
+    target
+        .strip_prefix("net:[")?
+        .strip_suffix(']')?
+        .parse()
+        .ok()
+}
+
+impl Namespace {
+    /// Runs something on a thread of its own inside the namespace. Namespaces
+    /// belong to threads, so the caller stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace is gone, or entering it is not permitted.
+    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<T> {
+        let file = self.open()?;
+        thread::scope(|scope| {
+            thread::Builder::new()
+                .name("netns".to_owned())
+                .spawn_scoped(scope, || {
+                    let kind = Some(LinkNameSpaceType::Network);
+                    move_into_link_name_space(file.as_fd(), kind)
+                        .with_context(|| format!("entering network namespace {}", self.name))?;
+                    Ok(inside())
+                })
+                .context("starting a thread")?
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("a thread in namespace {} failed", self.name)))
+        })
+    }
+
+    /// The file, if it is still the same namespace: process ids are used again.
+    fn open(&self) -> Result<File> {
+        let gone = || {
+            format!(
+                "network namespace {} (net:[{}]) is gone",
+                self.name, self.id
+            )
+        };
+        let file = File::open(&self.path).with_context(gone)?;
+        if file.metadata().with_context(gone)?.ino() == self.id {
+            Ok(file)
+        } else {
+            Err(anyhow!(gone()))
+        }
+    }
+}
+
+/// A sysctl of the namespace that the calling thread is in.
+///
+/// # Errors
+///
+/// When the namespace has none of that name, or it is no number.
+pub fn sysctl(name: &str) -> Result<u32> {
+    let path = Path::new("/proc/sys/net").join(name);
+    fs::read_to_string(&path)
+        .map_err(anyhow::Error::new)
+        .and_then(|value| Ok(value.trim().parse()?))
+        .with_context(|| format!("reading {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_mounts_of_network_namespaces_only() {
+        let mountinfo = "\
+            22 1 0:20 / /run rw - tmpfs tmpfs rw\n\
+            90 22 0:4 net:[4026532001] /run/netns/blue rw shared:7 - nsfs nsfs rw\n\
+            91 22 0:4 mnt:[4026532002] /run/mnt rw - nsfs nsfs rw\n";
+        let found: Vec<_> = mounts_of_namespaces(mountinfo).collect();
+        assert_eq!(found, [PathBuf::from("/run/netns/blue")]);
+    }
+
+    #[test]
+    fn reads_links_of_network_namespaces_only() {
+        assert_eq!(namespace_of_link("net:[4026531840]"), Some(4_026_531_840));
+        assert_eq!(namespace_of_link("socket:[123]"), None);
+        assert_eq!(namespace_of_link("net:[x]"), None);
+    }
+
+    #[test]
+    fn the_own_namespace_comes_first_and_once() {
+        let namespaces = all().unwrap();
+        assert_eq!(namespaces[0].name, "host");
+        let own = namespaces[0].id;
+        assert_eq!(namespaces.iter().filter(|found| found.id == own).count(), 1);
+    }
+}

@@ -1,0 +1,259 @@
+//! History: telling what the application set from what a policy set before.
+//!
+//! The kernel keeps one value per timer, not who wrote it. A policy that changes
+//! must find its own earlier values again, and give back what it took:
+//!
+//! * where a policy moved a value of the application, the original is kept
+//!   beside the socket ([`Originals`]; rare, so the memory is paid rarely);
+//! * everything else that a policy wrote is what it gives to an unset timer, so
+//!   the earlier policy is all that is needed to recognise it.
+
+use crate::{
+    plan::{Options, plan},
+    policy::{Keepalive, Policy},
+};
+
+/// A value of the application that a policy replaced; all zero where there is none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replaced {
+    /// What the application had set.
+    pub original: u32,
+    /// What was written over it.
+    pub written: u32,
+}
+
+impl Replaced {
+    /// What the application wants now: its original, unless it has set
+    /// something else since.
+    #[inline(always)]
+    const fn application(self, has: u32) -> Option<u32> {
+        if self.original != 0 && self.written == has {
+            Some(self.original)
+        } else {
+            None
+        }
+    }
+
+    #[inline(always)]
+    const fn new(application: u32, wants: u32) -> Self {
+        if application == 0 || application == wants {
+            Self {
+                original: 0,
+                written: 0,
+            }
+        } else {
+            Self {
+                original: application,
+                written: wants,
+            }
+        }
+    }
+}
+
+/// What policies replaced on one socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Originals {
+    /// Of TCP_KEEPIDLE.
+    pub idle: Replaced,
+    /// Of TCP_KEEPINTVL.
+    pub interval: Replaced,
+    /// Of TCP_KEEPCNT.
+    pub probes: Replaced,
+    /// Of TCP_USER_TIMEOUT.
+    pub user_timeout: Replaced,
+}
+
+impl Originals {
+    /// What is to be kept once `wants` has been set for an `application` that
+    /// wanted something else.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of(application: &Options, wants: &Options) -> Self {
+        Self {
+            idle: Replaced::new(application.idle, wants.idle),
+            interval: Replaced::new(application.interval, wants.interval),
+            probes: Replaced::new(application.probes, wants.probes),
+            user_timeout: Replaced::new(application.user_timeout, wants.user_timeout),
+        }
+    }
+
+    /// Whether nothing was replaced.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What the application set on a socket that `has` these options, which the
+/// policy `before` may have written.
+///
+/// A value that the application set itself and that is just what that policy
+/// would have given it cannot be told apart and counts as the policy's.
+/// SO_KEEPALIVE is taken as it is: turning off what an application may have
+/// turned on would be worse than leaving it on.
+#[must_use]
+#[inline(always)]
+pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
+    let given = match before {
+        Some(before) => given(before),
+        None => Options::default(),
+    };
+    Options {
+        keepalive: has.keepalive,
+        idle: timer(has.idle, originals.idle, given.idle),
+        interval: timer(has.interval, originals.interval, given.interval),
+        probes: timer(has.probes, originals.probes, given.probes),
+        user_timeout: timer(has.user_timeout, originals.user_timeout, given.user_timeout),
+    }
+}
+
+/// What a policy gives to a socket whose application set nothing.
+#[must_use]
+#[inline(always)]
+pub fn given(policy: &Policy) -> Options {
+    plan(policy, &Options::default())
+}
+
+#[inline(always)]
+const fn timer(has: u32, replaced: Replaced, given: u32) -> u32 {
+    if let Some(original) = replaced.application(has) {
+        original
+    } else if has == given {
+        0
+    } else {
+        has
+    }
+}
+
+/// The plan for a socket that an earlier policy may have written to: what the
+/// application wants, under the policy of now.
+///
+/// Of the timers only the user-timeout can become unset again; the others keep
+/// the value they have where the policy would leave them unset.
+#[must_use]
+#[inline(always)]
+pub fn replan(policy: &Policy, has: &Options, application: &Options) -> Options {
+    let mut wants = plan(policy, application);
+    if policy.keepalive() == Keepalive::Off {
+        // It leaves the timers, so there is nothing to give back.
+        wants.idle = has.idle;
+        wants.interval = has.interval;
+        wants.probes = has.probes;
+    }
+    wants.idle = keep_set(has.idle, wants.idle);
+    wants.interval = keep_set(has.interval, wants.interval);
+    wants.probes = keep_set(has.probes, wants.probes);
+    wants
+}
+
+#[inline(always)]
+const fn keep_set(has: u32, wants: u32) -> u32 {
+    if wants == 0 { has } else { wants }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Range;
+
+    fn policy(idle: Range) -> Policy {
+        let mut policy = Policy::BUILT_IN;
+        policy.idle = idle;
+        policy
+    }
+
+    /// One socket through a row of policies, as the sweep does it.
+    struct Socket {
+        has: Options,
+        originals: Originals,
+        before: Option<Policy>,
+    }
+
+    impl Socket {
+        fn new(idle: u32) -> Self {
+            Self {
+                has: Options {
+                    idle,
+                    ..Options::default()
+                },
+                originals: Originals::default(),
+                before: None,
+            }
+        }
+
+        fn sweep(&mut self, policy: Policy) -> u32 {
+            let application = application(&self.has, &self.originals, self.before.as_ref());
+            self.has = replan(&policy, &self.has, &application);
+            self.originals = Originals::of(&application, &self.has);
+            self.before = Some(policy);
+            self.has.idle
+        }
+    }
+
+    #[test]
+    fn what_a_policy_filled_in_follows_the_policy() {
+        let (a, b) = (
+            policy(Range::default_only(60)),
+            policy(Range::default_only(30)),
+        );
+        let mut socket = Socket::new(0);
+        assert_eq!([a, b, a].map(|policy| socket.sweep(policy)), [60, 30, 60]);
+    }
+
+    #[test]
+    fn what_the_application_set_comes_back() {
+        let free = policy(Range::default_only(60));
+        let bounded = policy(Range {
+            default: 60,
+            at_least: 0,
+            at_most: 300,
+        });
+        let exact = policy(Range::exactly(45));
+        let mut socket = Socket::new(7200);
+        assert_eq!(
+            [free, bounded, exact, free, exact, bounded, free].map(|policy| socket.sweep(policy)),
+            [7200, 300, 45, 7200, 45, 300, 7200]
+        );
+        assert!(socket.originals.is_empty());
+    }
+
+    #[test]
+    fn what_the_application_sets_meanwhile_counts() {
+        let exact = policy(Range::exactly(45));
+        let free = policy(Range::default_only(60));
+        let mut socket = Socket::new(7200);
+        assert_eq!(socket.sweep(exact), 45);
+        socket.has.idle = 90;
+        assert_eq!(socket.sweep(free), 90);
+    }
+
+    #[test]
+    fn a_user_timeout_can_become_unset_again() {
+        let mut with = Policy::BUILT_IN;
+        with.user_timeout = Range::default_only(30_000);
+        let mut socket = Socket::new(0);
+        socket.sweep(with);
+        assert_eq!(socket.has.user_timeout, 30_000);
+        socket.sweep(Policy::BUILT_IN);
+        assert_eq!(socket.has.user_timeout, 0);
+        assert_eq!(socket.has.idle, 60);
+    }
+
+    #[test]
+    fn off_and_back_keeps_the_timers() {
+        let mut socket = Socket::new(0);
+        socket.sweep(Policy::BUILT_IN);
+        socket.sweep(Policy::BUILT_IN.with_keepalive(Keepalive::Off));
+        assert_eq!((socket.has.keepalive, socket.has.idle), (false, 60));
+        socket.sweep(Policy::BUILT_IN);
+        assert_eq!((socket.has.keepalive, socket.has.idle), (true, 60));
+    }
+
+    #[test]
+    fn the_record_has_no_padding() {
+        assert_eq!(size_of::<Originals>(), 4 * 8);
+    }
+}

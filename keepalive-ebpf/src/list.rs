@@ -1,0 +1,42 @@
+//! List: a record of every connection, for the agent to read.
+
+use aya_ebpf::helpers::generated::bpf_seq_write;
+use keepalive_common::socket::SocketRecord;
+
+use crate::kernel::{TcpIterator, TcpSock};
+
+/// Appends the record of a connection to what the agent reads. A record that
+/// does not fit any more makes the kernel hand over what it has and call again.
+#[inline(always)]
+pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
+    let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
+    record.cgroup = sock.cgroup().map_or(0, |cgroup| cgroup.id());
+    record.inode = sock.inode();
+    record.timer_ms = milliseconds(sock.armed_for());
+    record.silent_ms = milliseconds(sock.silent_for());
+    record.state = sock.state();
+    record.uid = iterator.uid();
+    record.packets_out = sock.packets_out();
+    // SAFETY: the sequence file is the kernel's own, the record lives on the
+    // stack and has no padding.
+    unsafe {
+        bpf_seq_write(
+            iterator.sequence(),
+            (&raw const record).cast_mut().cast(),
+            size_of::<SocketRecord>() as u32,
+        );
+    }
+}
+
+/// Jiffies in milliseconds.
+#[inline(always)]
+fn milliseconds(jiffies: i64) -> i64 {
+    // The BPF machine divides unsigned numbers only (signed ones since 6.6).
+    let hz = TcpSock::hz().unsigned_abs().max(1);
+    let magnitude = jiffies.unsigned_abs() * 1000 / hz;
+    if jiffies < 0 {
+        -magnitude.cast_signed()
+    } else {
+        magnitude.cast_signed()
+    }
+}
