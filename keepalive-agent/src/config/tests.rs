@@ -804,6 +804,21 @@ fn the_example_is_right_and_mentions_every_key() {
     }
 }
 
+#[test]
+fn what_the_documentation_shows_is_right() {
+    for page in [
+        include_str!("../../../README.md"),
+        include_str!("../../../docs/config.md"),
+    ] {
+        let blocks = page.split("```toml\n").skip(1);
+        let texts: Vec<_> = blocks.filter_map(|rest| rest.split("```").next()).collect();
+        assert!(!texts.is_empty());
+        for text in texts {
+            good(text);
+        }
+    }
+}
+
 /// What changes the meaning of a config when it gets into a wrong place.
 #[rustfmt::skip]
 const PIECES: &[&str] = &[
