@@ -97,10 +97,28 @@ impl Originals {
 #[must_use]
 #[inline(always)]
 pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
-    let given = match before {
-        Some(before) => given(before),
-        None => Options::default(),
+    let Some(before) = before else {
+        return with_given(has, originals, &Options::default());
     };
+    let mut given = given(before);
+    let application = with_given(has, originals, &given);
+    if !before.derives_user_timeout() {
+        return application;
+    }
+    // What it derived followed from the timers of this socket.
+    given.user_timeout = plan(
+        before,
+        &Options {
+            user_timeout: 0,
+            ..application
+        },
+    )
+    .user_timeout;
+    with_given(has, originals, &given)
+}
+
+#[inline(always)]
+fn with_given(has: &Options, originals: &Originals, given: &Options) -> Options {
     Options {
         keepalive: has.keepalive,
         idle: timer(has.idle, originals.idle, given.idle),
@@ -240,6 +258,19 @@ mod tests {
         socket.sweep(Policy::BUILT_IN);
         assert_eq!(socket.has.user_timeout, 0);
         assert_eq!(socket.has.idle, 60);
+    }
+
+    #[test]
+    fn a_user_timeout_derived_from_the_applications_idle_is_the_policys() {
+        let mut derived = Policy::BUILT_IN.with_derived_user_timeout(true);
+        derived.idle.at_most = 300;
+        for idle in [0, 100, 7200] {
+            let mut socket = Socket::new(idle);
+            socket.sweep(derived);
+            assert_ne!(socket.has.user_timeout, 0);
+            socket.sweep(Policy::BUILT_IN);
+            assert_eq!(socket.has.user_timeout, 0, "idle {idle}");
+        }
     }
 
     #[test]

@@ -315,12 +315,14 @@ fn probe(base: *const u8, offset: u32) -> u64 {
 fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; 16] {
     const { assert!(LENGTH <= 16) };
     let mut bytes = [0_u8; 16];
+    #[expect(clippy::cast_possible_truncation, reason = "16 at the most")]
+    let length = LENGTH as u32;
     // SAFETY: the helper checks the address and never faults; the destination
     // is ours and long enough.
     unsafe {
         bpf_probe_read_kernel(
             bytes.as_mut_ptr().cast(),
-            LENGTH as u32,
+            length,
             base.wrapping_add(offset as usize).cast(),
         );
     }

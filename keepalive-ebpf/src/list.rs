@@ -3,14 +3,16 @@
 use aya_ebpf::helpers::generated::bpf_seq_write;
 use keepalive_common::socket::SocketRecord;
 
-use crate::kernel::{TcpIterator, TcpSock};
+use crate::kernel::{Cgroup, TcpIterator, TcpSock};
 
 /// Appends the record of a connection to what the agent reads. A record that
 /// does not fit any more makes the kernel hand over what it has and call again.
 #[inline(always)]
 pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
+    #[expect(clippy::cast_possible_truncation, reason = "some hundred bytes")]
+    const LENGTH: u32 = size_of::<SocketRecord>() as u32;
     let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
-    record.cgroup = sock.cgroup().map_or(0, |cgroup| cgroup.id());
+    record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
     record.timer_ms = milliseconds(sock.armed_for());
     record.silent_ms = milliseconds(sock.silent_for());
@@ -23,7 +25,7 @@ pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
         bpf_seq_write(
             iterator.sequence(),
             (&raw const record).cast_mut().cast(),
-            size_of::<SocketRecord>() as u32,
+            LENGTH,
         );
     }
 }

@@ -62,7 +62,7 @@ async fn enforce(target: &Target) -> Result<()> {
             assignment: &agent.assignment,
         },
     )?;
-    agent.swept(target, swept)?;
+    report::swept(target, &swept)?;
     let stopped_by = loop {
         match agent.next(&mut signals).await? {
             Event::Stop(signal) => break signal,
@@ -198,7 +198,7 @@ impl Agent {
         match self.follow(target) {
             Ok(swept) => {
                 report::reloaded(target, &self.assignment)?;
-                self.swept(target, swept)
+                report::swept(target, &swept)
             }
             Err(error) => {
                 error!("{error:#}; the policy in force goes on");
@@ -224,17 +224,12 @@ impl Agent {
     /// Brings existing connections along after a change of policy.
     fn sweep(&mut self) -> Result<Swept> {
         let swept = sweep::apply(&mut self.enforcer)?;
-        self.enforcer.settle(&self.assignment)?;
-        self.spread = Spread::new(swept.waiting, self.assignment.shortest_idle());
-        Ok(swept)
-    }
-
-    /// Tells what came of a sweep.
-    fn swept(&self, target: &Target, swept: Swept) -> Result<()> {
         for (_, error) in &swept.missed {
             warn!("{error:#}; its existing connections are not governed, new ones are");
         }
-        report::swept(target, &swept)
+        self.enforcer.settle(&self.assignment)?;
+        self.spread = Spread::new(swept.waiting, self.assignment.shortest_idle());
+        Ok(swept)
     }
 
     fn forward(&mut self) -> Result<()> {
