@@ -13,5 +13,7 @@ pub mod duration;
 pub mod hierarchy;
 pub mod kernel;
 pub mod netns;
+pub mod paths;
+pub mod sockets;
 pub mod state;
 pub mod sweep;

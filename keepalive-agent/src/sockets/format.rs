@@ -1,0 +1,517 @@
+//! How connections are written: rows for people, JSON lines for machines.
+
+use std::{
+    borrow::Cow,
+    io::{self, Write},
+    net::IpAddr,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use super::{
+    Connection,
+    forecast::Noticed,
+    place::Place,
+    source::{Setting, Source},
+    summary::Summary,
+};
+use crate::{duration, paths::IdleTimeout};
+
+/// The columns of [`row`].
+pub const HEADER: [&str; 13] = [
+    "NETNS",
+    "WHERE",
+    "PROCESS",
+    "LOCAL",
+    "REMOTE",
+    "KEEPALIVE",
+    "IDLE",
+    "INTERVAL",
+    "PROBES",
+    "USER-TIMEOUT",
+    "NEXT PROBE",
+    "NOTICED",
+    "POLICY",
+];
+
+/// What the letters in the rows mean.
+pub const LEGEND: &str = "\
+    set by: a the application, p the policy, b a bound of the policy, \
+    s a sysctl of the namespace, k nobody (the kernel's default)\n\
+    noticed: when it would be found out that the peer is dead from now on";
+
+/// The columns of [`summary_row`].
+pub const SUMMARY_HEADER: [&str; 7] = [
+    "CGROUP",
+    "CONNECTIONS",
+    "PROTECTED",
+    "UNPROTECTED",
+    "SHORTEST IDLE",
+    "LONGEST IDLE",
+    "AT RISK",
+];
+
+/// What stands where nothing does.
+const NONE: &str = "-";
+
+/// A connection as the cells of a row.
+#[must_use]
+pub fn row(connection: &Connection<'_>) -> [String; 13] {
+    let settings = &connection.settings;
+    // While keepalive is off its timers do nothing.
+    let timer = |setting: Setting<u32>, show: fn(u32) -> String| {
+        if settings.keepalive.value {
+            marked(&show(setting.value), setting.source)
+        } else {
+            NONE.to_owned()
+        }
+    };
+    let keepalive = if settings.keepalive.value {
+        "on"
+    } else {
+        "off"
+    };
+    let user_timeout = match settings.user_timeout.value {
+        0 => NONE.to_owned(),
+        set => marked(
+            &compact(Duration::from_millis(set.into())),
+            settings.user_timeout.source,
+        ),
+    };
+    [
+        printable(&connection.netns.name).into_owned(),
+        location(connection),
+        process(connection),
+        connection.record.local().to_string(),
+        connection.record.remote().to_string(),
+        marked(keepalive, settings.keepalive.source),
+        timer(settings.idle, seconds),
+        timer(settings.interval, seconds),
+        timer(settings.probes, |probes| probes.to_string()),
+        user_timeout,
+        connection
+            .forecast
+            .next_probe
+            .map_or_else(|| NONE.to_owned(), rounded),
+        match connection.forecast.noticed {
+            Noticed::After(milliseconds) => rounded(milliseconds),
+            Noticed::Retransmitting => "in flight".to_owned(),
+            Noticed::Never => "never".to_owned(),
+        },
+        connection
+            .policy
+            .map_or(NONE, |policy| policy.name.as_str())
+            .to_owned(),
+    ]
+}
+
+/// A value with the letter of its source.
+fn marked(value: &str, source: Source) -> String {
+    let letter = match source {
+        Source::App => 'a',
+        Source::Policy => 'p',
+        Source::PolicyBound => 'b',
+        Source::Sysctl => 's',
+        Source::Kernel => 'k',
+    };
+    format!("{value} {letter}")
+}
+
+/// The container or unit where the path shows one, else the cgroup.
+fn location(connection: &Connection<'_>) -> String {
+    let Some(cgroup) = connection.cgroup else {
+        return match connection.record.cgroup {
+            0 => NONE.to_owned(),
+            id => format!("cgroup {id}"),
+        };
+    };
+    let place = Place::of(&cgroup.path);
+    let shown = match (place.short_container(), place.unit) {
+        (Some(container), Some(unit)) => Cow::Owned(format!("{container}/{unit}")),
+        (Some(name), None) | (None, Some(name)) => Cow::Borrowed(name),
+        (None, None) => Cow::Borrowed(cgroup.path.as_str()),
+    };
+    printable(&shown).into_owned()
+}
+
+/// `nginx/1234`, and how many more hold it.
+fn process(connection: &Connection<'_>) -> String {
+    let Some(holder) = connection.holder else {
+        return NONE.to_owned();
+    };
+    let first = format!("{}/{}", printable(holder.comm), holder.pid);
+    match holder.count {
+        0 | 1 => first,
+        count => format!("{first} +{}", count - 1),
+    }
+}
+
+/// Processes choose their names: nothing in them may move the cursor or end a
+/// cell.
+fn printable(text: &str) -> Cow<'_, str> {
+    if text.contains(char::is_control) {
+        Cow::Owned(text.replace(char::is_control, "?"))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+/// `4m10s`: a column has no room for spaces.
+fn compact(time: Duration) -> String {
+    duration::show(time).replace(' ', "")
+}
+
+fn seconds(seconds: u32) -> String {
+    compact(Duration::from_secs(seconds.into()))
+}
+
+/// Milliseconds in whole seconds, for what passes anyway.
+fn rounded(milliseconds: u64) -> String {
+    compact(Duration::from_secs(milliseconds / 1000))
+}
+
+/// A connection as a line of JSON. The names are documented in docs/sockets.md
+/// and stay.
+#[derive(Serialize)]
+struct Line<'a> {
+    netns: &'a str,
+    netns_id: u64,
+    cgroup: Option<&'a str>,
+    cgroup_id: u64,
+    container: Option<&'a str>,
+    unit: Option<&'a str>,
+    pid: Option<u32>,
+    comm: Option<&'a str>,
+    holders: u32,
+    uid: u32,
+    inode: u64,
+    state: &'static str,
+    local_address: IpAddr,
+    local_port: u16,
+    remote_address: IpAddr,
+    remote_port: u16,
+    policy: Option<&'a str>,
+    keepalive: bool,
+    keepalive_source: Source,
+    idle_s: u32,
+    idle_source: Source,
+    interval_s: u32,
+    interval_source: Source,
+    probes: u32,
+    probes_source: Source,
+    user_timeout_ms: Option<u32>,
+    user_timeout_source: Source,
+    silent_ms: i64,
+    next_probe_ms: Option<u64>,
+    noticed_ms: Option<u64>,
+    noticed_by: &'static str,
+}
+
+/// Writes a connection as a line of JSON.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Result<()> {
+    let Connection {
+        netns,
+        record,
+        cgroup,
+        policy,
+        holder,
+        settings,
+        forecast,
+    } = connection;
+    let place = cgroup.map_or_else(Place::default, |cgroup| Place::of(&cgroup.path));
+    let (local, remote) = (record.local(), record.remote());
+    let (noticed_ms, noticed_by) = match forecast.noticed {
+        Noticed::After(milliseconds) => (Some(milliseconds), "keepalive"),
+        Noticed::Retransmitting => (None, "retransmission"),
+        Noticed::Never => (None, "never"),
+    };
+    let line = Line {
+        netns: &netns.name,
+        netns_id: netns.id,
+        cgroup: cgroup.map(|cgroup| cgroup.path.as_str()),
+        cgroup_id: record.cgroup,
+        container: place.container,
+        unit: place.unit,
+        pid: holder.map(|holder| holder.pid),
+        comm: holder.map(|holder| holder.comm),
+        holders: holder.map_or(0, |holder| holder.count),
+        uid: record.uid,
+        inode: record.inode,
+        state: state(record.state),
+        local_address: local.ip(),
+        local_port: local.port(),
+        remote_address: remote.ip(),
+        remote_port: remote.port(),
+        policy: policy.map(|policy| policy.name.as_str()),
+        keepalive: settings.keepalive.value,
+        keepalive_source: settings.keepalive.source,
+        idle_s: settings.idle.value,
+        idle_source: settings.idle.source,
+        interval_s: settings.interval.value,
+        interval_source: settings.interval.source,
+        probes: settings.probes.value,
+        probes_source: settings.probes.source,
+        user_timeout_ms: Some(settings.user_timeout.value).filter(|set| *set != 0),
+        user_timeout_source: settings.user_timeout.source,
+        silent_ms: record.silent_ms.max(0),
+        next_probe_ms: forecast.next_probe,
+        noticed_ms,
+        noticed_by,
+    };
+    serde_json::to_writer(&mut *out, &line)?;
+    out.write_all(b"\n")
+}
+
+/// The states in which a process holds a connection open, as `ss` calls them.
+fn state(number: u32) -> &'static str {
+    match number {
+        1 => "established",
+        4 => "fin-wait-1",
+        5 => "fin-wait-2",
+        8 => "close-wait",
+        _ => "other",
+    }
+}
+
+/// A summary as the cells of a row.
+#[must_use]
+pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
+    let idle = |idle: Option<u32>| idle.map_or_else(|| NONE.to_owned(), seconds);
+    [
+        printable(name).into_owned(),
+        summary.connections.to_string(),
+        summary.protected.to_string(),
+        summary.unprotected.to_string(),
+        idle(summary.shortest_idle_s),
+        idle(summary.longest_idle_s),
+        summary.at_risk.to_string(),
+    ]
+}
+
+/// A cgroup's summary as a line of JSON.
+#[derive(Serialize)]
+struct SummaryLine<'a> {
+    cgroup: Option<&'a str>,
+    cgroup_id: u64,
+    container: Option<&'a str>,
+    unit: Option<&'a str>,
+    #[serde(flatten)]
+    summary: &'a Summary,
+    at_risk_timeout_ms: u64,
+}
+
+/// Writes a cgroup's summary as a line of JSON.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub fn summary_json_line(
+    cgroup_id: u64,
+    path: Option<&str>,
+    summary: &Summary,
+    timeout: IdleTimeout,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let place = path.map_or_else(Place::default, Place::of);
+    let line = SummaryLine {
+        cgroup: path,
+        cgroup_id,
+        container: place.container,
+        unit: place.unit,
+        summary,
+        at_risk_timeout_ms: u64::try_from(timeout.duration().as_millis()).unwrap_or(u64::MAX),
+    };
+    serde_json::to_writer(&mut *out, &line)?;
+    out.write_all(b"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use keepalive_common::{plan::Options, policy::Policy};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        assignment::Assigned,
+        netns::{self, Namespace},
+        sockets::{
+            cgroups::Known,
+            holders::Holder,
+            trial::{SYSCTLS, protected, record},
+        },
+    };
+
+    fn own_netns() -> Namespace {
+        netns::all().unwrap().remove(0)
+    }
+
+    fn json(connection: &Connection<'_>) -> Value {
+        let mut line = Vec::new();
+        json_line(connection, &mut line).unwrap();
+        assert_eq!(
+            line.iter().position(|byte| *byte == b'\n'),
+            Some(line.len() - 1)
+        );
+        serde_json::from_slice(&line).unwrap()
+    }
+
+    #[test]
+    fn a_claimed_connection_in_full() {
+        let netns = own_netns();
+        let mut found = protected(60);
+        (found.timer_ms, found.silent_ms, found.uid) = (45_000, 15_000, 33);
+        let cgroup = Known::unclaimed("/system.slice/nginx.service");
+        let policy = Assigned {
+            name: "web".to_owned(),
+            policy: Policy::BUILT_IN,
+        };
+        let mut connection =
+            Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
+        connection.holder = Some(Holder {
+            pid: 7,
+            comm: "ng\tinx\x1b[2J",
+            count: 3,
+        });
+        let expected = [
+            "host",
+            "nginx.service",
+            "ng?inx?[2J/7 +2",
+            "192.0.2.1:40000",
+            "198.51.100.7:5432",
+            "on p",
+            "1m p",
+            "10s p",
+            "6 p",
+            "-",
+            "45s",
+            "1m45s",
+            "web",
+        ];
+        assert_eq!(row(&connection), expected);
+        assert_eq!(
+            json(&connection),
+            json!({
+                "netns": "host",
+                "netns_id": netns.id,
+                "cgroup": "/system.slice/nginx.service",
+                "cgroup_id": 42,
+                "container": null,
+                "unit": "nginx.service",
+                "pid": 7,
+                "comm": "ng\tinx\u{1b}[2J",
+                "holders": 3,
+                "uid": 33,
+                "inode": 4711,
+                "state": "established",
+                "local_address": "192.0.2.1",
+                "local_port": 40000,
+                "remote_address": "198.51.100.7",
+                "remote_port": 5432,
+                "policy": "web",
+                "keepalive": true,
+                "keepalive_source": "policy",
+                "idle_s": 60,
+                "idle_source": "policy",
+                "interval_s": 10,
+                "interval_source": "policy",
+                "probes": 6,
+                "probes_source": "policy",
+                "user_timeout_ms": null,
+                "user_timeout_source": "kernel",
+                "silent_ms": 15000,
+                "next_probe_ms": 45000,
+                "noticed_ms": 105_000,
+                "noticed_by": "keepalive",
+            })
+        );
+    }
+
+    #[test]
+    fn an_unprotected_connection_nobody_claims() {
+        let netns = own_netns();
+        let options = Options {
+            user_timeout: 1500,
+            ..Options::default()
+        };
+        let mut found = record("[2001:db8::1]:1", "[2001:db8::2]:2", &options);
+        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        assert_eq!(
+            row(&connection)[1..],
+            [
+                "cgroup 42",
+                "-",
+                "[2001:db8::1]:1",
+                "[2001:db8::2]:2",
+                "off k",
+                "-",
+                "-",
+                "-",
+                "1s500ms a",
+                "-",
+                "never",
+                "-"
+            ]
+        );
+        let line = json(&connection);
+        assert_eq!(line["idle_s"], 7200);
+        assert_eq!(line["idle_source"], "sysctl");
+        assert_eq!(line["user_timeout_ms"], 1500);
+        assert_eq!(line["noticed_by"], "never");
+        assert_eq!(line["pid"], Value::Null);
+        found.packets_out = 1;
+        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        assert_eq!(row(&connection)[11], "in flight");
+        assert_eq!(json(&connection)["noticed_by"], "retransmission");
+    }
+
+    #[test]
+    fn a_container_is_shown_short_and_told_in_full() {
+        let netns = own_netns();
+        let id = "0123456789abcdef".repeat(4);
+        let cgroup = Known::unclaimed(&format!("/system.slice/docker-{id}.scope/a.service"));
+        let found = protected(60);
+        let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+        assert_eq!(row(&connection)[1], "0123456789ab/a.service");
+        assert_eq!(json(&connection)["container"], id);
+    }
+
+    #[test]
+    fn a_summary_reads_at_a_glance() {
+        let summary = Summary {
+            connections: 3,
+            protected: 2,
+            unprotected: 1,
+            shortest_idle_s: Some(60),
+            longest_idle_s: Some(7200),
+            at_risk: 2,
+        };
+        assert_eq!(
+            summary_row("/a\n", &summary),
+            ["/a?", "3", "2", "1", "1m", "2h", "2"]
+        );
+        let mut line = Vec::new();
+        let timeout = crate::paths::GCP.into();
+        summary_json_line(9, Some("/x.service"), &summary, timeout, &mut line).unwrap();
+        assert_eq!(
+            serde_json::from_slice::<Value>(&line).unwrap(),
+            json!({
+                "cgroup": "/x.service",
+                "cgroup_id": 9,
+                "container": null,
+                "unit": "x.service",
+                "connections": 3,
+                "protected": 2,
+                "unprotected": 1,
+                "shortest_idle_s": 60,
+                "longest_idle_s": 7200,
+                "at_risk": 2,
+                "at_risk_timeout_ms": 600_000,
+            })
+        );
+    }
+}

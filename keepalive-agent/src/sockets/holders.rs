@@ -1,0 +1,208 @@
+//! Which processes hold which sockets, from /proc/PID/fd.
+
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    fs, io,
+    mem::MaybeUninit,
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
+
+const PROC: &str = "/proc";
+
+/// Bytes for the entries of a directory that are read at once.
+const ENTRIES: usize = 16 * 1024;
+
+/// Every socket that some process holds.
+#[derive(Debug, Default)]
+pub struct Holders {
+    by_inode: HashMap<u64, Held>,
+    names: HashMap<u32, String>,
+}
+
+#[derive(Debug)]
+struct Held {
+    first: u32,
+    last: u32,
+    count: u32,
+}
+
+/// A process that holds a socket, as far as /proc shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder<'a> {
+    /// Process id of the first one that was found.
+    pub pid: u32,
+    /// What it calls itself (`comm`).
+    pub comm: &'a str,
+    /// How many processes hold the socket, this one included.
+    pub count: u32,
+}
+
+impl Holders {
+    /// Reads all processes. Those that end meanwhile, or that this one may not
+    /// look into, hold nothing.
+    ///
+    /// # Errors
+    ///
+    /// When /proc itself cannot be read.
+    pub fn read() -> Result<Self> {
+        let mut holders = Self::default();
+        for entry in fs::read_dir(PROC).with_context(|| format!("reading {PROC}"))? {
+            let name = entry
+                .with_context(|| format!("reading {PROC}"))?
+                .file_name();
+            if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
+                holders.read_process(pid);
+            }
+        }
+        Ok(holders)
+    }
+
+    fn read_process(&mut self, pid: u32) {
+        let mut holds_any = false;
+        let _ = each_socket(pid, |inode| {
+            holds_any = true;
+            self.add(pid, inode);
+        });
+        if holds_any {
+            let comm = fs::read(format!("{PROC}/{pid}/comm")).unwrap_or_default();
+            let comm = String::from_utf8_lossy(&comm);
+            self.names
+                .insert(pid, comm.trim_end_matches('\n').to_owned());
+        }
+    }
+
+    fn add(&mut self, pid: u32, inode: u64) {
+        match self.by_inode.entry(inode) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Held {
+                    first: pid,
+                    last: pid,
+                    count: 1,
+                });
+            }
+            Entry::Occupied(mut occupied) => {
+                let held = occupied.get_mut();
+                // A process can hold it twice.
+                held.count += u32::from(held.last != pid);
+                held.last = pid;
+            }
+        }
+    }
+
+    /// Who holds the socket with this inode number.
+    #[must_use]
+    pub fn of(&self, inode: u64) -> Option<Holder<'_>> {
+        let held = self.by_inode.get(&inode)?;
+        Some(Holder {
+            pid: held.first,
+            comm: self.names.get(&held.first).map_or("", String::as_str),
+            count: held.count,
+        })
+    }
+}
+
+/// The inode numbers of the sockets that a process holds.
+///
+/// # Errors
+///
+/// When there is no such process, or it may not be looked into.
+pub fn sockets_of(pid: u32) -> Result<HashSet<u64>> {
+    let mut inodes = HashSet::new();
+    each_socket(pid, |inode| {
+        inodes.insert(inode);
+    })
+    .map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => anyhow::anyhow!("there is no process {pid}"),
+        _ => anyhow::Error::new(error).context(format!("reading {PROC}/{pid}/fd")),
+    })?;
+    Ok(inodes)
+}
+
+/// Calls `found` for every descriptor of a process that is a socket.
+fn each_socket(pid: u32, mut found: impl FnMut(u64)) -> io::Result<()> {
+    let path = format!("{PROC}/{pid}/fd");
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = openat(CWD, Path::new(&path), flags, Mode::empty())?;
+    // There can be a hundred thousand: nothing is allocated for any of them.
+    let mut buffer = [MaybeUninit::uninit(); ENTRIES];
+    let mut entries = RawDir::new(&directory, &mut buffer);
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let mut target = [0_u8; 64];
+        // `.`, `..` and what was closed meanwhile are no links.
+        if let Ok(length) = readlinkat_raw(&directory, entry.file_name(), &mut target)
+            && let Some(inode) = inode(&target[..length])
+        {
+            found(inode);
+        }
+    }
+    Ok(())
+}
+
+/// The number in `socket:[123]`.
+fn inode(target: &[u8]) -> Option<u64> {
+    let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::UdpSocket, os::fd::AsFd, process};
+
+    use super::*;
+
+    #[test]
+    fn sockets_are_told_from_other_descriptors() {
+        assert_eq!(inode(b"socket:[4711]"), Some(4711));
+        for other in [
+            &b"pipe:[4711]"[..],
+            b"/tmp/socket:[1]",
+            b"socket:[",
+            b"socket:[x]",
+            b"",
+        ] {
+            assert_eq!(inode(other), None);
+        }
+    }
+
+    #[test]
+    fn a_process_counts_once_and_the_first_is_named() {
+        let mut holders = Holders::default();
+        for pid in [7, 7, 9, 9] {
+            holders.add(pid, 1);
+        }
+        holders.names.insert(7, "seven".to_owned());
+        assert_eq!(
+            holders.of(1),
+            Some(Holder {
+                pid: 7,
+                comm: "seven",
+                count: 2
+            })
+        );
+        assert_eq!(holders.of(2), None);
+    }
+
+    #[test]
+    fn finds_the_sockets_of_this_process() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let inode = rustix::fs::fstat(socket.as_fd()).unwrap().st_ino;
+        let pid = process::id();
+        assert!(sockets_of(pid).unwrap().contains(&inode));
+        let holders = Holders::read().unwrap();
+        let holder = holders.of(inode).unwrap();
+        assert_eq!(holder.pid, pid);
+        assert!(!holder.comm.is_empty());
+        drop(socket);
+        assert!(!sockets_of(pid).unwrap().contains(&inode));
+    }
+
+    #[test]
+    fn an_absent_process_is_named() {
+        let error = sockets_of(u32::MAX).unwrap_err();
+        assert_eq!(error.to_string(), "there is no process 4294967295");
+    }
+}
