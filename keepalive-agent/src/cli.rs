@@ -4,6 +4,8 @@ mod check;
 mod output;
 mod report;
 mod run;
+mod sockets;
+mod sweep;
 mod trial;
 
 use std::{
@@ -32,6 +34,9 @@ pub(crate) const VERSION: &str = concat!(
     ")"
 );
 
+/// Exit code: some network namespace could not be entered, the rest is done.
+const PARTIAL: u8 = 4;
+
 /// TCP keepalive for every connection of this machine, whatever the
 /// applications do.
 #[derive(Debug, Parser)]
@@ -39,11 +44,14 @@ pub(crate) const VERSION: &str = concat!(
     name = "keepalive-agent",
     version = VERSION,
     disable_help_subcommand = true,
-    after_help = "Exit codes: 0 done, 1 failed or not able, 2 wrong usage.\n\n\
+    after_help = "Exit codes: 0 done, 1 failed or not able, 2 wrong usage, 3 connections at risk \
+                  (sockets), 4 done in part.\n\n\
                   Examples:\n  \
                   keepalive-agent check                     is this kernel able?\n  \
                   keepalive-agent run                       keepalive for all new connections\n  \
-                  keepalive-agent run --config my.toml      with a policy of your own"
+                  keepalive-agent run --config my.toml      with a policy of your own\n  \
+                  keepalive-agent sweep                     for the ones that exist, once\n  \
+                  keepalive-agent sockets                   what every connection really has"
 )]
 pub struct Cli {
     /// Log what is decided on the way, not only what goes wrong
@@ -58,8 +66,12 @@ pub struct Cli {
 enum Command {
     /// Enforce the policy on every new connection until stopped
     Run(run::Arguments),
+    /// Bring the policy to the connections that exist now, once
+    Sweep(sweep::Arguments),
     /// Find out whether this kernel is able, and whether a config is right
     Check(check::Arguments),
+    /// List every connection and the keepalive it really has
+    Sockets(sockets::Arguments),
     /// Connect to itself and show the options of both ends (used by `check`)
     #[command(name = trial::COMMAND, hide = true)]
     Trial,
@@ -131,7 +143,9 @@ pub fn main() -> ExitCode {
     log_to_stderr(cli.verbose);
     let done = match &cli.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Check(arguments) => check::check(arguments),
+        Command::Sockets(arguments) => sockets::sockets(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

@@ -1,6 +1,9 @@
 //! What `run` and `sweep` tell: for people, or as JSON lines.
 
-use std::{io, time::Duration};
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    time::Duration,
+};
 
 use anyhow::Result;
 use keepalive_common::counters::Counters;
@@ -226,6 +229,21 @@ pub(super) fn stopped(
     done: &[(String, Done)],
     failures: &[Failure],
 ) -> Result<()> {
+    if !target.json {
+        output::text(format_args!(
+            "\nstopped by {by} after {}; connections keep what they were given\n\n",
+            duration::show(Duration::from_secs(after.as_secs()))
+        ))?;
+    }
+    changed(target, done, failures)
+}
+
+/// What was done, in numbers.
+pub(super) fn changed(
+    target: &Target,
+    done: &[(String, Done)],
+    failures: &[Failure],
+) -> Result<()> {
     if target.json {
         return output::json(&Event::Stopped {
             policies: done
@@ -247,10 +265,6 @@ pub(super) fn stopped(
                 .collect(),
         });
     }
-    output::text(format_args!(
-        "\nstopped by {by} after {}; connections keep what they were given\n\n",
-        duration::show(Duration::from_secs(after.as_secs()))
-    ))?;
     done_table(done)?;
     for failure in failures {
         let errno = i32::try_from(failure.errno).unwrap_or(0);
@@ -266,7 +280,7 @@ pub(super) fn stopped(
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.
-pub(super) fn done_table(done: &[(String, Done)]) -> Result<()> {
+fn done_table(done: &[(String, Done)]) -> Result<()> {
     let header = [
         "POLICY",
         "CONNECTIONS",
@@ -299,6 +313,19 @@ pub(super) fn done_table(done: &[(String, Done)]) -> Result<()> {
             })
     });
     output::table(header, rows)
+}
+
+/// Progress of what takes long, where somebody watches.
+pub(super) fn waiting(connections: u64) {
+    let mut out = io::stderr();
+    if out.is_terminal() {
+        // Nobody is left to tell when this fails.
+        let _ = write!(out, "\r\x1b[K");
+        if connections > 0 {
+            let _ = write!(out, "{} to go", count(connections, "probe"));
+        }
+        let _ = out.flush();
+    }
 }
 
 /// A list that fits on a line.

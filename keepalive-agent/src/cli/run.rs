@@ -243,7 +243,8 @@ impl Agent {
     }
 }
 
-fn assign(
+/// Assigns, and warns of what has no effect.
+pub(super) fn assign(
     config: &crate::config::Config,
     hierarchy: &Hierarchy,
     root: &Cgroup,

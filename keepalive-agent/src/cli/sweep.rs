@@ -1,0 +1,61 @@
+//! `keepalive-agent sweep`: brings the policy to existing connections, once.
+
+use std::{process::ExitCode, thread};
+
+use anyhow::Result;
+use clap::Args;
+use tracing::warn;
+
+use super::{PARTIAL, Target, report, run};
+use crate::{
+    bpf::Loaded,
+    kernel::{layout, preflight},
+    sweep::{self, Spread},
+};
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "New connections are not governed: that is what `run` is for, which sweeps by \
+                  itself. Probes of idle connections go out one after the other, which takes most \
+                  of an idle period.\n\n\
+                  Exit codes: 0 done, 1 failed, 2 wrong usage, 4 some namespace could not be swept.\n\n\
+                  Examples:\n  \
+                  keepalive-agent sweep\n  \
+                  keepalive-agent sweep --config my.toml --cgroup /system.slice"
+)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    target: Target,
+}
+
+pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
+    let target = &arguments.target;
+    let (config, _, warnings) = target.config()?;
+    for warning in &warnings.0 {
+        warn!("{warning}");
+    }
+    preflight::may_enforce()?;
+    let (hierarchy, root) = target.root()?;
+    let assignment = run::assign(&config, &hierarchy, &root)?;
+    let mut enforcer = Loaded::load(&layout::running()?, assignment.policies.len())?
+        .fill(None, &assignment)?
+        .detached();
+    let swept = sweep::apply(&mut enforcer)?;
+    for (_, error) in &swept.missed {
+        warn!("{error:#}; its connections are as they were");
+    }
+    report::swept(target, &swept)?;
+    let mut spread = Spread::new(swept.waiting, assignment.shortest_idle());
+    while let Some(mut left) = spread.take() {
+        thread::sleep(sweep::PACE);
+        let forwarded = sweep::forward(&mut enforcer, &mut left)?;
+        report::waiting(forwarded.waiting);
+        spread = left.goes_on(forwarded.waiting).then_some(left);
+    }
+    report::changed(target, &enforcer.done()?, &enforcer.failures()?)?;
+    Ok(if swept.missed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        PARTIAL.into()
+    })
+}
