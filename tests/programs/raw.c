@@ -1,9 +1,12 @@
 // What probe.c needs of a C library, as bare system calls: linked in its place
 // (-nostdlib) it makes a program that no preloaded library can come between.
 
+#define _GNU_SOURCE
 #include <asm/unistd.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -87,6 +90,16 @@ ssize_t write(int fd, const void *data, size_t size)
 int close(int fd)
 {
 	return done(call(__NR_close, fd, 0, 0, 0, 0, 0));
+}
+
+int open(const char *path, int flags, ...)
+{
+	return done(call(__NR_openat, AT_FDCWD, (long)path, flags, 0, 0, 0));
+}
+
+int setns(int fd, int kind)
+{
+	return done(call(__NR_setns, fd, kind, 0, 0, 0, 0));
 }
 
 int poll(struct pollfd *fds, nfds_t count, int milliseconds)

@@ -1,7 +1,9 @@
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStderr, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -9,12 +11,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::process::{collect, lines};
-use crate::{Cgroup, Process};
+use crate::process::lines;
+use crate::{Cgroup, Process, wait_until};
 
 /// Loading takes a few tens of milliseconds; a busy machine is given more.
 const START: Duration = Duration::from_secs(30);
 const STOP: Duration = Duration::from_secs(10);
+const SWEEP: Duration = Duration::from_secs(30);
 
 /// The agent under test: `KEEPALIVE_AGENT`, or the workspace's release build.
 ///
@@ -49,9 +52,9 @@ pub fn agent_command() -> Command {
 pub struct Agent {
     process: Process,
     records: Receiver<String>,
-    stderr: Option<JoinHandle<String>>,
+    stderr: Growing,
     started: Value,
-    _config: Option<tempfile::NamedTempFile>,
+    config: Option<tempfile::NamedTempFile>,
 }
 
 impl Agent {
@@ -107,19 +110,19 @@ impl Agent {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process::start(&mut command)?;
         let records = lines(process.child().stdout.take());
-        let stderr = Some(collect(process.child().stderr.take()));
+        let stderr = Growing::read(process.child().stderr.take());
         let mut agent = Self {
             process,
             records,
             stderr,
             started: Value::Null,
-            _config: config,
+            config,
         };
         agent.started = match agent.record("started", START) {
             Ok(record) => record,
             Err(error) => {
                 drop(agent.process.signal(Signal::KILL));
-                bail!("{error:#}\n{}", agent.take_stderr());
+                bail!("{error:#}\n{}", agent.stderr.end());
             }
         };
         Ok(agent)
@@ -135,6 +138,52 @@ impl Agent {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Its next report of a sweep. Each start and each reload makes one.
+    ///
+    /// # Errors
+    ///
+    /// It ends instead, or does not sweep in time.
+    pub fn swept(&mut self) -> Result<Value> {
+        self.record("swept", SWEEP)
+            .with_context(|| self.stderr.so_far())
+    }
+
+    /// Writes another configuration and has the agent read it. Returns its report
+    /// of the sweep that follows.
+    ///
+    /// # Errors
+    ///
+    /// It does not take it, or does not sweep in time.
+    pub fn reload(&mut self, config: &str) -> Result<Value> {
+        self.hang_up(config)?;
+        self.record("reloaded", SWEEP)
+            .with_context(|| self.stderr.so_far())?;
+        self.swept()
+    }
+
+    /// Writes another configuration that the agent is not to take, and returns
+    /// what it says about it.
+    ///
+    /// # Errors
+    ///
+    /// It says nothing in time.
+    pub fn reload_refused(&mut self, config: &str) -> Result<String> {
+        let before = self.stderr.so_far().len();
+        self.hang_up(config)?;
+        let mut said = String::new();
+        wait_until(START, "the agent to refuse a configuration", || {
+            said = self.stderr.so_far().split_off(before);
+            Ok(said.contains("goes on"))
+        })?;
+        Ok(said)
+    }
+
+    fn hang_up(&self, config: &str) -> Result<()> {
+        let file = self.config.as_ref().context("an agent without a file")?;
+        fs::write(file, config)?;
+        self.process.signal(Signal::HUP)
     }
 
     /// Ends it with SIGTERM.
@@ -155,7 +204,7 @@ impl Agent {
         self.process.signal(signal)?;
         let record = self.record("stopped", STOP);
         let status = self.process.wait(STOP)?;
-        let stderr = self.take_stderr();
+        let stderr = self.stderr.end();
         Ok(Finished {
             code: status.code(),
             record: record.with_context(|| format!("{status}: {stderr}"))?,
@@ -194,12 +243,6 @@ impl Agent {
             }
         }
     }
-
-    /// What it wrote to standard error. It has ended, so there is an end to it.
-    fn take_stderr(&mut self) -> String {
-        let reader = self.stderr.take();
-        reader.map_or_else(String::new, |reader| reader.join().unwrap_or_default())
-    }
 }
 
 /// An agent that ended by itself.
@@ -214,19 +257,73 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// One of a policy's counters.
+    /// One of a policy's counters of new connections.
     ///
     /// # Panics
     ///
     /// The record has no such policy or counter.
     #[must_use]
     pub fn count(&self, policy: &str, counter: &str) -> u64 {
-        let policies = self.record["policies"].as_array();
-        policies
-            .into_iter()
-            .flatten()
-            .find(|entry| entry["name"] == policy)
-            .and_then(|entry| entry[counter].as_u64())
+        self.counter(policy, |entry| entry[counter].as_u64())
             .unwrap_or_else(|| panic!("no {counter} of {policy} in {}", self.record))
+    }
+
+    /// One of a policy's counters of connections that were there before it.
+    ///
+    /// # Panics
+    ///
+    /// The record has no such policy or counter.
+    #[must_use]
+    pub fn count_existing(&self, policy: &str, counter: &str) -> u64 {
+        self.counter(policy, |entry| entry["existing"][counter].as_u64())
+            .unwrap_or_else(|| panic!("no existing {counter} of {policy} in {}", self.record))
+    }
+
+    fn counter(&self, policy: &str, get: impl Fn(&Value) -> Option<u64>) -> Option<u64> {
+        let policies = self.record["policies"].as_array()?;
+        get(policies.iter().find(|entry| entry["name"] == policy)?)
+    }
+}
+
+/// What a program writes to a pipe, readable while it grows.
+#[derive(Debug)]
+struct Growing {
+    text: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Growing {
+    fn read(pipe: Option<ChildStderr>) -> Self {
+        let text = Arc::new(Mutex::new(String::new()));
+        let into = Arc::clone(&text);
+        let reader = std::thread::spawn(move || {
+            let lines = pipe
+                .into_iter()
+                .flat_map(|pipe| BufReader::new(pipe).lines());
+            for line in lines.map_while(Result::ok) {
+                let mut text = into.lock().unwrap_or_else(PoisonError::into_inner);
+                text.push_str(&line);
+                text.push('\n');
+            }
+        });
+        Self {
+            text,
+            reader: Some(reader),
+        }
+    }
+
+    fn so_far(&self) -> String {
+        self.text
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// All of it. The program has ended, so there is an end to it.
+    fn end(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            drop(reader.join());
+        }
+        self.so_far()
     }
 }

@@ -147,14 +147,17 @@ fn kill(directory: &Path) {
 /// A test process that was killed could not clean up: the next one does.
 fn remove_abandoned(root: &Path) {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let owner = name
-            .to_str()
-            .and_then(|name| name.strip_prefix("kat-"))
-            .and_then(|rest| rest.split('-').next())
-            .and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+        if entry.file_name().to_str().is_some_and(is_abandoned) {
             remove(&entry.path());
         }
     }
+}
+
+/// Whether a test process made something by this name, and is gone.
+pub(crate) fn is_abandoned(name: &str) -> bool {
+    let owner = name
+        .strip_prefix("kat-")
+        .and_then(|rest| rest.split('-').next())
+        .and_then(|pid| pid.parse::<u32>().ok());
+    owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
 }

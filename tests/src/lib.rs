@@ -9,7 +9,10 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod capture;
 mod cgroup;
+mod container;
+mod crowd;
 mod netns;
 mod options;
 mod probe;
@@ -19,11 +22,14 @@ mod skip;
 mod ss;
 
 pub use agent::{Agent, Finished, agent_binary, agent_command};
+pub use capture::{Capture, Segment, first_probes};
 pub use cgroup::{Cgroup, hierarchy};
+pub use container::Container;
+pub use crowd::{Churn, Churned, Crowd};
 pub use netns::Netns;
 pub use options::{Options, Sockopt};
 pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno};
 pub use process::{Output, Place, Process, output, wait_until};
 pub use programs::{Program, libkeepalive};
 pub use skip::{Need, missing, postgres, skip};
-pub use ss::{Timer, between, timer, timers};
+pub use ss::{Timer, between, timer, timers, timers_in_state};

@@ -9,10 +9,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::io::Errno;
 
 use crate::process::lines;
-use crate::{Cgroup, Options, Place, Process, Program, Sockopt};
+use crate::{Cgroup, Netns, Options, Place, Process, Program, Sockopt};
 
 /// How long an answer may take beyond the time that the question itself asks for.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
@@ -27,20 +27,20 @@ const POLLOUT: u32 = 4;
 
 /// A program that answers one line of input with `ok VALUE` or `err ERRNO`.
 #[derive(Debug)]
-struct Conversation {
+pub(crate) struct Conversation {
     process: Process,
     answers: Receiver<String>,
 }
 
 impl Conversation {
-    fn start(command: &mut Command) -> Result<Self> {
+    pub(crate) fn start(command: &mut Command) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::start(command)?;
         let answers = lines(process.child().stdout.take());
         Ok(Self { process, answers })
     }
 
-    fn ask(&mut self, question: &str, patience: Duration) -> Result<String> {
+    pub(crate) fn ask(&mut self, question: &str, patience: Duration) -> Result<String> {
         let input = self.process.child().stdin.as_mut().context("no input")?;
         // One write: half a line would be a question of its own.
         input
@@ -260,6 +260,16 @@ impl Probe {
         self.name(socket)
     }
 
+    /// Binds a socket that is to connect.
+    ///
+    /// # Errors
+    ///
+    /// The address is taken or not here.
+    pub fn bind(&mut self, socket: Socket, address: SocketAddr) -> Result<()> {
+        self.ask(&format!("bind {} {}", socket.0, encode(address)))?;
+        Ok(())
+    }
+
     /// A plain listening socket.
     ///
     /// # Errors
@@ -277,17 +287,38 @@ impl Probe {
     ///
     /// No connection comes about.
     pub fn connect(&mut self, socket: Socket, address: SocketAddr) -> Result<()> {
+        if self.begin_to_connect(socket, address)? {
+            return Ok(());
+        }
+        self.finish_connecting(socket, Duration::from_secs(5))
+            .with_context(|| format!("no connection to {address}"))
+    }
+
+    /// Connects; true if the socket is connected already, false if it is
+    /// non-blocking and still at it.
+    ///
+    /// # Errors
+    ///
+    /// No connection comes about.
+    pub fn begin_to_connect(&mut self, socket: Socket, address: SocketAddr) -> Result<bool> {
         match self.ask(&format!("connect {} {}", socket.0, encode(address))) {
-            Ok(_) => Ok(()),
-            Err(error) if errno(&error) == Some(Errno::INPROGRESS) => {
-                let events = self.poll(socket, POLLOUT, Duration::from_secs(5))?;
-                ensure!(events != 0, "no connection to {address}");
-                let failed = self.ask(&format!("get {} {SOL_SOCKET} {SO_ERROR}", socket.0))?;
-                ensure!(failed == 0, "no connection to {address}: {failed}");
-                Ok(())
-            }
+            Ok(_) => Ok(true),
+            Err(error) if errno(&error) == Some(Errno::INPROGRESS) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Waits until a non-blocking socket is connected.
+    ///
+    /// # Errors
+    ///
+    /// It is not in that time.
+    pub fn finish_connecting(&mut self, socket: Socket, limit: Duration) -> Result<()> {
+        let events = self.poll(socket, POLLOUT, limit)?;
+        ensure!(events != 0, "waited {limit:?} in vain");
+        let failed = self.ask(&format!("get {} {SOL_SOCKET} {SO_ERROR}", socket.0))?;
+        ensure!(failed == 0, "errno {failed}");
+        Ok(())
     }
 
     /// A plain socket, connected.
@@ -382,6 +413,28 @@ impl Probe {
     pub fn close(&mut self, socket: Socket) -> Result<()> {
         self.ask(&format!("close {}", socket.0))?;
         Ok(())
+    }
+
+    /// Does something in another network namespace and comes back: its sockets
+    /// stay there, the process does not.
+    ///
+    /// # Errors
+    ///
+    /// There is no such namespace, or what is done there fails.
+    pub fn visit<T>(
+        &mut self,
+        netns: &Netns,
+        inside: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let home = self.ask("open /proc/self/ns/net")?;
+        let there = self.ask(&format!("open {}", netns.path().display()))?;
+        self.ask(&format!("setns {there}"))?;
+        let done = inside(self);
+        self.ask(&format!("setns {home}"))?;
+        for file in [home, there] {
+            self.ask(&format!("close {file}"))?;
+        }
+        done
     }
 
     fn poll(&mut self, socket: Socket, events: u32, limit: Duration) -> Result<u32> {
@@ -493,7 +546,7 @@ impl Neighbour {
 }
 
 /// A `struct sockaddr_in` or `sockaddr_in6` in hexadecimal.
-fn encode(address: SocketAddr) -> String {
+pub(crate) fn encode(address: SocketAddr) -> String {
     let mut bytes = Vec::new();
     match address {
         SocketAddr::V4(address) => {

@@ -12,6 +12,7 @@ use crate::output;
 const PROBE: (&str, &str) = ("probe.c", include_str!("../programs/probe.c"));
 const RAW: (&str, &str) = ("raw.c", include_str!("../programs/raw.c"));
 const GO: (&str, &str) = ("probe.go", include_str!("../programs/probe.go"));
+const CROWD: (&str, &str) = ("crowd.c", include_str!("../programs/crowd.c"));
 const NEIGHBOUR: (&str, &str) = ("neighbour.c", include_str!("../programs/neighbour.c"));
 
 /// One build at a time in this process; that others build too is no harm.
@@ -28,6 +29,8 @@ pub enum Program {
     Raw,
     /// `probe.go`, built without cgo.
     Go,
+    /// `crowd.c`, a program with many connections.
+    Crowd,
     /// `neighbour.c`, somebody else's BPF program.
     Neighbour,
 }
@@ -41,6 +44,7 @@ impl Program {
             Self::Static => "probe-static",
             Self::Raw => "probe-raw",
             Self::Go => "probe-go",
+            Self::Crowd => "crowd",
             Self::Neighbour => "neighbour",
         }
     }
@@ -71,6 +75,7 @@ impl Program {
             Self::Dynamic | Self::Static => &[PROBE],
             Self::Raw => &[PROBE, RAW],
             Self::Go => &[GO],
+            Self::Crowd => &[CROWD],
             Self::Neighbour => &[NEIGHBOUR],
         }
     }
@@ -78,7 +83,7 @@ impl Program {
     fn command(self) -> Command {
         let flags: &[&str] = match self {
             Self::Dynamic => &[],
-            Self::Static | Self::Neighbour => &["-static"],
+            Self::Static | Self::Crowd | Self::Neighbour => &["-static"],
             Self::Raw => &[
                 "-static",
                 "-nostdlib",

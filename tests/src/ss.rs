@@ -45,12 +45,25 @@ pub fn between(local: SocketAddr, peer: SocketAddr) -> String {
 ///
 /// `ss` fails, or says something that cannot be read.
 pub fn timers(netns: Option<&Netns>, filter: &str) -> Result<Vec<Option<Timer>>> {
+    timers_in_state("established", netns, filter)
+}
+
+/// The same for sockets in another state, named as `ss` does.
+///
+/// # Errors
+///
+/// As [`timers`].
+pub fn timers_in_state(
+    state: &str,
+    netns: Option<&Netns>,
+    filter: &str,
+) -> Result<Vec<Option<Timer>>> {
     let place = Place {
         cgroup: None,
         netns,
     };
     let mut command = place.command("ss");
-    command.args(["-tnoH", "state", "established"]);
+    command.args(["-tnoH", "state", state]);
     command.args(filter.split_whitespace());
     let output = output(&mut command, Duration::from_secs(10))?;
     ensure!(output.code == Some(0), "ss: {}", output.stderr.trim());
