@@ -115,7 +115,7 @@ pub(super) struct Arguments {
     loopback: bool,
 
     /// Sort; --json then prints nothing before the last connection was seen
-    #[arg(long, value_name = "KEY", hide_possible_values = true)]
+    #[arg(long, value_name = "KEY")]
     sort: Option<Key>,
 }
 
@@ -216,6 +216,7 @@ impl Pass<'_> {
             sort: self.arguments.sort,
             out: stdout()?,
             kept: Vec::new(),
+            line: Vec::new(),
             total: Summary::default(),
             risk: self.risk,
             progress: Progress::new(self.arguments),
@@ -238,8 +239,14 @@ impl Pass<'_> {
             } else {
                 "; no agent is running"
             };
+            let at_risk = self.filter.at_risk.map_or_else(String::new, |risk| {
+                format!(
+                    " at risk on a path that forgets them after {} of silence",
+                    risk.timeout
+                )
+            });
             let legend = format!(
-                "{} connections, {} protected, {} unprotected{enforced}\n{}",
+                "{} connections{at_risk}, {} protected, {} unprotected{enforced}\n{}",
                 total.connections,
                 total.protected,
                 total.unprotected,
@@ -273,16 +280,17 @@ impl Pass<'_> {
                     .context(PRINTING)?;
             }
         } else {
-            let rows = cgroups.iter().map(|(id, (path, summary))| {
+            let mut rows = Vec::new();
+            for (id, (path, summary)) in &cgroups {
                 let name = path.clone().unwrap_or_else(|| format!("(gone) {id}"));
-                tabbed(&format::summary_row(&name, summary))
-            });
-            let rows = rows.chain([tabbed(&format::summary_row("total", &total))]);
+                tabbed(&format::summary_row(&name, summary), &mut rows);
+            }
+            tabbed(&format::summary_row("total", &total), &mut rows);
             let legend = format!(
                 "at risk: on a path that forgets connections after {} of silence",
                 self.risk.timeout
             );
-            self.frame(&mut out, &format::SUMMARY_HEADER, rows, &legend)?;
+            self.frame(&mut out, &format::SUMMARY_HEADER, [rows], &legend)?;
         }
         out.flush().context(PRINTING)?;
         Ok((unseen, total.at_risk))
@@ -294,14 +302,14 @@ impl Pass<'_> {
         &self,
         out: &mut impl Write,
         header: &[&str],
-        rows: impl Iterator<Item = Vec<u8>>,
+        rows: impl IntoIterator<Item = impl AsRef<[u8]>>,
         legend: &str,
     ) -> Result<()> {
         const CLEAR: &str = "\x1b[H\x1b[2J";
         let mut table = TabWriter::new(Vec::new()).padding(2);
         writeln!(table, "{}", header.join("\t"))?;
         for row in rows {
-            table.write_all(&row)?;
+            table.write_all(row.as_ref())?;
         }
         let table = table
             .into_inner()
@@ -325,11 +333,10 @@ fn stdout() -> Result<BufWriter<File>> {
     Ok(BufWriter::with_capacity(BUFFER, File::from(descriptor)))
 }
 
-/// The cells of a row, separated for [`TabWriter`].
-fn tabbed(cells: &[String]) -> Vec<u8> {
-    let mut line = cells.join("\t").into_bytes();
+/// Appends the cells of a row, separated for [`TabWriter`].
+fn tabbed(cells: &[String], line: &mut Vec<u8>) {
+    line.extend_from_slice(cells.join("\t").as_bytes());
     line.push(b'\n');
-    line
 }
 
 /// Prints connections as they come, or keeps them as lines where an order or
@@ -338,7 +345,8 @@ struct Printer {
     json: bool,
     sort: Option<Key>,
     out: BufWriter<File>,
-    kept: Vec<(Option<Rank>, Vec<u8>)>,
+    kept: Vec<(Option<Rank>, Box<[u8]>)>,
+    line: Vec<u8>,
     total: Summary,
     risk: Risk,
     progress: Progress,
@@ -351,14 +359,14 @@ impl Receiver for Printer {
             return format::json_line(connection, &mut self.out).context(PRINTING);
         }
         let rank = self.sort.map(|key| key.rank(connection));
-        let line = if self.json {
-            let mut line = Vec::new();
-            format::json_line(connection, &mut line)?;
-            line
+        self.line.clear();
+        if self.json {
+            format::json_line(connection, &mut self.line)?;
         } else {
-            tabbed(&format::row(connection))
-        };
-        self.kept.push((rank, line));
+            tabbed(&format::row(connection), &mut self.line);
+        }
+        // As many bytes as it has, not as many as it was given to grow.
+        self.kept.push((rank, self.line.as_slice().into()));
         Ok(())
     }
 

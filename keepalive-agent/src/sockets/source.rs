@@ -6,6 +6,7 @@
 
 use anyhow::Result;
 use keepalive_common::{
+    history::given,
     plan::{Options, plan},
     policy::{Keepalive, Policy, Range},
 };
@@ -90,13 +91,19 @@ pub fn settings(has: &Options, policy: Option<&Policy>, sysctls: &Sysctls) -> Se
         source: timer_source(range, value),
     };
     let user_timeout = policy.map(|policy| {
+        // The derived default depends on the other timers: on those of now, or
+        // on those that the application found before it set its own.
         let unset = Options {
             user_timeout: 0,
             ..*has
         };
+        let derived = [plan(policy, &unset), given(policy)].map(|wants| wants.user_timeout);
         Range {
-            // The derived default depends on the other timers.
-            default: plan(policy, &unset).user_timeout,
+            default: if derived.contains(&has.user_timeout) {
+                has.user_timeout
+            } else {
+                derived[0]
+            },
             ..policy.user_timeout
         }
     });
@@ -260,6 +267,23 @@ mod tests {
                 sources.push(found.user_timeout.source);
             }
             assert!(sources.iter().all(|source| *source == Source::Policy));
+        }
+    }
+
+    #[test]
+    fn a_derived_user_timeout_stays_the_policys_when_the_application_sets_a_timer_later() {
+        let policy = Policy::BUILT_IN.with_derived_user_timeout(true);
+        let mut has = plan(&policy, &Options::default());
+        has.idle = 70;
+        for (user_timeout, expected) in [
+            (120_000, Source::Policy),
+            (130_000, Source::Policy),
+            (125_000, Source::App),
+        ] {
+            has.user_timeout = user_timeout;
+            let found = settings(&has, Some(&policy), &SYSCTLS);
+            assert_eq!(found.idle.source, Source::App);
+            assert_eq!(found.user_timeout.source, expected, "{user_timeout}");
         }
     }
 
