@@ -64,9 +64,20 @@ impl Agent {
     ///
     /// It ends instead, with what it said, or is not attached in time.
     pub fn start(cgroup: &Cgroup, config: &str) -> Result<Self> {
+        Self::start_with(cgroup, config, &["env"])
+    }
+
+    /// The same by way of a command that becomes what is named behind it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_with(cgroup: &Cgroup, config: &str, by: &[&str]) -> Result<Self> {
         let file = tempfile::NamedTempFile::with_suffix(".toml")?;
         fs::write(&file, config)?;
-        let mut command = agent_command();
+        let mut command = Command::new(by[0]);
+        command.args(&by[1..]).arg(agent_binary());
+        command.stdin(Stdio::null());
         command.arg("run").arg("--config").arg(file.path());
         command.args(["--cgroup", cgroup.path()]);
         Self::start_command(command, Some(file))

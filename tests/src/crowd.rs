@@ -1,5 +1,6 @@
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -122,6 +123,24 @@ impl Crowd {
             with: [first, second],
             without,
         })
+    }
+
+    /// The same, again and again until `done`, but for a minute at the most.
+    ///
+    /// # Errors
+    ///
+    /// As [`Crowd::churn`].
+    pub fn churn_until(&mut self, done: &AtomicBool, churn: &Churn) -> Result<Churned> {
+        let start = Instant::now();
+        let mut sum = self.churn(churn)?;
+        while !done.load(Ordering::Relaxed) && start.elapsed() < Duration::from_mins(1) {
+            let more = self.churn(churn)?;
+            sum.made += more.made;
+            sum.with[0] += more.with[0];
+            sum.with[1] += more.with[1];
+            sum.without += more.without;
+        }
+        Ok(sum)
     }
 
     fn ask(&mut self, question: &str, patience: Duration) -> Result<Vec<i32>> {

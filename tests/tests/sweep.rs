@@ -2,6 +2,7 @@
 //! them, and nothing else does.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
@@ -291,12 +292,11 @@ fn probes_do_not_come_in_a_herd() -> Result<()> {
     let policy = format!("[default]\nidle = \"{}s\"\n", IDLE.as_secs());
     let mut agent = Agent::start(&cgroup, &policy)?;
     agent.swept()?;
-    let start = Instant::now();
+    sleep(IDLE + Duration::from_secs(1));
+    let probes = first_probes(&capture.stop()?);
     for crowd in &mut crowds {
         crowd.all_have(Options::on(10, 10, 6))?;
     }
-    sleep((IDLE + Duration::from_secs(1)).saturating_sub(start.elapsed()));
-    let probes = first_probes(&capture.stop()?);
 
     let mut times: Vec<_> = probes.into_values().collect();
     times.sort();
@@ -343,42 +343,45 @@ fn while_connections_come_and_go() -> Result<()> {
     steady.connect(2000)?;
     bystander.connect(1000)?;
     let churn = Churn {
-        time: Duration::from_secs(6),
+        time: Duration::from_secs(2),
         rate: 5000,
         idle: [70, 71],
     };
+    let done = AtomicBool::new(false);
     let (coming, passing) = scope(|scope| -> Result<_> {
-        let coming = scope.spawn(|| coming.churn(&churn));
-        let passing = scope.spawn(|| passing.churn(&churn));
+        let coming = scope.spawn(|| coming.churn_until(&done, &churn));
+        let passing = scope.spawn(|| passing.churn_until(&done, &churn));
         sleep(Duration::from_millis(500));
-        let mut agent = Agent::start(&cgroup, POLICY)?;
-        agent.swept()?;
-        steady.all_have(OURS)?;
-        let mut sweeps = 1;
-        while !coming.is_finished() {
-            let idle = 70 + sweeps % 2;
-            agent.reload(&format!("[default]\nidle = \"{idle}s\"\n"))?;
-            steady.all_have(Options::on(idle, 10, 6))?;
-            sweeps += 1;
-        }
-        let finished = agent.stop()?;
-        ensure!(finished.code == Some(0), "{}", finished.stderr);
-        ensure!(finished.record["failures"] == json!([]), "{finished:?}");
-        eprintln!("{sweeps} sweeps");
-        let joined = [coming, passing].map(|thread| thread.join().expect("a panic"));
-        let [coming, passing] = joined;
+        let swept = sweep_often(&cgroup, &mut steady);
+        done.store(true, Ordering::Relaxed);
+        swept?;
+        let [coming, passing] = [coming, passing].map(|churn| churn.join().expect("a panic"));
         Ok((coming?, passing?))
     })?;
     eprintln!("governed: {coming:?}, others: {passing:?}");
     bystander.all_have(Options::UNTOUCHED)?;
-    // The first half second was without an agent.
+    // It goes on for a while without an agent, before and after.
     assert!(coming.with[0] > 0 && coming.with[1] > 0, "{coming:?}");
-    assert!(coming.without < coming.made, "{coming:?}");
     assert_eq!(passing.with, [0, 0], "another cgroup was touched");
-    assert!(
-        coming.made.min(passing.made) > 10_000,
-        "no churn to speak of"
-    );
+    let made = coming.made.min(passing.made);
+    assert!(made > 5000, "no churn to speak of: {made}");
+    Ok(())
+}
+
+/// Starts an agent and has it sweep a dozen times. None of those who are there
+/// all the time is missed.
+fn sweep_often(cgroup: &Cgroup, steady: &mut Crowd) -> Result<()> {
+    let mut agent = Agent::start(cgroup, POLICY)?;
+    agent.swept()?;
+    steady.all_have(OURS)?;
+    for n in 1..12 {
+        let idle = 70 + n % 2;
+        agent.reload(&format!("[default]\nidle = \"{idle}s\"\n"))?;
+        steady.all_have(Options::on(idle, 10, 6))?;
+    }
+    let finished = agent.stop()?;
+    ensure!(finished.code == Some(0), "{}", finished.stderr);
+    ensure!(finished.record["failures"] == json!([]), "{finished:?}");
     Ok(())
 }
 
