@@ -19,12 +19,13 @@ use aya::{
 };
 use keepalive_common::layout::Layout;
 
-pub use enforcer::{Done, Enforcer, Failure, Filled, Loaded};
+pub use enforcer::{Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use lister::Lister;
 
 /// The programs.
 mod program {
     pub(super) const ESTABLISHED: &str = "established";
+    pub(super) const LOG_REFUSAL: &str = "log_refusal";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
 }
@@ -37,6 +38,7 @@ mod map {
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
     pub(super) const PASS: &str = "PASS";
+    pub(super) const LOGGER: &str = "LOGGER";
 }
 
 /// The global that tells the programs where the kernel keeps its fields.
@@ -113,13 +115,16 @@ fn iterator<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Iter> {
 }
 
 /// Runs a prepared iterator over the sockets of the calling thread's network
-/// namespace, handing on what it writes.
-fn run_iterator(link: IterLink, mut written: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-    // Larger than the kernel's own buffer of eight pages.
-    let mut buffer = vec![0; 64 * 1024];
+/// namespace, handing on what it writes. It goes no further than what fits
+/// into the buffer.
+fn run_iterator(
+    link: IterLink,
+    buffer: &mut [u8],
+    mut written: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let mut file: File = link.into_file().context("opening the iterator")?;
     loop {
-        match file.read(&mut buffer) {
+        match file.read(buffer) {
             Ok(0) => return Ok(()),
             Ok(length) => written(&buffer[..length])?,
             // After a million sockets without output the kernel pauses.

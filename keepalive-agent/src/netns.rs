@@ -29,7 +29,8 @@ pub struct Namespace {
 /// All namespaces that can be found, the agent's own first.
 ///
 /// One that is held by nothing but sockets, after all its processes and mounts
-/// are gone, cannot be found.
+/// are gone, cannot be found; nor one that is held only by a descriptor beyond
+/// the first thousand of a process.
 ///
 /// # Errors
 ///
@@ -67,6 +68,10 @@ impl Found {
         }
     }
 
+    /// Who holds namespaces open (container runtimes, mostly) does so with a
+    /// few descriptors; who has a hundred thousand has sockets.
+    const DESCRIPTORS: usize = 1024;
+
     /// Namespaces that processes are in, and those that they hold open. What
     /// vanishes meanwhile, or is not ours to see, is passed over.
     fn of_processes(&mut self) {
@@ -83,7 +88,7 @@ impl Found {
             let Ok(descriptors) = fs::read_dir(format!("/proc/{process}/fd")) else {
                 continue;
             };
-            for descriptor in descriptors.flatten() {
+            for descriptor in descriptors.flatten().take(Self::DESCRIPTORS) {
                 if let Some(path) = descriptor.path().to_str() {
                     self.linked(*process, path);
                 }

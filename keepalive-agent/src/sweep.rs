@@ -2,109 +2,195 @@
 //! network namespace, without letting them all probe at once (see
 //! [`keepalive_common::sweep`]).
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
-use anyhow::{Error, Result};
-use keepalive_common::sweep::Pass;
+use anyhow::{Context as _, Error, Result};
+use tokio::sync::oneshot;
 
 use crate::{
-    bpf::Enforcer,
+    bpf::{Enforcer, SlowPass},
     netns::{self, Namespace},
 };
 
-/// Time between two passes while probes are being brought forward.
-pub const PACE: Duration = Duration::from_secs(1);
+/// Connections that probe together: nothing that a queue cannot hold.
+const BATCH: u32 = 50;
 
-/// Probes that one pass may always bring forward: nothing that a network notices.
-const LEAST_BUDGET: u64 = 100;
+/// Time for the last peers to answer their probes.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// Slow passes after one sweep. The second one finds what the first one missed,
+/// and what has been silent for too long meanwhile.
+const ROUNDS: u32 = 3;
 
 /// What came of a pass over all namespaces.
 #[derive(Debug, Default)]
 pub struct Swept {
     /// Namespaces that were swept.
-    pub namespaces: usize,
+    pub namespaces: Vec<Namespace>,
     /// Connections that were looked at.
     pub seen: u64,
-    /// Connections whose probe was brought forward.
-    pub forwarded: u64,
-    /// Connections whose probe is still to be brought forward.
+    /// Connections that a change is still waiting for.
     pub waiting: u64,
     /// Namespaces that could not be swept, and why.
     pub missed: Vec<(Namespace, Error)>,
 }
 
-/// Spreads probes over the idle period: how many go with each pass, and how
-/// many passes there can be at the most.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Spread {
-    budget: u64,
-    passes: u64,
-}
-
-/// Applies policy to every connection; the first probes go with it.
+/// Brings the policy to everything but the connections that would probe at once.
 ///
 /// # Errors
 ///
 /// When no namespace can be found at all. What goes wrong in one namespace is
 /// reported in the result and does not keep the others from being swept.
 pub fn apply(enforcer: &mut Enforcer) -> Result<Swept> {
-    pass(enforcer, true, LEAST_BUDGET)
+    Ok(pass(enforcer, netns::all()?, true))
 }
 
-/// Brings the next probes forward; none is left after the last pass.
-///
-/// # Errors
-///
-/// As [`apply`].
-pub fn forward(enforcer: &mut Enforcer, spread: &mut Spread) -> Result<Swept> {
-    spread.passes = spread.passes.saturating_sub(1);
-    pass(enforcer, false, spread.budget)
-}
-
-fn pass(enforcer: &mut Enforcer, apply: bool, budget: u64) -> Result<Swept> {
+fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Swept {
     let mut swept = Swept::default();
-    for namespace in netns::all()? {
-        let pass = Pass {
-            apply: u32::from(apply),
-            budget: budget.saturating_sub(swept.forwarded),
-            ..Pass::default()
-        };
-        match enforcer.pass(&namespace, pass) {
+    for namespace in namespaces {
+        match enforcer.pass(&namespace, counts) {
             Ok(done) => {
-                swept.namespaces += 1;
                 swept.seen += done.seen;
-                swept.forwarded += done.forwarded;
                 swept.waiting += done.waiting;
+                swept.namespaces.push(namespace);
             }
             Err(error) => swept.missed.push((namespace, error)),
         }
     }
-    Ok(swept)
+    swept
 }
 
-impl Spread {
-    /// For so many waiting connections and the shortest idle time among the
-    /// policies, in seconds. None where nothing is waiting.
+/// The rest of a sweep, on a thread of its own: lets the waiting connections
+/// probe one batch after the other. Dropping it stops the thread.
+pub struct Rest {
+    round: u32,
+    namespaces: Vec<Namespace>,
+    idle: u32,
+    probed: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    finished: oneshot::Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Rest {
+    /// Begins with what a sweep left waiting; none where that is nothing.
+    /// `shortest_idle` is that of the policies, in seconds.
     ///
-    /// The last pass comes well before the kernel would fire the timers itself,
-    /// all of them a whole idle period after the first pass.
-    #[must_use]
-    pub fn new(waiting: u64, shortest_idle: u32) -> Option<Self> {
-        if waiting == 0 {
-            return None;
-        }
-        let passes = (u64::from(shortest_idle) * 4 / 5 / PACE.as_secs()).max(1);
-        Some(Self {
-            budget: waiting.div_ceil(passes).max(LEAST_BUDGET),
-            passes,
-        })
+    /// # Errors
+    ///
+    /// When the pass cannot be prepared.
+    pub fn of(enforcer: &mut Enforcer, swept: &Swept, shortest_idle: u32) -> Result<Option<Self>> {
+        Self::begin(enforcer, swept, shortest_idle, 1)
     }
 
-    /// Whether another pass is due after one that left so many waiting.
-    #[must_use]
-    pub const fn goes_on(&self, waiting: u64) -> bool {
-        waiting > 0 && self.passes > 0
+    fn begin(
+        enforcer: &mut Enforcer,
+        swept: &Swept,
+        idle: u32,
+        round: u32,
+    ) -> Result<Option<Self>> {
+        if swept.waiting == 0 || round > ROUNDS {
+            return Ok(None);
+        }
+        let pause = pause(swept.waiting, idle);
+        let pass = enforcer.slow_pass(&swept.namespaces, BATCH)?;
+        let probed = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (finish, finished) = oneshot::channel();
+        let thread = thread::Builder::new()
+            .name("sweep".to_owned())
+            .spawn({
+                let (probed, stop) = (probed.clone(), stop.clone());
+                move || {
+                    run(pass, pause, &probed, &stop);
+                    // Nobody listens any more when the agent is stopping.
+                    let _ = finish.send(());
+                }
+            })
+            .context("starting a thread for the sweep")?;
+        Ok(Some(Self {
+            round,
+            namespaces: swept.namespaces.clone(),
+            idle,
+            probed,
+            stop,
+            finished,
+            thread: Some(thread),
+        }))
     }
+
+    /// Waits until the pass is over.
+    pub async fn finished(&mut self) {
+        // An error says that the thread is gone, so it is over too.
+        let _ = (&mut self.finished).await;
+    }
+
+    /// Whether the pass is over.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Connections that were let probe so far.
+    #[must_use]
+    pub fn probed(&self) -> u64 {
+        self.probed.load(Ordering::Relaxed)
+    }
+
+    /// Looks once more, and begins another round where something is waiting.
+    ///
+    /// # Errors
+    ///
+    /// When the next pass cannot be prepared.
+    pub fn next(mut self, enforcer: &mut Enforcer) -> Result<Option<Self>> {
+        self.join();
+        let namespaces = std::mem::take(&mut self.namespaces);
+        let swept = pass(enforcer, namespaces, false);
+        Self::begin(enforcer, &swept, self.idle, self.round + 1)
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to panic about; if it did, it is over.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.join();
+    }
+}
+
+fn run(pass: SlowPass, pause: Duration, probed: &AtomicU64, stop: &AtomicBool) {
+    let goes_on = || !stop.load(Ordering::Relaxed);
+    pass.run(|| {
+        probed.fetch_add(u64::from(BATCH), Ordering::Relaxed);
+        thread::sleep(pause);
+        goes_on()
+    });
+    if goes_on() {
+        thread::sleep(ANSWER);
+    }
+}
+
+/// Time between two batches: they take four fifths of the shortest idle period
+/// together, and no batch waits longer than a fifth of a second.
+fn pause(waiting: u64, shortest_idle: u32) -> Duration {
+    const LONGEST: Duration = Duration::from_millis(200);
+    let batches = u32::try_from(waiting.div_ceil(u64::from(BATCH)))
+        .unwrap_or(u32::MAX)
+        .max(1);
+    (Duration::from_secs(shortest_idle.into()) * 4 / 5 / batches).min(LONGEST)
 }
 
 #[cfg(test)]
@@ -112,27 +198,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn probes_are_spread_over_most_of_the_idle_period() {
-        assert_eq!(Spread::new(0, 60), None);
-        for (waiting, idle, budget, passes) in [
-            (1, 60, 100, 48),
-            (4_800, 60, 100, 48),
-            (48_000, 60, 1_000, 48),
-            (200_000, 60, 4_167, 48),
-            (1_000, 1, 1_000, 1),
+    fn batches_are_spread_over_most_of_the_idle_period() {
+        for (waiting, idle, milliseconds) in [
+            (200_000, 60, 12),
+            (50_000, 60, 48),
+            (1_000, 60, 200),
+            (1, 60, 200),
+            (5_000, 5, 40),
         ] {
-            let spread = Spread::new(waiting, idle).unwrap();
-            assert_eq!(spread, Spread { budget, passes }, "{waiting} {idle}");
-            assert!(budget * passes >= waiting);
+            let found = pause(waiting, idle);
+            assert_eq!(found.as_millis(), milliseconds, "{waiting} {idle}");
+            let batches = u32::try_from(waiting.div_ceil(u64::from(BATCH))).unwrap();
+            assert!(found * batches <= Duration::from_secs(idle.into()));
         }
-    }
-
-    #[test]
-    fn passes_are_bounded() {
-        let mut spread = Spread::new(10, 1).unwrap();
-        assert!(spread.goes_on(10));
-        assert!(!spread.goes_on(0));
-        spread.passes -= 1;
-        assert!(!spread.goes_on(10));
     }
 }

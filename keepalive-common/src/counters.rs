@@ -1,25 +1,22 @@
 //! Counters: what was done to sockets, per policy.
 
-/// What a policy did, in sockets. One record per policy and CPU.
-///
-/// A socket counts once in [`Self::seen`] and at most once in each of the
-/// others; one that needed nothing counts in [`Self::left_alone`] instead.
+/// What a policy did. One record per policy and CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Sockets that the policy claimed.
+    /// Connections that the policy claimed.
     pub seen: u64,
-    /// Keepalive was off and was turned on.
+    /// Connections on which keepalive was off and was turned on.
     pub turned_on: u64,
-    /// Keepalive was on and was turned off.
+    /// Connections on which keepalive was on and was turned off.
     pub turned_off: u64,
-    /// A timer that the application left unset was set.
+    /// Timers that the application had left unset and that were set.
     pub filled: u64,
-    /// A timer that the application had set was moved into the bounds.
+    /// Timers that the application had set and that were moved into the bounds.
     pub clamped: u64,
-    /// Everything was already as the policy wants it.
+    /// Connections on which everything was already as the policy wants it.
     pub left_alone: u64,
-    /// The kernel refused an option; the connection goes on without it.
+    /// Options that the kernel refused; the connection goes on without them.
     pub failed: u64,
 }
 
@@ -54,7 +51,17 @@ pub struct FailureKey {
 pub struct Failure {
     /// Number of refused calls.
     pub count: u64,
-    /// When it was last logged, in nanoseconds since boot.
+}
+
+/// The last refused option of a CPU, to be logged when it is time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Which one, and why.
+    pub key: FailureKey,
+    /// Explicit padding, always 0.
+    pub reserved: u32,
+    /// When one was last logged, in nanoseconds since boot; 0 is never.
     pub logged_at: u64,
 }
 
@@ -137,7 +144,8 @@ mod tests {
     fn the_records_have_no_padding() {
         assert_eq!(size_of::<Counters>(), 7 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
-        assert_eq!(size_of::<Failure>(), 2 * 8);
+        assert_eq!(size_of::<Failure>(), 8);
+        assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
     }
 
     #[test]

@@ -1,62 +1,131 @@
 //! Sweep: how a pass over the existing connections of a namespace is steered.
 //!
-//! Turning keepalive on for many idle connections must not make them all probe
-//! in one instant. The kernel arms a full idle period when SO_KEEPALIVE is turned
-//! on, so a plain sweep would have every connection probe at its end, at once.
-//! Setting TCP_KEEPIDLE again arms from the last activity instead: a connection
-//! that has been silent for longer is probed immediately. So the first pass sets
-//! everything, and each pass brings only a budget of probes forward; the agent
-//! makes passes until none is waiting, spread over the idle period.
+//! A connection that has been silent for longer than its idle time probes at
+//! once when keepalive is turned on or its idle time changes. Thousands of them
+//! in one instant fill queues: probes get lost, and so do their repetitions,
+//! all in step, until the kernel takes living peers for dead. So the first pass
+//! does everything but that, and a second, slow one does that, batch by batch.
+
+use crate::plan::Options;
 
 /// What a pass is to do, and what it has done so far.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pass {
-    /// 1 to apply policy first, 0 to bring probes forward only.
-    pub apply: u32,
+    /// After so many connections that probe at once the iterator pauses; 0 in
+    /// the first pass, which leaves them waiting.
+    pub batch: u32,
+    /// How many of the batch are done.
+    pub in_batch: u32,
+    /// 1 to count connections per policy, 0 where they have been counted.
+    pub counts: u32,
     /// Explicit padding, always 0.
     pub reserved: u32,
-    /// How many probes may still be brought forward.
-    pub budget: u64,
     /// Connections that were looked at.
     pub seen: u64,
-    /// Connections whose probe was brought forward.
-    pub forwarded: u64,
-    /// Connections whose probe would have been, but for the budget.
+    /// Connections that a change is still waiting for.
     pub waiting: u64,
 }
 
-/// Whether a keepalive timer runs later than the last activity asks for: all
-/// arguments in jiffies, `armed` and `silent` counted from now.
+/// What is to be set on a connection now, of what it `wants` in the end.
 ///
-/// A timer may run earlier (it is not moved by activity, only checked when it
-/// fires) but gets later only by SO_KEEPALIVE being turned on after a silence.
-/// Less than a second does not count.
+/// `is_due` tells that it has been silent for longer than the wanted idle time.
+/// Its user-timeout waits until the peer has answered: counted from the last
+/// sign of life, it could be over already, and a single lost probe would end
+/// the connection.
 #[must_use]
 #[inline(always)]
-pub const fn is_late(armed: i64, silent: i64, idle: i64, hz: i64) -> bool {
-    let due = if silent < idle { idle - silent } else { 0 };
-    armed > due + hz
+pub fn now(has: &Options, wants: &Options, is_due: bool, may_probe: bool) -> Options {
+    let mut now = *wants;
+    if !is_due || !wants.keepalive {
+        return now;
+    }
+    if wants.user_timeout != 0 {
+        now.user_timeout = has.user_timeout;
+    }
+    if !may_probe {
+        now.keepalive = has.keepalive;
+        if has.keepalive {
+            // Setting it would arm the timer anew.
+            now.idle = has.idle;
+        }
+    }
+    now
+}
+
+/// Whether going from one to the other makes the kernel arm the keepalive timer.
+#[must_use]
+#[inline(always)]
+pub const fn arms(has: &Options, wants: &Options) -> bool {
+    wants.keepalive && (!has.keepalive || has.idle != wants.idle)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const FRESH: Options = Options {
+        keepalive: false,
+        idle: 0,
+        interval: 0,
+        probes: 0,
+        user_timeout: 0,
+    };
+    const WANTS: Options = Options {
+        keepalive: true,
+        idle: 60,
+        interval: 10,
+        probes: 6,
+        user_timeout: 120_000,
+    };
+
     #[test]
-    fn a_timer_is_late_when_it_ignores_the_silence() {
-        let late = |armed: i64, silent: i64| is_late(armed * 250, silent * 250, 60 * 250, 250);
-        assert!(late(60, 100), "silent for long, armed for a whole period");
-        assert!(late(60, 30));
-        assert!(!late(60, 0), "armed by its last activity");
-        assert!(!late(30, 30));
-        assert!(!late(60, 1), "a second does not count");
-        assert!(!late(0, 100), "about to fire");
-        assert!(!late(-5, 0), "has fired, not handled yet");
+    fn a_connection_that_was_active_lately_gets_everything() {
+        for may_probe in [false, true] {
+            assert_eq!(now(&FRESH, &WANTS, false, may_probe), WANTS);
+        }
+    }
+
+    #[test]
+    fn a_silent_one_waits_for_its_turn_to_probe() {
+        let first = now(&FRESH, &WANTS, true, false);
+        assert!(!arms(&FRESH, &first));
+        assert_eq!(
+            (first.keepalive, first.idle, first.user_timeout),
+            (false, 60, 0)
+        );
+        let second = now(&first, &WANTS, true, true);
+        assert!(arms(&first, &second));
+        assert_eq!((second.keepalive, second.user_timeout), (true, 0));
+        let answered = now(&second, &WANTS, false, false);
+        assert_eq!(answered, WANTS);
+        assert!(!arms(&second, &answered));
+    }
+
+    #[test]
+    fn a_new_idle_time_waits_too_where_keepalive_is_on() {
+        let has = Options { idle: 90, ..WANTS };
+        let first = now(&has, &WANTS, true, false);
+        assert_eq!(first.idle, 90);
+        assert_eq!(now(&has, &WANTS, true, true).idle, 60);
+    }
+
+    #[test]
+    fn turning_off_and_taking_a_user_timeout_back_need_not_wait() {
+        let off = Options {
+            keepalive: false,
+            ..WANTS
+        };
+        assert_eq!(now(&WANTS, &off, true, false), off);
+        let without = Options {
+            user_timeout: 0,
+            ..WANTS
+        };
+        assert_eq!(now(&WANTS, &without, true, false), without);
     }
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Pass>(), 2 * 4 + 4 * 8);
+        assert_eq!(size_of::<Pass>(), 4 * 4 + 2 * 8);
     }
 }

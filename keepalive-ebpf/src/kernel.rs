@@ -9,12 +9,14 @@
     reason = "the kernel aligns its fields to their own width"
 )]
 
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
     bindings::{seq_file, tcp_sock},
-    helpers::generated::{bpf_jiffies64, bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
+    helpers::generated::{
+        bpf_jiffies64, bpf_probe_read_kernel, bpf_seq_write, bpf_skc_to_tcp_sock,
+    },
     programs::SockOpsContext,
 };
 use keepalive_common::{
@@ -229,11 +231,26 @@ impl TcpIterator {
         self.uid
     }
 
-    /// Where the program writes to.
+    /// Appends to what the reader gets. What does not fit any more makes the
+    /// kernel hand over what it has and run the program for this socket again.
     #[inline(always)]
-    pub(crate) fn sequence(&self) -> *mut seq_file {
-        // SAFETY: the kernel's own, never null while the program runs.
-        unsafe { (*self.meta).sequence }
+    #[expect(clippy::cast_possible_truncation, reason = "records are small")]
+    pub(crate) fn write<T>(&self, record: &T) {
+        // SAFETY: the sequence file is the kernel's own and never null while the
+        // program runs; the record is ours.
+        unsafe {
+            bpf_seq_write(
+                (*self.meta).sequence,
+                ptr::from_ref(record).cast_mut().cast(),
+                const { size_of::<T>() as u32 },
+            );
+        }
+    }
+
+    /// Lets a reader of single bytes return before the next socket.
+    #[inline(always)]
+    pub(crate) fn pause(&self) {
+        self.write(&0_u8);
     }
 }
 

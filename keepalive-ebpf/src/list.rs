@@ -1,16 +1,12 @@
 //! List: a record of every connection, for the agent to read.
 
-use aya_ebpf::helpers::generated::bpf_seq_write;
 use keepalive_common::socket::SocketRecord;
 
 use crate::kernel::{Cgroup, TcpIterator, TcpSock};
 
-/// Appends the record of a connection to what the agent reads. A record that
-/// does not fit any more makes the kernel hand over what it has and call again.
+/// Appends the record of a connection to what the agent reads.
 #[inline(always)]
 pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
-    #[expect(clippy::cast_possible_truncation, reason = "some hundred bytes")]
-    const LENGTH: u32 = size_of::<SocketRecord>() as u32;
     let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
     record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
@@ -19,15 +15,7 @@ pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
     record.state = sock.state();
     record.uid = iterator.uid();
     record.packets_out = sock.packets_out();
-    // SAFETY: the sequence file is the kernel's own, the record lives on the
-    // stack and has no padding.
-    unsafe {
-        bpf_seq_write(
-            iterator.sequence(),
-            (&raw const record).cast_mut().cast(),
-            LENGTH,
-        );
-    }
+    iterator.write(&record);
 }
 
 /// Jiffies in milliseconds.

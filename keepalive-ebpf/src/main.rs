@@ -8,6 +8,7 @@ mod claim;
 mod enforce;
 mod kernel;
 mod list;
+mod refusal;
 mod sweep;
 
 use aya_ebpf::{
@@ -48,6 +49,15 @@ fn established(ctx: SockOpsContext) -> u32 {
     PROCEED
 }
 
+/// Goes on where `established` met an option that the kernel refused, now and
+/// then: logs it.
+#[sock_ops]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn log_refusal(ctx: SockOpsContext) -> u32 {
+    refusal::log(&ctx);
+    PROCEED
+}
+
 /// Runs for every TCP socket of a network namespace: applies policy to the
 /// connections among them.
 ///
@@ -58,7 +68,7 @@ fn established(ctx: SockOpsContext) -> u32 {
 #[unsafe(link_section = "iter/tcp")]
 extern "C" fn sweep(iterator: &TcpIterator) -> i32 {
     if let Some(sock) = iterator.connection() {
-        sweep::existing_connection(sock);
+        sweep::existing_connection(iterator, sock);
     }
     NEXT
 }

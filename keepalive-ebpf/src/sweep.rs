@@ -11,13 +11,14 @@ use aya_ebpf::{
 use keepalive_common::{
     counters::{Counters, SocketOption},
     history::{Originals, application, replan},
-    plan::Options,
-    policy::Policy,
-    slot::Claim,
-    sweep::{Pass, is_late},
+    sweep::{Pass, arms, now},
 };
 
-use crate::{claim, enforce, kernel::TcpSock};
+use crate::{
+    claim,
+    enforce::{self, Setter},
+    kernel::{TcpIterator, TcpSock},
+};
 
 /// What the pass under way is to do. Passes follow one another, so there is
 /// one writer at a time.
@@ -35,7 +36,7 @@ static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
 /// A connection met by the sweep.
 #[inline(always)]
-pub(crate) fn existing_connection(sock: TcpSock) {
+pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     let Some(pass) = PASS.get_ptr_mut(0) else {
         return;
     };
@@ -44,39 +45,47 @@ pub(crate) fn existing_connection(sock: TcpSock) {
     let pass = unsafe { &mut *pass };
     pass.seen += 1;
     let claim = claim::nearest(sock.cgroup());
-    let Some(policy) = claim::policy(claim.slot) else {
+    let (Some(policy), Some(counters)) = (claim::policy(claim.slot), SWEPT.get_ptr(claim.slot))
+    else {
         return;
     };
-    if pass.apply != 0 {
-        apply(sock, claim, policy);
-    }
-    let has = sock.options();
-    if has.keepalive && has.idle != 0 && sock_is_late(sock, &has) {
-        if pass.budget == 0 {
-            pass.waiting += 1;
-        } else {
-            // The same value again: arms from the last activity.
-            if enforce::set_option(sock.target(), SocketOption::Idle, has.idle).is_ok() {
-                pass.forwarded += 1;
-            }
-            pass.budget -= 1;
-        }
-    }
-}
-
-#[inline(always)]
-fn apply(sock: TcpSock, claim: Claim, policy: &Policy) {
-    let Some(counters) = SWEPT.get_ptr(claim.slot) else {
-        return;
-    };
-    let has = sock.options();
+    let has = enforce::forget(policy, sock.options());
     let originals = recall(sock);
     let application = application(&has, &originals, claim::policy(claim.before));
-    let wants = replan(policy, &has, &application);
-    enforce::apply(sock.target(), claim.slot, counters, &has, &wants);
-    let replaces = Originals::of(&application, &wants);
+    let wants = enforce::forget(policy, replan(policy, &has, &application));
+    let may_probe = pass.batch != 0;
+    let is_due = sock.silent_for() >= i64::from(wants.idle) * TcpSock::hz();
+    let now = now(&has, &wants, is_due, may_probe);
+    if pass.counts != 0 {
+        enforce::count_seen(counters, wants == has);
+    }
+    if now != wants {
+        pass.waiting += 1;
+    }
+    if now == has {
+        return;
+    }
+    let setter = Setter {
+        target: sock.target(),
+        slot: claim.slot,
+        counters,
+    };
+    setter.set(&application, &has, &now);
+    if !has.keepalive && now.keepalive {
+        // Once more, now that keepalive is on: arms from the last activity
+        // instead of from now, so that timers keep the pace of the connections.
+        let _ = setter.set_option(SocketOption::Idle, now.idle);
+    }
+    let replaces = Originals::of(&application, &now);
     if replaces != originals {
         remember(sock, &replaces);
+    }
+    if is_due && arms(&has, &now) {
+        pass.in_batch += 1;
+        if pass.in_batch >= pass.batch {
+            pass.in_batch = 0;
+            iterator.pause();
+        }
     }
 }
 
@@ -110,16 +119,4 @@ fn storage(sock: TcpSock, flags: u64) -> *mut Originals {
     let map: *const c_void = (&raw const ORIGINALS).cast();
     // SAFETY: the map and the socket are the kernel's own; new elements are zero.
     unsafe { bpf_sk_storage_get(map.cast_mut(), sock.target(), ptr::null_mut(), flags).cast() }
-}
-
-/// Whether the socket's next probe is further off than its silence asks for.
-#[inline(always)]
-fn sock_is_late(sock: TcpSock, has: &Options) -> bool {
-    let hz = TcpSock::hz();
-    is_late(
-        sock.armed_for(),
-        sock.silent_for(),
-        i64::from(has.idle) * hz,
-        hz,
-    )
 }

@@ -4,11 +4,11 @@
 
 use std::{collections::BTreeMap, os::fd::AsFd};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuHashMap},
-    programs::{CgroupAttachMode, SockOps},
+    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuHashMap, ProgramArray},
+    programs::{CgroupAttachMode, SockOps, iter::IterLink},
 };
 use aya_log::EbpfLogger;
 use keepalive_common::{
@@ -19,8 +19,10 @@ use keepalive_common::{
     sweep::Pass,
 };
 
+use tracing::debug;
+
 use super::{
-    Writable, create, load_iterator, map, map_mut, prepare_iterator, program, refused,
+    Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program, refused,
     run_iterator,
     slots::{Settle, Slots, Switch},
 };
@@ -36,6 +38,7 @@ const CGROUPS: u32 = 131_072;
 pub struct Loaded {
     ebpf: Ebpf,
     slots: Slots,
+    can_sweep: bool,
 }
 
 /// Knows every policy; attached to nothing yet.
@@ -73,6 +76,33 @@ pub struct Failure {
     pub count: u64,
 }
 
+/// A pass over several namespaces, ready to run.
+pub struct SlowPass(Vec<(Namespace, IterLink)>);
+
+impl SlowPass {
+    /// Runs it; `pause` is called after each batch and tells whether to go on.
+    /// A namespace that is gone by now has no connections left.
+    pub fn run(self, mut pause: impl FnMut() -> bool + Send) {
+        let mut goes_on = true;
+        for (namespace, link) in self.0 {
+            if !goes_on {
+                return;
+            }
+            let swept = namespace.enter(|| {
+                // A buffer of one byte ends each read where a batch ends.
+                run_iterator(link, &mut [0], |_| {
+                    goes_on = pause();
+                    ensure!(goes_on, "stopped");
+                    Ok(())
+                })
+            });
+            if let Err(error) = swept.and_then(|swept| swept) {
+                debug!("namespace {}: {error:#}", namespace.name);
+            }
+        }
+    }
+}
+
 impl Loaded {
     /// Loads the program with room for this many policies and as many again,
     /// for the time while one set of them replaces another.
@@ -86,13 +116,47 @@ impl Loaded {
         let count = u32::try_from(policies.max(ROOM) * 2).context("too many policies")?;
         let capacity = FIRST + count;
         let mut ebpf = create(layout, capacity, CGROUPS)?;
-        established(&mut ebpf)?
-            .load()
-            .map_err(|error| refused(program::ESTABLISHED, error))?;
+        for name in [program::ESTABLISHED, program::LOG_REFUSAL] {
+            sock_ops(&mut ebpf, name)?
+                .load()
+                .map_err(|error| refused(name, error))?;
+        }
+        let logger = sock_ops(&mut ebpf, program::LOG_REFUSAL)?
+            .fd()?
+            .try_clone()?;
+        let mut callable: ProgramArray<Writable<'_>> = map_mut(&mut ebpf, super::map::LOGGER)?;
+        callable
+            .set(0, &logger, 0)
+            .context("making the logging program callable")?;
         Ok(Self {
             ebpf,
             slots: Slots::new(capacity),
+            can_sweep: false,
         })
+    }
+
+    /// How many instructions the verifier went through to accept the program,
+    /// of the million that it allows; none where the kernel does not tell
+    /// (before Linux 5.16).
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked.
+    pub fn verified_instructions(&mut self) -> Result<Option<u32>> {
+        let info = established(&mut self.ebpf)?.info()?;
+        Ok(info.verified_instruction_count())
+    }
+
+    /// Loads the sweeping program too.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it, with its reason.
+    pub fn load_sweep(&mut self) -> Result<Option<u32>> {
+        load_iterator(&mut self.ebpf, program::SWEEP)?;
+        let info = iterator(&mut self.ebpf, program::SWEEP)?.info()?;
+        self.can_sweep = true;
+        Ok(info.verified_instruction_count())
     }
 
     /// Writes policies and the cgroups that point to them; `before` is what an
@@ -107,7 +171,7 @@ impl Loaded {
             slots: self.slots,
             retired: BTreeMap::new(),
             retired_failures: Vec::new(),
-            can_sweep: false,
+            can_sweep: self.can_sweep,
         };
         if let Some(before) = before {
             enforcer.switch(before)?;
@@ -307,8 +371,8 @@ impl Enforcer {
         }
     }
 
-    /// Makes one pass over the connections of a namespace and returns what came
-    /// of it; `pass` says what is to be done.
+    /// Makes a pass over the connections of a namespace that leaves those
+    /// waiting which would probe at once; tells how many there were.
     ///
     /// # Errors
     ///
@@ -318,20 +382,46 @@ impl Enforcer {
     /// # Minimum kernel version
     ///
     /// 5.15, for bpf_setsockopt in iterators.
-    pub fn pass(&mut self, namespace: &Namespace, pass: Pass) -> Result<Pass> {
+    pub fn pass(&mut self, namespace: &Namespace, counts: bool) -> Result<Pass> {
+        let link = self.prepare_pass(Pass {
+            counts: u32::from(counts),
+            ..Pass::default()
+        })?;
+        // The program writes nothing in such a pass.
+        namespace
+            .enter(|| run_iterator(link, &mut [0], |_| Ok(())))
+            .and_then(|swept| swept)
+            .with_context(|| format!("sweeping network namespace {}", namespace.name))?;
+        let pass: Array<_, Pass> = map(&self.ebpf, super::map::PASS)?;
+        Ok(pass.get(&0, 0)?)
+    }
+
+    /// Prepares a pass that lets waiting connections probe, a batch at a time.
+    /// It can run on another thread, beside anything but other passes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::pass`].
+    pub fn slow_pass(&mut self, namespaces: &[Namespace], batch: u32) -> Result<SlowPass> {
+        let mut links = Vec::new();
+        for namespace in namespaces {
+            let link = self.prepare_pass(Pass {
+                batch,
+                ..Pass::default()
+            })?;
+            links.push((namespace.clone(), link));
+        }
+        Ok(SlowPass(links))
+    }
+
+    fn prepare_pass(&mut self, pass: Pass) -> Result<IterLink> {
         if !self.can_sweep {
             load_iterator(&mut self.ebpf, program::SWEEP)?;
             self.can_sweep = true;
         }
         let mut state: Array<Writable<'_>, Pass> = map_mut(&mut self.ebpf, super::map::PASS)?;
         state.set(0, pass, 0).context("starting a pass")?;
-        let link = prepare_iterator(&mut self.ebpf, program::SWEEP)?;
-        namespace
-            .enter(|| run_iterator(link, |_| Ok(())))
-            .and_then(|swept| swept)
-            .with_context(|| format!("sweeping network namespace {}", namespace.name))?;
-        let state: Array<_, Pass> = map(&self.ebpf, super::map::PASS)?;
-        Ok(state.get(&0, 0)?)
+        prepare_iterator(&mut self.ebpf, program::SWEEP)
     }
 
     /// What the program logs, to be flushed whenever it becomes readable.
@@ -345,7 +435,10 @@ impl Enforcer {
 }
 
 fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps> {
-    let name = program::ESTABLISHED;
+    sock_ops(ebpf, program::ESTABLISHED)
+}
+
+fn sock_ops<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SockOps> {
     Ok(ebpf
         .program_mut(name)
         .with_context(|| format!("the BPF object has no program {name}"))?

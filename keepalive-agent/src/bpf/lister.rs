@@ -36,7 +36,9 @@ impl Lister {
         let link = prepare_iterator(&mut self.0, program::LIST)?;
         let mut count = 0;
         let mut rest = Vec::new();
-        run_iterator(link, |mut bytes| {
+        // Larger than the kernel's own buffer of eight pages.
+        let mut buffer = vec![0; 64 * 1024];
+        run_iterator(link, &mut buffer, |mut bytes| {
             // A read may end within a record.
             if !rest.is_empty() {
                 let missing = (SIZE - rest.len()).min(bytes.len());

@@ -136,7 +136,8 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     const HIERARCHY: &str = "cgroup v2";
     const CAPABILITIES: &str = "capabilities";
     const TYPES: &str = "kernel types (BTF)";
-    const PROGRAM: &str = "BPF program loads";
+    const PROGRAM: &str = "program for new connections";
+    const SWEEP: &str = "program for existing ones";
     const EFFECT: &str = "options are set";
 
     let mut findings = Vec::new();
@@ -163,20 +164,23 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
     });
     let (Ok((hierarchy, root)), Ok(()), Ok(layout)) = (root, capable, layout) else {
-        for feature in [PROGRAM, EFFECT] {
+        for feature in [PROGRAM, SWEEP, EFFECT] {
             findings.push(Finding::inconclusive(feature, "not tried: see above"));
         }
         return findings;
     };
-    let loaded = match Loaded::load(&layout, 1) {
+    let mut loaded = match Loaded::load(&layout, 1) {
         Ok(loaded) => loaded,
         Err(error) => {
             findings.push(Finding::no(PROGRAM, format_args!("{error:#}")));
-            findings.push(Finding::inconclusive(EFFECT, "not tried: see above"));
+            for feature in [SWEEP, EFFECT] {
+                findings.push(Finding::inconclusive(feature, "not tried: see above"));
+            }
             return findings;
         }
     };
-    findings.push(Finding::yes(PROGRAM, "accepted by the verifier"));
+    findings.push(accepted(PROGRAM, &loaded.verified_instructions()));
+    findings.push(accepted(SWEEP, &loaded.load_sweep()));
     findings.push(match trial::parent(loaded, &hierarchy, &root) {
         Ok(()) => Finding::yes(EFFECT, "on both ends of a trial connection over loopback"),
         Err(trial::Failure::NoEffect(what)) => Finding::no(EFFECT, what),
@@ -185,6 +189,18 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         }
     });
     findings
+}
+
+/// What the verifier said to a program.
+fn accepted(feature: &'static str, instructions: &Result<Option<u32>>) -> Finding {
+    match instructions {
+        Ok(None) => Finding::yes(feature, "accepted by the verifier"),
+        Ok(Some(count)) => Finding::yes(
+            feature,
+            format_args!("accepted by the verifier, which went through {count} instructions"),
+        ),
+        Err(error) => Finding::no(feature, format_args!("{error:#}")),
+    }
 }
 
 /// Reads the config that `run` would use.

@@ -40,8 +40,7 @@ enum Event<'a> {
     Swept {
         namespaces: usize,
         connections: u64,
-        probes_forwarded: u64,
-        probes_waiting: u64,
+        waiting: u64,
         missed: Vec<String>,
     },
     Stopped {
@@ -197,10 +196,9 @@ pub(super) fn reloaded(target: &Target, assignment: &Assignment) -> Result<()> {
 pub(super) fn swept(target: &Target, swept: &Swept) -> Result<()> {
     if target.json {
         return output::json(&Event::Swept {
-            namespaces: swept.namespaces,
+            namespaces: swept.namespaces.len(),
             connections: swept.seen,
-            probes_forwarded: swept.forwarded,
-            probes_waiting: swept.waiting,
+            waiting: swept.waiting,
             missed: swept
                 .missed
                 .iter()
@@ -211,11 +209,11 @@ pub(super) fn swept(target: &Target, swept: &Swept) -> Result<()> {
     output::text(format_args!(
         "looked at {} in {}",
         count(swept.seen, "existing connection"),
-        count(swept.namespaces as u64, "network namespace")
+        count(swept.namespaces.len() as u64, "network namespace")
     ))?;
     if swept.waiting > 0 {
         output::text(format_args!(
-            "; the probes of {} that are idle go out one after the other",
+            "; {} silent for long, governed one after the other",
             count(swept.waiting, "connection")
         ))?;
     }

@@ -8,7 +8,6 @@ use clap::Args;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{Signal, SignalKind, signal},
-    time::sleep,
 };
 use tracing::{debug, error, warn};
 
@@ -22,7 +21,7 @@ use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout, preflight},
     state,
-    sweep::{self, Spread, Swept},
+    sweep::{self, Rest, Swept},
 };
 
 #[derive(Args, Debug)]
@@ -42,7 +41,6 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     tokio::runtime::Builder::new_current_thread()
         .enable_io()
-        .enable_time()
         .build()
         .context("starting the runtime")?
         .block_on(enforce(&arguments.target))?;
@@ -67,7 +65,7 @@ async fn enforce(target: &Target) -> Result<()> {
         match agent.next(&mut signals).await? {
             Event::Stop(signal) => break signal,
             Event::Reload => agent.reload(target)?,
-            Event::Forward => agent.forward()?,
+            Event::Swept => agent.go_on_sweeping()?,
         }
     };
     let done = agent.enforcer.done().context("reading the counters")?;
@@ -80,7 +78,7 @@ async fn enforce(target: &Target) -> Result<()> {
 enum Event {
     Stop(&'static str),
     Reload,
-    Forward,
+    Swept,
 }
 
 struct Signals {
@@ -108,8 +106,8 @@ struct Agent {
     enforcer: Enforcer,
     log: AsyncFd<EbpfLogger<&'static dyn log::Log>>,
     state: Option<state::Own>,
-    /// Probes that are still to be brought forward, after a sweep.
-    spread: Option<Spread>,
+    /// The sweep under way.
+    rest: Option<Rest>,
 }
 
 impl Agent {
@@ -151,7 +149,7 @@ impl Agent {
             enforcer,
             log,
             state,
-            spread: None,
+            rest: None,
         };
         let swept = agent.sweep()?;
         Ok((agent, swept, source))
@@ -165,11 +163,11 @@ impl Agent {
     /// Waits for something to do. What the BPF program logs is passed on
     /// meanwhile.
     async fn next(&mut self, signals: &mut Signals) -> Result<Event> {
-        let forward = async {
-            if self.spread.is_some() {
-                sleep(sweep::PACE).await;
-            } else {
-                pending::<()>().await;
+        let rest = &mut self.rest;
+        let swept = async {
+            match rest {
+                Some(rest) => rest.finished().await,
+                None => pending().await,
             }
         };
         let log = &mut self.log;
@@ -187,7 +185,7 @@ impl Agent {
             _ = signals.interrupt.recv() => Ok(Event::Stop("SIGINT")),
             _ = signals.terminate.recv() => Ok(Event::Stop("SIGTERM")),
             _ = signals.hangup.recv() => Ok(Event::Reload),
-            () = forward => Ok(Event::Forward),
+            () = swept => Ok(Event::Swept),
             error = relay => error,
         }
     }
@@ -207,11 +205,16 @@ impl Agent {
         }
     }
 
+    /// Goes over to the config of now.
     fn follow(&mut self, target: &Target) -> Result<Swept> {
         let (config, _, warnings) = target.config()?;
         let next = assign(&config, &self.hierarchy, &self.root)?;
         for warning in &warnings.0 {
             warn!("{warning}");
+        }
+        // What is left of the last sweep is for the next one to do.
+        if self.rest.take().is_some() {
+            self.enforcer.settle(&self.assignment)?;
         }
         self.enforcer.switch(&next)?;
         self.assignment = next;
@@ -227,18 +230,23 @@ impl Agent {
         for (_, error) in &swept.missed {
             warn!("{error:#}; its existing connections are not governed, new ones are");
         }
-        self.enforcer.settle(&self.assignment)?;
-        self.spread = Spread::new(swept.waiting, self.assignment.shortest_idle());
+        let idle = self.assignment.shortest_idle();
+        self.rest = Rest::of(&mut self.enforcer, &swept, idle)?;
+        if self.rest.is_none() {
+            self.enforcer.settle(&self.assignment)?;
+        }
         Ok(swept)
     }
 
-    fn forward(&mut self) -> Result<()> {
-        let Some(mut spread) = self.spread.take() else {
-            return Ok(());
-        };
-        let swept = sweep::forward(&mut self.enforcer, &mut spread)?;
-        debug!(swept.forwarded, swept.waiting, "brought probes forward");
-        self.spread = spread.goes_on(swept.waiting).then_some(spread);
+    /// A pass of the sweep is over: another one, or the sweep is.
+    fn go_on_sweeping(&mut self) -> Result<()> {
+        if let Some(rest) = self.rest.take() {
+            self.rest = rest.next(&mut self.enforcer)?;
+        }
+        if self.rest.is_none() {
+            self.enforcer.settle(&self.assignment)?;
+            debug!("the sweep is over");
+        }
         Ok(())
     }
 }

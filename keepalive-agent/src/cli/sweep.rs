@@ -1,6 +1,6 @@
 //! `keepalive-agent sweep`: brings the policy to existing connections, once.
 
-use std::{process::ExitCode, thread};
+use std::{process::ExitCode, thread, time::Duration};
 
 use anyhow::Result;
 use clap::Args;
@@ -10,7 +10,7 @@ use super::{PARTIAL, Target, report, run};
 use crate::{
     bpf::Loaded,
     kernel::{layout, preflight},
-    sweep::{self, Spread},
+    sweep::{self, Rest},
 };
 
 #[derive(Args, Debug)]
@@ -45,13 +45,15 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         warn!("{error:#}; its connections are as they were");
     }
     report::swept(target, &swept)?;
-    let mut spread = Spread::new(swept.waiting, assignment.shortest_idle());
-    while let Some(mut left) = spread.take() {
-        thread::sleep(sweep::PACE);
-        let forwarded = sweep::forward(&mut enforcer, &mut left)?;
-        report::waiting(forwarded.waiting);
-        spread = left.goes_on(forwarded.waiting).then_some(left);
+    let mut rest = Rest::of(&mut enforcer, &swept, assignment.shortest_idle())?;
+    while let Some(round) = rest.take() {
+        while !round.is_finished() {
+            report::waiting(swept.waiting.saturating_sub(round.probed()));
+            thread::sleep(Duration::from_millis(100));
+        }
+        rest = round.next(&mut enforcer)?;
     }
+    report::waiting(0);
     report::changed(target, &enforcer.done()?, &enforcer.failures()?)?;
     Ok(if swept.missed.is_empty() {
         ExitCode::SUCCESS
