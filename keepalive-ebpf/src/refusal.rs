@@ -64,7 +64,7 @@ pub(crate) fn tell(ctx: &SockOpsContext) {
     last.logged_at = now;
     // SAFETY: the logger takes the same context and lets the kernel go on, as
     // its caller would have. A failed call is one line less in the log.
-    let _ = unsafe { LOGGER.tail_call(ctx, 0) };
+    unsafe { LOGGER.tail_call(ctx, 0) };
 }
 
 /// Logs the last refusal.
