@@ -19,6 +19,9 @@ use crate::{
 /// The name under which the policy for unclaimed sockets is shown.
 pub const DEFAULT: &str = "default";
 
+/// The name under which connections are counted that no policy claims.
+pub const UNCLAIMED: &str = "(unclaimed)";
+
 /// What goes into the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Assignment {
@@ -90,12 +93,12 @@ impl fmt::Display for Warning {
             Self::Absent { policy, path } => write!(
                 f,
                 "policy {policy}: cgroup {path} does not exist; \
-                 start the agent again once it does"
+                 send the agent SIGHUP once it does"
             ),
             Self::NoMatch { policy, glob } => write!(
                 f,
                 "policy {policy}: no cgroup matches {glob}; \
-                 start the agent again once one does"
+                 send the agent SIGHUP once one does"
             ),
             Self::Outside { policy, path, root } => write!(
                 f,

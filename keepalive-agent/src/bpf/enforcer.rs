@@ -26,10 +26,10 @@ use super::{
     run_iterator,
     slots::{Settle, Slots, Switch},
 };
-use crate::{assignment::Assignment, netns::Namespace};
-
-/// The name under which connections are counted that no policy claims.
-const UNCLAIMED_NAME: &str = "(unclaimed)";
+use crate::{
+    assignment::{self, Assignment},
+    netns::Namespace,
+};
 
 /// How many cgroups can claim a policy.
 const CGROUPS: u32 = 131_072;
@@ -312,7 +312,7 @@ impl Enforcer {
         done.extend(retired);
         let unclaimed = self.done_in(UNCLAIMED)?;
         if unclaimed.established.seen > 0 {
-            done.push((UNCLAIMED_NAME.to_owned(), unclaimed));
+            done.push((assignment::UNCLAIMED.to_owned(), unclaimed));
         }
         Ok(done)
     }
@@ -363,7 +363,7 @@ impl Enforcer {
         let held = self.slots.held().find(|(slot, _)| *slot == key.slot);
         Failure {
             policy: held
-                .map_or(UNCLAIMED_NAME, |(_, held)| &held.name)
+                .map_or(assignment::UNCLAIMED, |(_, held)| &held.name)
                 .to_owned(),
             option: SocketOption::from_number(key.option).map_or("unknown", SocketOption::name),
             errno: key.errno,

@@ -82,6 +82,7 @@ impl Finding {
 #[derive(Serialize)]
 struct Report<'a> {
     kernel: String,
+    /// Whether the kernel is.
     able: bool,
     findings: &'a [Finding],
     config_errors: &'a Diagnostics,
@@ -90,8 +91,11 @@ struct Report<'a> {
 pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
     let mut findings = kernel_findings(target);
-    let config_errors = config_finding(target, &mut findings);
     let able = findings.iter().all(|finding| finding.answer == Answer::Yes);
+    let config_errors = config_finding(target, &mut findings);
+    let config_is_right = findings
+        .last()
+        .is_some_and(|config| config.answer == Answer::Yes);
     if target.json {
         output::json(&Report {
             kernel: kernel::release(),
@@ -116,14 +120,14 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
         {
             output::text(format_args!("{}\n", more.1))?;
         }
-        let verdict = if able {
-            "able to enforce"
-        } else {
-            "not able to enforce, see above"
+        let verdict = match (able, config_is_right) {
+            (false, _) => "not able to enforce, see above",
+            (true, false) => "able to enforce, but the config is wrong",
+            (true, true) => "able to enforce",
         };
         output::text(format_args!("\nLinux {}: {verdict}\n", kernel::release()))?;
     }
-    Ok(if able {
+    Ok(if able && config_is_right {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -209,7 +213,8 @@ fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
     match target.config() {
         Ok((config, source, warnings)) => {
             let policies = config.policies.len() + usize::from(config.default.is_some());
-            let mut detail = format!("{source}: {policies} policies");
+            let plural = if policies == 1 { "policy" } else { "policies" };
+            let mut detail = format!("{source}: {policies} {plural}");
             let mut remarks: Vec<_> = warnings.0.iter().map(ToString::to_string).collect();
             if let Ok((hierarchy, root)) = target.root()
                 && let Ok((_, warnings)) = assignment::assign(&config, &hierarchy, &root)

@@ -199,7 +199,7 @@ impl Agent {
                 report::swept(target, &swept)
             }
             Err(error) => {
-                error!("{error:#}; the policy in force goes on");
+                error!("the policy in force goes on: {error:#}");
                 Ok(())
             }
         }
@@ -261,6 +261,9 @@ pub(super) fn assign(
         .with_context(|| format!("reading the hierarchy {}", hierarchy.mount().display()))?;
     for warning in &warnings {
         warn!("{warning}");
+    }
+    if assignment.policies.is_empty() {
+        warn!("the config has neither [default] nor [[policy]]: every connection is left alone");
     }
     Ok(assignment)
 }

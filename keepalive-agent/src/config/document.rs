@@ -15,7 +15,10 @@ use super::{
     CgroupPattern, Config, Diagnostic, Diagnostics, NamedPolicy,
     timer::{Default, Timer, Written},
 };
-use crate::{assignment::DEFAULT, duration};
+use crate::{
+    assignment::{DEFAULT, UNCLAIMED},
+    duration,
+};
 
 /// Keys that every policy understands.
 const POLICY_KEYS: [&str; 5] = ["keepalive", "idle", "interval", "probes", "user-timeout"];
@@ -177,6 +180,11 @@ impl Reader<'_> {
         }
         if name == DEFAULT {
             let message = "is the name of the policy for unclaimed sockets: write it as [default]";
+            self.wrong_value(section, "name", message);
+            return None;
+        }
+        if name == UNCLAIMED {
+            let message = "is what reports call the connections that no policy claims";
             self.wrong_value(section, "name", message);
             return None;
         }
