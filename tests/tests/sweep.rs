@@ -57,7 +57,7 @@ fn reaches(program: Program) -> Result<()> {
     for (counter, count) in [
         ("seen", 4),
         ("turned_on", 4),
-        ("filled", 4),
+        ("filled", 12),
         ("clamped", 0),
         ("left_alone", 0),
         ("failed", 0),
@@ -326,6 +326,36 @@ fn probes_do_not_come_in_a_herd() -> Result<()> {
     eprintln!("{figures}");
     assert!(most * 100 <= times.len() * 15, "a herd: {figures}");
     assert!(spread * 10 >= IDLE * 6, "bunched: {figures}");
+    Ok(())
+}
+
+/// A change of policy while connections are still waiting for the last one: all
+/// come to have the new one, without the agent having to be asked again.
+#[test]
+fn a_reload_while_connections_wait() -> Result<()> {
+    const SILENCE: Duration = Duration::from_secs(9);
+
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let netns = Netns::new()?;
+    let mut crowd = Crowd::start((&cgroup, &netns), "127.0.1.1:0")?;
+    crowd.connect(1500)?;
+    sleep(SILENCE);
+    let mut agent = Agent::start(&cgroup, "[default]\nidle = \"8s\"\n")?;
+    agent.swept()?;
+    sleep(Duration::from_secs(2));
+    agent.reload("[default]\nidle = \"7s\"\nuser-timeout = \"5m\"\n")?;
+    let expected = Options::on(7, 10, 6).user_timeout(300_000);
+    let end = Instant::now() + Duration::from_secs(20);
+    while let Err(error) = crowd.all_have(expected) {
+        ensure!(Instant::now() < end, "{error}");
+        sleep(Duration::from_millis(200));
+    }
+    // It can be stopped in the midst of it.
+    sleep(SILENCE);
+    agent.reload("[default]\nidle = \"6s\"\nkeepalive = \"off\"\n")?;
+    agent.reload("[default]\nidle = \"6s\"\n")?;
+    assert_eq!(agent.stop()?.code, Some(0));
     Ok(())
 }
 
