@@ -19,7 +19,7 @@ use aya::{
 };
 use keepalive_common::layout::Layout;
 
-pub use enforcer::{Done, Enforcer, Failure, Filled, Loaded, SlowPass};
+pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use lister::Lister;
 
 /// The programs.
@@ -39,6 +39,7 @@ mod map {
     pub(super) const FAILURES: &str = "FAILURES";
     pub(super) const PASS: &str = "PASS";
     pub(super) const LOGGER: &str = "LOGGER";
+    pub(super) const ORIGINALS: &str = "ORIGINALS";
 }
 
 /// The global that tells the programs where the kernel keeps its fields.

@@ -2,6 +2,8 @@
 //! network namespace, without letting them all probe at once (see
 //! [`keepalive_common::sweep`]).
 
+mod by_hand;
+
 use std::{
     sync::{
         Arc,
@@ -14,10 +16,19 @@ use std::{
 use anyhow::{Context as _, Error, Result};
 use tokio::sync::oneshot;
 
+use tracing::debug;
+
 use crate::{
-    bpf::{Enforcer, SlowPass},
+    bpf::{Enforcer, Lister, SlowPass},
+    hierarchy::Hierarchy,
+    kernel::layout,
     netns::{self, Namespace},
 };
+use by_hand::Hand;
+
+/// When set in the environment, existing connections are changed from outside
+/// the kernel even where an iterator could do it.
+const BY_HAND: &str = "KEEPALIVE_SWEEP_BY_HAND";
 
 /// Connections that probe together: nothing that a queue cannot hold.
 const BATCH: u32 = 50;
@@ -46,16 +57,22 @@ pub struct Swept {
 ///
 /// # Errors
 ///
-/// When no namespace can be found at all. What goes wrong in one namespace is
-/// reported in the result and does not keep the others from being swept.
+/// When no namespace can be found at all, or the kernel offers no road to
+/// existing connections. What goes wrong in one namespace is reported in the
+/// result and does not keep the others from being swept.
 pub fn apply(enforcer: &mut Enforcer) -> Result<Swept> {
-    Ok(pass(enforcer, netns::all()?, true))
+    pass(enforcer, netns::all()?, true)
 }
 
-fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Swept {
+fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Result<Swept> {
+    let mut road = Road::find(enforcer)?;
     let mut swept = Swept::default();
     for namespace in namespaces {
-        match enforcer.pass(&namespace, counts) {
+        let done = match &mut road {
+            Road::Kernel => enforcer.pass(&namespace, counts),
+            Road::ByHand(hand) => hand.pass(&namespace, counts, None),
+        };
+        match done {
             Ok(done) => {
                 swept.seen += done.seen;
                 swept.waiting += done.waiting;
@@ -64,7 +81,62 @@ fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Sw
             Err(error) => swept.missed.push((namespace, error)),
         }
     }
-    swept
+    Ok(swept)
+}
+
+/// How existing connections are reached.
+enum Road {
+    /// An iterator sets the options.
+    Kernel,
+    /// The agent does, on copies of the sockets' descriptors.
+    ByHand(Box<Hand>),
+}
+
+impl Road {
+    fn find(enforcer: &mut Enforcer) -> Result<Self> {
+        // For tests on kernels that have both.
+        let by_hand = std::env::var_os(BY_HAND).is_some();
+        if !by_hand {
+            match enforcer.load_sweep() {
+                Ok(()) => return Ok(Self::Kernel),
+                Err(error) => debug!("{error:#}; existing connections are changed from outside"),
+            }
+        }
+        let hierarchy = Hierarchy::find()?;
+        let root = hierarchy.existing("/".as_ref())?;
+        let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
+        let lister = Lister::load(&layout::running()?)?;
+        let hand = Hand::new(lister, enforcer.by_hand(cgroups)?);
+        Ok(Self::ByHand(Box::new(hand)))
+    }
+}
+
+/// A slow pass, ready to run on a thread of its own.
+enum Slow {
+    Kernel(SlowPass),
+    ByHand(Box<Hand>, Vec<Namespace>),
+}
+
+impl Slow {
+    fn prepare(enforcer: &mut Enforcer, namespaces: &[Namespace]) -> Result<Self> {
+        Ok(match Road::find(enforcer)? {
+            Road::Kernel => Self::Kernel(enforcer.slow_pass(namespaces, BATCH)?),
+            Road::ByHand(hand) => Self::ByHand(hand, namespaces.to_vec()),
+        })
+    }
+
+    fn run(self, pause: &mut (dyn FnMut() -> bool + Send)) {
+        match self {
+            Self::Kernel(pass) => pass.run(pause),
+            Self::ByHand(mut hand, namespaces) => {
+                for namespace in namespaces {
+                    if let Err(error) = hand.pass(&namespace, false, Some(pause)) {
+                        debug!("namespace {}: {error:#}", namespace.name);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The rest of a sweep, on a thread of its own: lets the waiting connections
@@ -100,7 +172,7 @@ impl Rest {
             return Ok(None);
         }
         let pause = pause(swept.waiting, idle);
-        let pass = enforcer.slow_pass(&swept.namespaces, BATCH)?;
+        let pass = Slow::prepare(enforcer, &swept.namespaces)?;
         let probed = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let (finish, finished) = oneshot::channel();
@@ -152,7 +224,7 @@ impl Rest {
     pub fn next(mut self, enforcer: &mut Enforcer) -> Result<Option<Self>> {
         self.join();
         let namespaces = std::mem::take(&mut self.namespaces);
-        let swept = pass(enforcer, namespaces, false);
+        let swept = pass(enforcer, namespaces, false)?;
         Self::begin(enforcer, &swept, self.idle, self.round + 1)
     }
 
@@ -171,9 +243,9 @@ impl Drop for Rest {
     }
 }
 
-fn run(pass: SlowPass, pause: Duration, probed: &AtomicU64, stop: &AtomicBool) {
+fn run(pass: Slow, pause: Duration, probed: &AtomicU64, stop: &AtomicBool) {
     let goes_on = || !stop.load(Ordering::Relaxed);
-    pass.run(|| {
+    pass.run(&mut || {
         probed.fetch_add(u64::from(BATCH), Ordering::Relaxed);
         thread::sleep(pause);
         goes_on()

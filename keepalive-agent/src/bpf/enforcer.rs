@@ -2,17 +2,24 @@
 //!
 //! Dropping [`Enforcer`] detaches the program and frees the maps.
 
-use std::{collections::BTreeMap, os::fd::AsFd};
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuHashMap, ProgramArray},
+    maps::{
+        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
+    },
     programs::{CgroupAttachMode, SockOps, iter::IterLink},
 };
 use aya_log::EbpfLogger;
 use keepalive_common::{
     counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
+    history::Originals,
     layout::Layout,
     policy::Policy,
     slot::{Claim, FIRST, UNCLAIMED},
@@ -28,6 +35,7 @@ use super::{
 };
 use crate::{
     assignment::{self, Assignment},
+    hierarchy::Cgroup,
     netns::Namespace,
 };
 
@@ -51,6 +59,9 @@ pub struct Enforcer {
     /// What policies did that are not in force any more, by name.
     retired: BTreeMap<String, Done>,
     retired_failures: Vec<Failure>,
+    /// What was done to existing connections from outside the kernel, by slot.
+    by_hand: Arc<Mutex<BTreeMap<u32, Counters>>>,
+    originals: Option<Arc<Mutex<SocketOriginals>>>,
     can_sweep: bool,
 }
 
@@ -76,13 +87,64 @@ pub struct Failure {
     pub count: u64,
 }
 
+/// Socket → the application's values that policies replaced.
+type SocketOriginals = SkStorage<MapData, Originals>;
+
+/// What a sweep needs that does not run in the kernel.
+pub struct ByHand {
+    /// Cgroup id → the policies of its sockets.
+    pub claims: std::collections::HashMap<u64, Claimed>,
+    /// The application's values that policies replaced.
+    originals: Arc<Mutex<SocketOriginals>>,
+    counters: Arc<Mutex<BTreeMap<u32, Counters>>>,
+}
+
+/// The policies that the sockets of a cgroup go by.
+#[derive(Clone, Copy, Debug)]
+pub struct Claimed {
+    /// The slot of the policy of now.
+    pub slot: u32,
+    /// The policy of now.
+    pub now: Option<Policy>,
+    /// The one before the last change.
+    pub before: Option<Policy>,
+}
+
+impl ByHand {
+    /// What policies replaced on a socket so far.
+    #[must_use]
+    pub fn originals(&self, socket: &OwnedFd) -> Originals {
+        locked(&self.originals).get(socket, 0).unwrap_or_default()
+    }
+
+    /// Keeps what was replaced.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for it: the policy's value will later be taken
+    /// for the application's.
+    pub fn remember(&self, socket: &OwnedFd, originals: &Originals) -> Result<()> {
+        Ok(locked(&self.originals).insert(socket, originals, 0)?)
+    }
+
+    /// Counts what was done under the policy in a slot.
+    pub fn count(&self, slot: u32, done: &Counters) {
+        locked(&self.counters).entry(slot).or_default().add(done);
+    }
+}
+
+/// Counters are whole at any time, so a thread that failed leaves no harm.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A pass over several namespaces, ready to run.
 pub struct SlowPass(Vec<(Namespace, IterLink)>);
 
 impl SlowPass {
     /// Runs it; `pause` is called after each batch and tells whether to go on.
     /// A namespace that is gone by now has no connections left.
-    pub fn run(self, mut pause: impl FnMut() -> bool + Send) {
+    pub fn run(self, pause: &mut (dyn FnMut() -> bool + Send)) {
         let mut goes_on = true;
         for (namespace, link) in self.0 {
             if !goes_on {
@@ -171,6 +233,8 @@ impl Loaded {
             slots: self.slots,
             retired: BTreeMap::new(),
             retired_failures: Vec::new(),
+            by_hand: Arc::default(),
+            originals: None,
             can_sweep: self.can_sweep,
         };
         if let Some(before) = before {
@@ -277,6 +341,7 @@ impl Enforcer {
         let total = self.retired.entry(name).or_default();
         total.established.add(&done.established);
         total.existing.add(&done.existing);
+        locked(&self.by_hand).remove(&slot);
         for name in [super::map::COUNTERS, super::map::SWEPT] {
             let mut counters: PerCpuArray<Writable<'_>, Counters> = map_mut(&mut self.ebpf, name)?;
             let zero = vec![Counters::default(); aya::util::nr_cpus().map_err(|(_, error)| error)?];
@@ -318,9 +383,13 @@ impl Enforcer {
     }
 
     fn done_in(&self, slot: u32) -> Result<Done> {
+        let mut existing = self.sum(super::map::SWEPT, slot)?;
+        if let Some(by_hand) = locked(&self.by_hand).get(&slot) {
+            existing.add(by_hand);
+        }
         Ok(Done {
             established: self.sum(super::map::COUNTERS, slot)?,
-            existing: self.sum(super::map::SWEPT, slot)?,
+            existing,
         })
     }
 
@@ -371,17 +440,68 @@ impl Enforcer {
         }
     }
 
+    /// Loads the sweeping program, if that has not been done.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it, with its reason.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.15, for bpf_setsockopt in iterators.
+    pub fn load_sweep(&mut self) -> Result<()> {
+        if !self.can_sweep {
+            load_iterator(&mut self.ebpf, program::SWEEP)?;
+            self.can_sweep = true;
+        }
+        Ok(())
+    }
+
+    /// What a sweep needs that does not run in the kernel: who claims the
+    /// sockets of each cgroup, where originals are kept, and where to count.
+    ///
+    /// # Errors
+    ///
+    /// When the object lacks a map.
+    pub fn by_hand(&mut self, cgroups: Vec<Cgroup>) -> Result<ByHand> {
+        let policies: BTreeMap<u32, Policy> = self
+            .slots
+            .held()
+            .map(|(slot, held)| (slot, held.policy))
+            .collect();
+        let claims = cgroups.into_iter().map(|cgroup| {
+            let Claim { slot, before } = self.slots.claim(&cgroup.path);
+            let claimed = Claimed {
+                slot,
+                now: policies.get(&slot).copied(),
+                before: policies.get(&before).copied(),
+            };
+            (cgroup.id, claimed)
+        });
+        let originals = if let Some(originals) = &self.originals {
+            originals.clone()
+        } else {
+            let name = super::map::ORIGINALS;
+            let map = self
+                .ebpf
+                .take_map(name)
+                .with_context(|| format!("the BPF object has no map {name}"))?;
+            let originals = Arc::new(Mutex::new(map.try_into()?));
+            self.originals.insert(originals).clone()
+        };
+        Ok(ByHand {
+            claims: claims.collect(),
+            originals,
+            counters: self.by_hand.clone(),
+        })
+    }
+
     /// Makes a pass over the connections of a namespace that leaves those
     /// waiting which would probe at once; tells how many there were.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the sweeping program, or the namespace cannot be
-    /// entered.
-    ///
-    /// # Minimum kernel version
-    ///
-    /// 5.15, for bpf_setsockopt in iterators.
+    /// When the namespace cannot be entered, or [`Self::load_sweep`] fails.
     pub fn pass(&mut self, namespace: &Namespace, counts: bool) -> Result<Pass> {
         let link = self.prepare_pass(Pass {
             counts: u32::from(counts),
@@ -415,10 +535,7 @@ impl Enforcer {
     }
 
     fn prepare_pass(&mut self, pass: Pass) -> Result<IterLink> {
-        if !self.can_sweep {
-            load_iterator(&mut self.ebpf, program::SWEEP)?;
-            self.can_sweep = true;
-        }
+        self.load_sweep()?;
         let mut state: Array<Writable<'_>, Pass> = map_mut(&mut self.ebpf, super::map::PASS)?;
         state.set(0, pass, 0).context("starting a pass")?;
         prepare_iterator(&mut self.ebpf, program::SWEEP)

@@ -16,8 +16,10 @@ use crate::{
 pub(super) struct Slots {
     /// What each slot holds, from [`FIRST`] on.
     held: Vec<Option<Assigned>>,
+    /// Path → what it claimed itself before the switch that is not settled yet.
+    before: BTreeMap<String, Claimed>,
     /// Path → what it claims itself.
-    claims: BTreeMap<String, Claimed>,
+    now: BTreeMap<String, Claimed>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +60,8 @@ impl Slots {
         let count = capacity.saturating_sub(FIRST) as usize;
         Self {
             held: vec![None; count],
-            claims: BTreeMap::new(),
+            before: BTreeMap::new(),
+            now: BTreeMap::new(),
         }
     }
 
@@ -69,8 +72,16 @@ impl Slots {
             .filter_map(|(slot, held)| Some((slot, held.as_ref()?)))
     }
 
-    /// Plans the way to another assignment, and takes its slots. The claims of
-    /// now stay in `self` until [`Self::settle`].
+    /// The slots that the sockets of a cgroup go by: now, and before.
+    pub(super) fn claim(&self, path: &str) -> Claim {
+        Claim {
+            slot: effective(&self.now, path),
+            before: effective(&self.before, path),
+        }
+    }
+
+    /// Plans the way to another assignment, and takes its slots. What was
+    /// claimed before is remembered until [`Self::settle`].
     ///
     /// # Errors
     ///
@@ -81,7 +92,7 @@ impl Slots {
         let slots = self.place(&next.policies, &mut switch.policies)?;
         let new = claims_of(next, &slots);
         let mut union: BTreeMap<&str, u64> = BTreeMap::new();
-        for (path, claimed) in self.claims.iter().chain(&new) {
+        for (path, claimed) in self.before.iter().chain(&new) {
             union.insert(path, claimed.id);
         }
         let both: Vec<_> = union
@@ -93,7 +104,7 @@ impl Slots {
                 };
                 let claim = Claim {
                     slot: effective(&new, path),
-                    before: effective(&self.claims, path),
+                    before: effective(&self.before, path),
                 };
                 (cgroup, claim)
             })
@@ -101,7 +112,7 @@ impl Slots {
         let unchanged = both.iter().filter_map(|(cgroup, claim)| {
             // A cgroup made again under its old path is another cgroup.
             let same = self
-                .claims
+                .before
                 .get(&cgroup.path)
                 .is_some_and(|claimed| claimed.id == cgroup.id);
             let slot = claim.before;
@@ -109,6 +120,7 @@ impl Slots {
         });
         switch.claims = unchanged.collect();
         switch.claims.extend(both);
+        self.now = new;
         Ok(switch)
     }
 
@@ -117,7 +129,7 @@ impl Slots {
         let slots = self.slots_of(&now.policies);
         let new = claims_of(now, &slots);
         let mut settle = Settle::default();
-        for (path, claimed) in &self.claims {
+        for (path, claimed) in &self.before {
             if new.get(path).is_none_or(|kept| kept.id != claimed.id) {
                 settle.removed.push(Cgroup {
                     path: path.clone(),
@@ -140,7 +152,8 @@ impl Slots {
                 settle.freed.push((slot, assigned));
             }
         }
-        self.claims = new;
+        self.before = new.clone();
+        self.now = new;
         settle
     }
 

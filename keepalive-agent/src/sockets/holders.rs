@@ -62,7 +62,7 @@ impl Holders {
 
     fn read_process(&mut self, pid: u32) {
         let mut holds_any = false;
-        let _ = each_socket(pid, |inode| {
+        let _ = each_socket(pid, |_, inode| {
             holds_any = true;
             self.add(pid, inode);
         });
@@ -111,7 +111,7 @@ impl Holders {
 /// When there is no such process, or it may not be looked into.
 pub fn sockets_of(pid: u32) -> Result<HashSet<u64>> {
     let mut inodes = HashSet::new();
-    each_socket(pid, |inode| {
+    each_socket(pid, |_, inode| {
         inodes.insert(inode);
     })
     .map_err(|error| match error.kind() {
@@ -121,8 +121,13 @@ pub fn sockets_of(pid: u32) -> Result<HashSet<u64>> {
     Ok(inodes)
 }
 
-/// Calls `found` for every descriptor of a process that is a socket.
-fn each_socket(pid: u32, mut found: impl FnMut(u64)) -> io::Result<()> {
+/// Calls `found` for every descriptor of a process that is a socket, with its
+/// number and the socket's inode number.
+///
+/// # Errors
+///
+/// When there is no such process, or it may not be looked into.
+pub fn each_socket(pid: u32, mut found: impl FnMut(i32, u64)) -> io::Result<()> {
     let path = format!("{PROC}/{pid}/fd");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = openat(CWD, Path::new(&path), flags, Mode::empty())?;
@@ -135,8 +140,9 @@ fn each_socket(pid: u32, mut found: impl FnMut(u64)) -> io::Result<()> {
         // `.`, `..` and what was closed meanwhile are no links.
         if let Ok(length) = readlinkat_raw(&directory, entry.file_name(), &mut target)
             && let Some(inode) = inode(&target[..length])
+            && let Ok(descriptor) = entry.file_name().to_string_lossy().parse()
         {
-            found(inode);
+            found(descriptor, inode);
         }
     }
     Ok(())

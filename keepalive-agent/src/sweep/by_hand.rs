@@ -1,0 +1,234 @@
+//! The other road: where the kernel lets no iterator set options (before Linux
+//! 5.15), the agent takes a copy of each socket's descriptor out of its process
+//! and sets them itself. The decision is the same code as in the kernel.
+
+use std::{collections::HashMap, fs, os::fd::OwnedFd, time::Duration};
+
+use anyhow::{Context as _, Result};
+use keepalive_common::{
+    counters::Counters,
+    history::{Originals, application, replan},
+    plan::Options,
+    socket::SocketRecord,
+    sweep::{Pass, arms, now},
+};
+use rustix::{
+    fs::fstat,
+    net::sockopt,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
+use tracing::debug;
+
+use super::BATCH;
+use crate::{
+    bpf::{ByHand, Claimed, Lister},
+    netns::Namespace,
+    sockets::holders::each_socket,
+};
+
+/// Lists connections in the kernel and changes them from outside.
+pub(super) struct Hand {
+    lister: Lister,
+    by_hand: ByHand,
+}
+
+/// A connection that may need a change.
+struct Candidate {
+    record: SocketRecord,
+    claimed: Claimed,
+}
+
+impl Hand {
+    pub(super) const fn new(lister: Lister, by_hand: ByHand) -> Self {
+        Self { lister, by_hand }
+    }
+
+    /// Makes a pass over the connections of a namespace. With a `pause` the
+    /// connections that probe at once are changed too, a batch at a time.
+    pub(super) fn pass(
+        &mut self,
+        namespace: &Namespace,
+        counts: bool,
+        mut pause: Option<&mut (dyn FnMut() -> bool + Send)>,
+    ) -> Result<Pass> {
+        let mut pass = Pass::default();
+        let mut candidates = self.candidates(namespace, counts, &mut pass)?;
+        for pid in processes()? {
+            if candidates.is_empty() {
+                break;
+            }
+            let mut held = Vec::new();
+            // A process that has ended meanwhile holds nothing.
+            let _ = each_socket(pid, |descriptor, inode| {
+                if let Some(candidate) = candidates.remove(&inode) {
+                    held.push((descriptor, inode, candidate));
+                }
+            });
+            for (descriptor, inode, candidate) in held {
+                let socket = match take(pid, descriptor, inode) {
+                    Ok(socket) => socket,
+                    Err(error) => {
+                        debug!(pid, descriptor, "{error:#}");
+                        continue;
+                    }
+                };
+                let probes = self.change(&socket, &candidate, pause.is_some(), &mut pass);
+                if let Some(pause) = pause.as_mut().filter(|_| probes) {
+                    pass.in_batch += 1;
+                    if pass.in_batch % BATCH == 0 && !pause() {
+                        return Ok(pass);
+                    }
+                }
+            }
+        }
+        Ok(pass)
+    }
+
+    /// The connections whose policy may want something, by inode number.
+    fn candidates(
+        &mut self,
+        namespace: &Namespace,
+        counts: bool,
+        pass: &mut Pass,
+    ) -> Result<HashMap<u64, Candidate>> {
+        let mut candidates = HashMap::new();
+        let Self { lister, by_hand } = self;
+        namespace.enter(|| {
+            lister.list(&mut |record| {
+                pass.seen += 1;
+                let Some(claimed) = by_hand.claims.get(&record.cgroup) else {
+                    return Ok(());
+                };
+                let Some(policy) = &claimed.now else {
+                    return Ok(());
+                };
+                let has = record.options();
+                let unknown = application(&has, &Originals::default(), claimed.before.as_ref());
+                let is_right = replan(policy, &has, &unknown) == has;
+                if counts {
+                    let done = Counters {
+                        seen: 1,
+                        left_alone: u64::from(is_right),
+                        ..Counters::default()
+                    };
+                    by_hand.count(claimed.slot, &done);
+                }
+                // Only the socket itself knows what was replaced on it.
+                if !is_right || claimed.before.is_some_and(|before| before != *policy) {
+                    let candidate = Candidate {
+                        record: *record,
+                        claimed: *claimed,
+                    };
+                    candidates.insert(record.inode, candidate);
+                }
+                Ok(())
+            })
+        })??;
+        Ok(candidates)
+    }
+
+    /// Sets what is to be set now; whether the connection probes at once.
+    fn change(
+        &self,
+        socket: &OwnedFd,
+        candidate: &Candidate,
+        may_probe: bool,
+        pass: &mut Pass,
+    ) -> bool {
+        let Candidate { record, claimed } = candidate;
+        let Some(policy) = &claimed.now else {
+            return false;
+        };
+        let has = record.options();
+        let originals = self.by_hand.originals(socket);
+        let application = application(&has, &originals, claimed.before.as_ref());
+        let wants = replan(policy, &has, &application);
+        let is_due = record.silent_ms >= i64::from(wants.idle) * 1000;
+        let now = now(&has, &wants, is_due, may_probe);
+        pass.waiting += u64::from(now != wants);
+        if now == has {
+            return false;
+        }
+        self.by_hand
+            .count(claimed.slot, &set(socket, &application, &has, &now));
+        let replaces = Originals::of(&application, &now);
+        if replaces != originals
+            && let Err(error) = self.by_hand.remember(socket, &replaces)
+        {
+            debug!("keeping what a policy replaced: {error:#}");
+        }
+        is_due && arms(&has, &now)
+    }
+}
+
+/// All process ids.
+fn processes() -> Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc").context("reading /proc")?;
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect())
+}
+
+/// A copy of a descriptor of another process, if it still is the same socket.
+fn take(pid: u32, descriptor: i32, inode: u64) -> Result<OwnedFd> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .context("no process id")?;
+    let process = pidfd_open(pid, PidfdFlags::empty()).context("opening the process")?;
+    let socket = pidfd_getfd(&process, descriptor, PidfdGetfdFlags::empty())
+        .context("taking its descriptor")?;
+    let found = fstat(&socket).context("looking at its descriptor")?.st_ino;
+    anyhow::ensure!(found == inode, "the descriptor is another one by now");
+    Ok(socket)
+}
+
+/// Sets what differs, as `Setter::set` of the BPF program does.
+fn set(socket: &OwnedFd, application: &Options, has: &Options, wants: &Options) -> Counters {
+    let seconds = |value: u32| Duration::from_secs(value.into());
+    let mut done = Counters {
+        failed: 0,
+        ..Counters::default()
+    };
+    let mut timer =
+        |application: u32, has: u32, wants: u32, result: &dyn Fn() -> rustix::io::Result<()>| {
+            if has == wants {
+                return;
+            }
+            if result().is_err() {
+                done.failed += 1;
+            } else if application == 0 {
+                done.filled += 1;
+            } else if application != wants {
+                done.clamped += 1;
+            }
+        };
+    timer(application.idle, has.idle, wants.idle, &|| {
+        sockopt::set_tcp_keepidle(socket, seconds(wants.idle))
+    });
+    timer(application.interval, has.interval, wants.interval, &|| {
+        sockopt::set_tcp_keepintvl(socket, seconds(wants.interval))
+    });
+    timer(application.probes, has.probes, wants.probes, &|| {
+        sockopt::set_tcp_keepcnt(socket, wants.probes)
+    });
+    timer(
+        application.user_timeout,
+        has.user_timeout,
+        wants.user_timeout,
+        &|| sockopt::set_tcp_user_timeout(socket, wants.user_timeout),
+    );
+    if has.keepalive == wants.keepalive {
+        return done;
+    }
+    if sockopt::set_socket_keepalive(socket, wants.keepalive).is_err() {
+        done.failed += 1;
+    } else if wants.keepalive {
+        done.turned_on += 1;
+        // Arms from the last activity instead of from now.
+        let _ = sockopt::set_tcp_keepidle(socket, seconds(wants.idle));
+    } else {
+        done.turned_off += 1;
+    }
+    done
+}
