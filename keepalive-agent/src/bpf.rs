@@ -3,6 +3,7 @@
 //! The names of its maps, programs and globals stand here and nowhere else.
 
 mod enforcer;
+mod files;
 mod lister;
 mod slots;
 
@@ -20,6 +21,7 @@ use aya::{
 use keepalive_common::layout::Layout;
 
 pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
+pub use files::Files;
 pub use lister::Lister;
 
 /// The programs.
@@ -28,6 +30,7 @@ mod program {
     pub(super) const LOG_REFUSAL: &str = "log_refusal";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
+    pub(super) const FILES: &str = "files";
 }
 
 /// The maps.
@@ -91,11 +94,12 @@ where
 /// Names the type of maps that are borrowed for writing.
 type Writable<'a> = &'a mut MapData;
 
-/// Loads one of the programs that iterate over TCP sockets.
-fn load_iterator(ebpf: &mut Ebpf, name: &str) -> Result<()> {
+/// Loads one of the iterating programs; `over` is what the kernel calls what it
+/// iterates over, such as `tcp`.
+fn load_iterator(ebpf: &mut Ebpf, name: &str, over: &str) -> Result<()> {
     let types = Btf::from_sys_fs().context("reading the kernel's types")?;
     iterator(ebpf, name)?
-        .load("tcp", &types)
+        .load(over, &types)
         .map_err(|error| refused(name, error))
 }
 
@@ -137,6 +141,32 @@ fn run_iterator(
             Err(error) => return Err(Error::new(error).context("reading the iterator")),
         }
     }
+}
+
+/// The same for a program that writes records of one kind; tells how many.
+fn run_records<T: bytemuck::AnyBitPattern>(
+    link: IterLink,
+    mut each: impl FnMut(&T) -> Result<()>,
+) -> Result<u64> {
+    let size = size_of::<T>();
+    // Larger than the kernel's own buffer of eight pages.
+    let mut buffer = vec![0; 64 * 1024];
+    let mut rest = Vec::new();
+    let mut count = 0;
+    run_iterator(link, &mut buffer, |bytes| {
+        // A read may end within a record.
+        rest.extend_from_slice(bytes);
+        let mut records = rest.chunks_exact(size);
+        for record in &mut records {
+            each(&bytemuck::pod_read_unaligned(record))?;
+            count += 1;
+        }
+        let left = records.remainder().len();
+        rest.drain(..rest.len() - left);
+        Ok(())
+    })?;
+    ensure!(rest.is_empty(), "the listing ended within a record");
+    Ok(count)
 }
 
 /// A program that the kernel did not load. The verifier's log can be thousands

@@ -17,7 +17,7 @@ use tracing::debug;
 
 use crate::{
     assignment::Assigned,
-    bpf::Lister,
+    bpf::{Files, Lister},
     netns::{self, Namespace},
 };
 use cgroups::{Cgroups, Known};
@@ -117,6 +117,7 @@ const STEP: u64 = 1024;
 
 impl Listing<'_> {
     /// Walks through every namespace, and returns those that it could not see.
+    /// With `files`, descriptors are not looked for in /proc.
     ///
     /// # Errors
     ///
@@ -124,19 +125,26 @@ impl Listing<'_> {
     pub fn walk(
         &self,
         lister: &mut Lister,
+        files: Option<&mut Files>,
         cgroups: &mut Cgroups,
         receiver: &mut dyn Receiver,
     ) -> Result<Vec<Unseen>> {
+        let (holders, descriptors) = files.map(Holders::list).transpose()?.unzip();
+        let find = || {
+            descriptors
+                .as_deref()
+                .map_or_else(netns::all, netns::all_with)
+        };
         let mut pass = Pass {
             listing: self,
             lister,
             cgroups,
             receiver,
-            holders: None,
+            holders,
             looked_at: 0,
         };
         let mut unseen = Vec::new();
-        for netns in netns::all()? {
+        for netns in find()? {
             match pass.visit(&netns) {
                 Ok(()) => {}
                 Err(Failure::Receiver(error)) => return Err(error),
@@ -148,7 +156,7 @@ impl Listing<'_> {
                     debug!("namespace {}: {error:#}; looking for it again", netns.name);
                     // What it was found by may be gone: a process that ended.
                     // Without another way in, it is gone itself.
-                    let again = netns::all()?.into_iter().find(|now| now.id == netns.id);
+                    let again = find()?.into_iter().find(|now| now.id == netns.id);
                     match again.map(|netns| pass.visit(&netns)) {
                         None | Some(Ok(())) => {}
                         Some(Err(Failure::Receiver(error))) => return Err(error),

@@ -81,6 +81,13 @@ fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Re
             Err(error) => swept.missed.push((namespace, error)),
         }
     }
+    if !swept.missed.is_empty() {
+        // Those that have vanished meanwhile have no connections left.
+        let existing = netns::all()?;
+        swept
+            .missed
+            .retain(|(missed, _)| existing.iter().any(|found| found.id == missed.id));
+    }
     Ok(swept)
 }
 

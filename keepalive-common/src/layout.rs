@@ -68,6 +68,16 @@ pub struct Layout {
     pub socket: Field,
     /// `socket` → the inode number that /proc/PID/fd shows.
     pub socket_inode: Field,
+    /// `file.f_inode`.
+    pub file_inode: Field,
+    /// `inode.i_ino`.
+    pub inode_number: Field,
+    /// `inode.i_sb`.
+    pub inode_super: Field,
+    /// `super_block.s_magic`.
+    pub super_magic: Field,
+    /// `task_struct.tgid`, the process id.
+    pub task_process: Field,
     /// Bit number of `SOCK_KEEPOPEN` in the flags: keepalive is on.
     pub keepopen_bit: u32,
     /// Bit number of `SOCK_DEAD` in the flags: no process holds the socket.
@@ -112,6 +122,11 @@ impl Layout {
             packets_out: NOWHERE,
             socket: NOWHERE,
             socket_inode: NOWHERE,
+            file_inode: NOWHERE,
+            inode_number: NOWHERE,
+            inode_super: NOWHERE,
+            super_magic: NOWHERE,
+            task_process: NOWHERE,
             keepopen_bit: 0,
             dead_bit: 0,
             hz: 0,
@@ -126,6 +141,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 24 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 29 * size_of::<Field>() + 4 * 4);
     }
 }

@@ -18,6 +18,7 @@
 #![deny(unsafe_code)]
 
 pub mod counters;
+pub mod descriptor;
 pub mod history;
 pub mod layout;
 pub mod plan;

@@ -20,6 +20,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use keepalive_common::{
+    descriptor::DescriptorRecord,
     layout::Layout,
     plan::Options,
     socket::{Addresses, is_held_open},
@@ -231,26 +232,86 @@ impl TcpIterator {
         self.uid
     }
 
-    /// Appends to what the reader gets. What does not fit any more makes the
-    /// kernel hand over what it has and run the program for this socket again.
+    /// Appends to what the reader gets.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "records are small")]
     pub(crate) fn write<T>(&self, record: &T) {
-        // SAFETY: the sequence file is the kernel's own and never null while the
-        // program runs; the record is ours.
-        unsafe {
-            bpf_seq_write(
-                (*self.meta).sequence,
-                ptr::from_ref(record).cast_mut().cast(),
-                const { size_of::<T>() as u32 },
-            );
-        }
+        append(self.meta, record);
     }
 
     /// Lets a reader of single bytes return before the next socket.
     #[inline(always)]
     pub(crate) fn pause(&self) {
         self.write(&0_u8);
+    }
+}
+
+/// What a program is given that iterates over all open files
+/// (`struct bpf_iter__task_file` in kernel/bpf/task_iter.c).
+#[repr(C)]
+pub(crate) struct FileIterator {
+    meta: *const IteratorMeta,
+    task: *const u8,
+    descriptor: u64,
+    file: *const u8,
+}
+
+impl FileIterator {
+    /// The file, unless the iteration is over.
+    #[inline(always)]
+    pub(crate) fn record(&self) -> Option<DescriptorRecord> {
+        // SAFETY: the context is the kernel's own. Volatile, so that the null
+        // checks stay.
+        let (task, file) = unsafe {
+            (
+                (&raw const self.task).read_volatile(),
+                (&raw const self.file).read_volatile(),
+            )
+        };
+        if task.is_null() || file.is_null() {
+            return None;
+        }
+        let inode = typed(file, layout!(file_inode.offset));
+        let super_block = typed(inode, layout!(inode_super.offset));
+        Some(DescriptorRecord {
+            inode: read_field!(inode, inode_number),
+            magic: read_field!(super_block, super_magic),
+            process: number(read_field!(task, task_process)),
+            descriptor: number(self.descriptor & 0xffff_ffff),
+        })
+    }
+
+    /// Appends to what the reader gets.
+    #[inline(always)]
+    pub(crate) fn write<T>(&self, record: &T) {
+        append(self.meta, record);
+    }
+}
+
+/// Appends to what the reader of an iterator gets. What does not fit any more
+/// makes the kernel hand over what it has and run the program again.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "records are small")]
+fn append<T>(meta: *const IteratorMeta, record: &T) {
+    // SAFETY: the sequence file is the kernel's own and never null while the
+    // program runs; the record is ours.
+    unsafe {
+        bpf_seq_write(
+            (*meta).sequence,
+            ptr::from_ref(record).cast_mut().cast(),
+            const { size_of::<T>() as u32 },
+        );
+    }
+}
+
+/// The pointer at `offset` of a structure whose type the verifier knows.
+#[inline(always)]
+fn typed(base: *const u8, offset: u32) -> *const u8 {
+    // SAFETY: checked by the verifier against the BTF of the type of `base`; a
+    // fault reads as zero.
+    unsafe {
+        base.wrapping_add(offset as usize)
+            .cast::<*const u8>()
+            .read_volatile()
     }
 }
 
@@ -291,10 +352,7 @@ impl Cgroup {
 #[inline(always)]
 fn follow(base: *const u8, offset: u32) -> *const u8 {
     if layout!(typed_cgroup) == 1 {
-        let at = base.wrapping_add(offset as usize);
-        // SAFETY: checked by the verifier against the BTF of the type of
-        // `base`; a fault reads as zero.
-        unsafe { at.cast::<*const u8>().read_volatile() }
+        typed(base, offset)
     } else {
         pointer(probe(base, offset))
     }

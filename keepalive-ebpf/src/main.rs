@@ -6,6 +6,7 @@
 
 mod claim;
 mod enforce;
+mod files;
 mod kernel;
 mod list;
 mod refusal;
@@ -17,7 +18,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 
-use crate::kernel::{TcpIterator, TcpSock};
+use crate::kernel::{FileIterator, TcpIterator, TcpSock};
 
 /// The kernel lets only programs with a GPL-compatible licence call the helpers
 /// that read kernel memory.
@@ -85,6 +86,19 @@ extern "C" fn list(iterator: &TcpIterator) -> i32 {
     if let Some(sock) = iterator.connection() {
         list::write(iterator, sock);
     }
+    NEXT
+}
+
+/// Runs for every open file of every process: writes a record of those that are
+/// sockets or namespaces. Changes nothing.
+///
+/// # Minimum kernel version
+///
+/// 5.8, for iterators over files.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+extern "C" fn files(iterator: &FileIterator) -> i32 {
+    files::write(iterator);
     NEXT
 }
 

@@ -215,7 +215,7 @@ impl Loaded {
     ///
     /// When the kernel refuses it, with its reason.
     pub fn load_sweep(&mut self) -> Result<Option<u32>> {
-        load_iterator(&mut self.ebpf, program::SWEEP)?;
+        load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
         let info = iterator(&mut self.ebpf, program::SWEEP)?.info()?;
         self.can_sweep = true;
         Ok(info.verified_instruction_count())
@@ -451,7 +451,7 @@ impl Enforcer {
     /// 5.15, for bpf_setsockopt in iterators.
     pub fn load_sweep(&mut self) -> Result<()> {
         if !self.can_sweep {
-            load_iterator(&mut self.ebpf, program::SWEEP)?;
+            load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
             self.can_sweep = true;
         }
         Ok(())

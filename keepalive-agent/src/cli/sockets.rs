@@ -2,9 +2,9 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{self, File},
     io::{self, BufWriter, IsTerminal as _, Write},
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::PathBuf,
     process::ExitCode,
     thread,
@@ -13,12 +13,13 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use keepalive_common::layout::Layout;
 use tabwriter::TabWriter;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::PARTIAL;
 use crate::{
-    bpf::Lister,
+    bpf::{Files, Lister},
     hierarchy::Hierarchy,
     kernel::{layout, preflight},
     paths::{AWS_NAT, IdleTimeout},
@@ -143,7 +144,9 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let mut lister = Lister::load(&layout::running()?)?;
+    let layout = layout::running()?;
+    let mut lister = Lister::load(&layout)?;
+    let mut files = files(&layout);
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
         let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?);
@@ -152,6 +155,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
             filter: &filter,
             risk,
             lister: &mut lister,
+            files: files.as_mut(),
             cgroups: &mut cgroups,
         };
         let code = match pass.print() {
@@ -164,6 +168,20 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
         };
         thread::sleep(Duration::from_secs(seconds.into()));
     }
+}
+
+/// The program over all open files. It knows processes by their ids in the
+/// first pid namespace: in another one only /proc tells the right ones.
+fn files(layout: &Layout) -> Option<Files> {
+    /// `PROC_PID_INIT_INO` in include/linux/proc_ns.h.
+    const FIRST: u64 = 0xEFFF_FFFC;
+    let own = fs::metadata("/proc/self/ns/pid").ok()?.ino();
+    if own != FIRST {
+        return None;
+    }
+    Files::load(layout)
+        .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
+        .ok()
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -179,6 +197,7 @@ struct Pass<'a> {
     filter: &'a Filter,
     risk: Risk,
     lister: &'a mut Lister,
+    files: Option<&'a mut Files>,
     cgroups: &'a mut Cgroups,
 }
 
@@ -206,7 +225,12 @@ impl Pass<'_> {
             filter: self.filter,
             with_holders,
         };
-        listing.walk(self.lister, self.cgroups, receiver)
+        listing.walk(
+            self.lister,
+            self.files.as_deref_mut(),
+            self.cgroups,
+            receiver,
+        )
     }
 
     /// Returns what was not seen and how many connections are at risk.

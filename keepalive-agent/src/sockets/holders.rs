@@ -1,4 +1,4 @@
-//! Which processes hold which sockets, from /proc/PID/fd.
+//! Which processes hold which sockets, from the kernel or from /proc/PID/fd.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -8,7 +8,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use keepalive_common::descriptor::SOCKFS;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
+
+use crate::{bpf::Files, netns::Descriptor};
 
 const PROC: &str = "/proc";
 
@@ -60,6 +63,30 @@ impl Holders {
         Ok(holders)
     }
 
+    /// Asks the kernel instead, ten times faster; also returns who holds
+    /// namespaces open, which it tells at the same time.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel breaks off.
+    pub fn list(files: &mut Files) -> Result<(Self, Vec<Descriptor>)> {
+        let mut holders = Self::default();
+        let mut namespaces = Vec::new();
+        files.list(|record| {
+            if record.magic == SOCKFS {
+                holders.add(record.process, record.inode);
+            } else {
+                namespaces.push(Descriptor {
+                    process: record.process,
+                    number: record.descriptor,
+                });
+            }
+        })?;
+        let named: HashSet<u32> = holders.by_inode.values().map(|held| held.first).collect();
+        holders.names = named.into_iter().map(|pid| (pid, comm(pid))).collect();
+        Ok((holders, namespaces))
+    }
+
     fn read_process(&mut self, pid: u32) {
         let mut holds_any = false;
         let _ = each_socket(pid, |_, inode| {
@@ -67,10 +94,7 @@ impl Holders {
             self.add(pid, inode);
         });
         if holds_any {
-            let comm = fs::read(format!("{PROC}/{pid}/comm")).unwrap_or_default();
-            let comm = String::from_utf8_lossy(&comm);
-            self.names
-                .insert(pid, comm.trim_end_matches('\n').to_owned());
+            self.names.insert(pid, comm(pid));
         }
     }
 
@@ -102,6 +126,13 @@ impl Holders {
             count: held.count,
         })
     }
+}
+
+/// What a process calls itself; nothing where it has ended.
+fn comm(pid: u32) -> String {
+    let comm = fs::read(format!("{PROC}/{pid}/comm")).unwrap_or_default();
+    let comm = String::from_utf8_lossy(&comm);
+    comm.trim_end_matches('\n').to_owned()
 }
 
 /// The inode numbers of the sockets that a process holds.
