@@ -295,7 +295,7 @@ fn counters_tell_what_was_done() -> Result<()> {
     let cgroup = Cgroup::new()?;
     let config = "[default]\nidle = { default = \"60s\", at-most = \"5m\" }\n";
     let agent = Agent::start(&cgroup, config)?;
-    // Nothing set: turned on and filled.
+    // Nothing set: turned on and all three timers filled.
     both_sides(&cgroup, &[])?;
     // All of it set and within bounds: left alone.
     let all = [(Keepalive, 1), (Idle, 100), (Interval, 9), (Probes, 5)];
@@ -308,7 +308,7 @@ fn counters_tell_what_was_done() -> Result<()> {
         ("seen", 6),
         ("turned_on", 2),
         ("turned_off", 0),
-        ("filled", 2),
+        ("filled", 6),
         ("clamped", 2),
         ("left_alone", 2),
         ("failed", 0),
