@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod check;
+mod generate;
 mod output;
 mod report;
 mod run;
@@ -64,7 +65,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Enforce the policy on every new connection until stopped
+    /// Enforce the policy on every connection, new and existing, until stopped
     Run(run::Arguments),
     /// Bring the policy to the connections that exist now, once
     Sweep(sweep::Arguments),
@@ -72,6 +73,8 @@ enum Command {
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Write man pages and shell completions
+    Generate(generate::Arguments),
     /// Connect to itself and show the options of both ends (used by `check`)
     #[command(name = trial::COMMAND, hide = true)]
     Trial,
@@ -146,6 +149,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
