@@ -7,13 +7,17 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     thread,
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::{
+    io::Errno,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +27,8 @@ pub struct Namespace {
     /// What to call it: `host` for the agent's own, the name of its file (as
     /// `ip netns` shows it), or `pid 123` of a process in it.
     pub name: String,
-    path: PathBuf,
+    /// Where to enter it; none for the one that the agent is in.
+    path: Option<PathBuf>,
 }
 
 /// All namespaces that can be found, the agent's own first.
@@ -65,7 +70,14 @@ fn find(descriptors: Option<&[Descriptor]>) -> Result<Vec<Namespace>> {
         .with_context(|| format!("reading {}: is /proc mounted?", own.display()))?
         .ino();
     let mut found = Found(BTreeMap::new());
-    found.add(id, "host".to_owned(), own);
+    found.0.insert(
+        id,
+        Namespace {
+            id,
+            name: "host".to_owned(),
+            path: None,
+        },
+    );
     found.mounted();
     found.of_processes(descriptors);
     let mut namespaces: Vec<_> = found.0.into_values().collect();
@@ -78,7 +90,11 @@ struct Found(BTreeMap<u64, Namespace>);
 impl Found {
     /// The first name holds.
     fn add(&mut self, id: u64, name: String, path: PathBuf) {
-        self.0.entry(id).or_insert(Namespace { id, name, path });
+        self.0.entry(id).or_insert(Namespace {
+            id,
+            name,
+            path: Some(path),
+        });
     }
 
     /// Bind mounts, wherever they are in this mount namespace.
@@ -157,44 +173,51 @@ fn namespace_of_link(target: &str) -> Option<u64> {
 }
 
 impl Namespace {
-    /// Runs something on a thread of its own inside the namespace. Namespaces
-    /// belong to threads, so the caller stays where it is.
+    /// Runs something inside the namespace, on a thread of its own: namespaces
+    /// belong to threads, so the caller stays where it is. None when what the
+    /// namespace was found by is gone; it may still be held by something else.
     ///
     /// # Errors
     ///
-    /// When the namespace is gone, or entering it is not permitted.
-    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<T> {
-        let file = self.open()?;
+    /// When entering it is not permitted.
+    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<Option<T>> {
+        let Some(path) = &self.path else {
+            // Entering takes a capability even for one that is inside.
+            return Ok(Some(inside()));
+        };
+        let entering = || format!("entering network namespace {}", self.name);
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(error).with_context(entering),
+        };
+        // Process ids and names are used again.
+        if file.metadata().with_context(entering)?.ino() != self.id {
+            return Ok(None);
+        }
         thread::scope(|scope| {
             thread::Builder::new()
                 .name("netns".to_owned())
                 .spawn_scoped(scope, || {
                     let kind = Some(LinkNameSpaceType::Network);
-                    move_into_link_name_space(file.as_fd(), kind)
-                        .with_context(|| format!("entering network namespace {}", self.name))?;
-                    Ok(inside())
+                    match move_into_link_name_space(file.as_fd(), kind) {
+                        Ok(()) => Ok(Some(inside())),
+                        // A name in /run/netns whose mount is gone is a plain file.
+                        Err(Errno::INVAL) => Ok(None),
+                        Err(error) => Err(error).with_context(entering),
+                    }
                 })
                 .context("starting a thread")?
                 .join()
                 .unwrap_or_else(|_| Err(anyhow!("a thread in namespace {} failed", self.name)))
         })
     }
+}
 
-    /// The file, if it is still the same namespace: process ids are used again.
-    fn open(&self) -> Result<File> {
-        let gone = || {
-            format!(
-                "network namespace {} (net:[{}]) is gone",
-                self.name, self.id
-            )
-        };
-        let file = File::open(&self.path).with_context(gone)?;
-        if file.metadata().with_context(gone)?.ino() == self.id {
-            Ok(file)
-        } else {
-            Err(anyhow!(gone()))
-        }
-    }
+/// What is said of a process that has ended, or of a name that was removed.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
 /// A sysctl of the namespace that the calling thread is in.

@@ -13,7 +13,6 @@ pub mod summary;
 
 use anyhow::{Error, Result};
 use keepalive_common::socket::SocketRecord;
-use tracing::debug;
 
 use crate::{
     assignment::Assigned,
@@ -152,19 +151,17 @@ impl Listing<'_> {
                     netns: netns.name,
                     error,
                 }),
-                Err(Failure::NotEntered(error)) => {
-                    debug!("namespace {}: {error:#}; looking for it again", netns.name);
-                    // What it was found by may be gone: a process that ended.
-                    // Without another way in, it is gone itself.
+                Err(Failure::Gone) => {
+                    // A process that ended, say. Without another way in it is
+                    // gone itself.
                     let again = find()?.into_iter().find(|now| now.id == netns.id);
                     match again.map(|netns| pass.visit(&netns)) {
-                        None | Some(Ok(())) => {}
+                        None | Some(Ok(()) | Err(Failure::Gone)) => {}
                         Some(Err(Failure::Receiver(error))) => return Err(error),
-                        Some(Err(Failure::Netns(error) | Failure::NotEntered(error))) => unseen
-                            .push(Unseen {
-                                netns: netns.name,
-                                error,
-                            }),
+                        Some(Err(Failure::Netns(error))) => unseen.push(Unseen {
+                            netns: netns.name,
+                            error,
+                        }),
                     }
                 }
             }
@@ -175,9 +172,9 @@ impl Listing<'_> {
 
 /// Why a namespace was not listed to its end.
 enum Failure {
-    /// Nothing of it was seen.
-    NotEntered(Error),
-    /// Listing broke off.
+    /// What it was found by is gone.
+    Gone,
+    /// It may not be entered, or listing broke off.
     Netns(Error),
     /// Nobody wants more.
     Receiver(Error),
@@ -195,9 +192,11 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     fn visit(&mut self, netns: &Namespace) -> Result<(), Failure> {
-        netns
-            .enter(|| self.list(netns))
-            .unwrap_or_else(|error| Err(Failure::NotEntered(error)))
+        match netns.enter(|| self.list(netns)) {
+            Ok(Some(listed)) => listed,
+            Ok(None) => Err(Failure::Gone),
+            Err(error) => Err(Failure::Netns(error)),
+        }
     }
 
     /// Lists the namespace that the calling thread is in.

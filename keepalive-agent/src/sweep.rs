@@ -68,25 +68,26 @@ fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Re
     let mut road = Road::find(enforcer)?;
     let mut swept = Swept::default();
     for namespace in namespaces {
-        let done = match &mut road {
-            Road::Kernel => enforcer.pass(&namespace, counts),
-            Road::ByHand(hand) => hand.pass(&namespace, counts, None),
+        let mut pass = |namespace: &Namespace| match &mut road {
+            Road::Kernel => enforcer.pass(namespace, counts),
+            Road::ByHand(hand) => hand.pass(namespace, counts, None),
         };
+        let mut done = pass(&namespace);
+        if let Ok(None) = done {
+            // What it was found by is gone. Another way in, or it is gone itself.
+            if let Some(found) = netns::all()?.iter().find(|found| found.id == namespace.id) {
+                done = pass(found);
+            }
+        }
         match done {
-            Ok(done) => {
+            Ok(Some(done)) => {
                 swept.seen += done.seen;
                 swept.waiting += done.waiting;
                 swept.namespaces.push(namespace);
             }
+            Ok(None) => {}
             Err(error) => swept.missed.push((namespace, error)),
         }
-    }
-    if !swept.missed.is_empty() {
-        // Those that have vanished meanwhile have no connections left.
-        let existing = netns::all()?;
-        swept
-            .missed
-            .retain(|(missed, _)| existing.iter().any(|found| found.id == missed.id));
     }
     Ok(swept)
 }
@@ -116,6 +117,12 @@ impl Road {
         let hand = Hand::new(lister, enforcer.by_hand(cgroups)?);
         Ok(Self::ByHand(Box::new(hand)))
     }
+}
+
+/// Whether descriptors of other processes can be had, tried on one of our own.
+#[must_use]
+pub fn works_by_hand() -> bool {
+    by_hand::works()
 }
 
 /// A slow pass, ready to run on a thread of its own.

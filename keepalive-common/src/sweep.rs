@@ -27,23 +27,45 @@ pub struct Pass {
     pub waiting: u64,
 }
 
+/// How long a connection has been silent, for what it wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Silence {
+    /// Longer than the idle time: it probes as soon as its timer is armed.
+    pub is_due: bool,
+    /// Longer than until a probe would have been answered.
+    pub is_stale: bool,
+}
+
+impl Silence {
+    /// Of so many units, of which a second has `per_second`.
+    #[must_use]
+    #[inline(always)]
+    pub fn new(silent: i64, per_second: i64, wants: &Options) -> Self {
+        let idle = i64::from(wants.idle) * per_second;
+        let interval = i64::from(wants.interval) * per_second;
+        Self {
+            is_due: silent >= idle,
+            is_stale: silent >= idle + interval,
+        }
+    }
+}
+
 /// What is to be set on a connection now, of what it `wants` in the end.
 ///
-/// `is_due` tells that it has been silent for longer than the wanted idle time.
-/// Its user-timeout waits until the peer has answered: counted from the last
-/// sign of life, it could be over already, and a single lost probe would end
-/// the connection.
+/// The user-timeout of a stale one waits until the peer has answered: counted
+/// from the last sign of life it could be over already, and a single lost probe
+/// would end the connection.
 #[must_use]
 #[inline(always)]
-pub fn now(has: &Options, wants: &Options, is_due: bool, may_probe: bool) -> Options {
+pub fn now(has: &Options, wants: &Options, silence: Silence, may_probe: bool) -> Options {
     let mut now = *wants;
-    if !is_due || !wants.keepalive {
+    if !wants.keepalive {
         return now;
     }
-    if wants.user_timeout != 0 {
+    if silence.is_stale && wants.user_timeout != 0 {
         now.user_timeout = has.user_timeout;
     }
-    if !may_probe {
+    if silence.is_due && !may_probe {
         now.keepalive = has.keepalive;
         if has.keepalive {
             // Setting it would arm the timer anew.
@@ -79,35 +101,70 @@ mod tests {
         user_timeout: 120_000,
     };
 
+    const ACTIVE: Silence = Silence {
+        is_due: false,
+        is_stale: false,
+    };
+    const STALE: Silence = Silence {
+        is_due: true,
+        is_stale: true,
+    };
+
+    #[test]
+    fn silence_is_told_by_the_wanted_timers() {
+        for (seconds, is_due, is_stale) in [
+            (59, false, false),
+            (60, true, false),
+            (69, true, false),
+            (70, true, true),
+        ] {
+            let found = Silence::new(seconds * 250, 250, &WANTS);
+            assert_eq!(found, Silence { is_due, is_stale }, "{seconds}");
+        }
+    }
+
     #[test]
     fn a_connection_that_was_active_lately_gets_everything() {
         for may_probe in [false, true] {
-            assert_eq!(now(&FRESH, &WANTS, false, may_probe), WANTS);
+            assert_eq!(now(&FRESH, &WANTS, ACTIVE, may_probe), WANTS);
         }
     }
 
     #[test]
     fn a_silent_one_waits_for_its_turn_to_probe() {
-        let first = now(&FRESH, &WANTS, true, false);
+        let first = now(&FRESH, &WANTS, STALE, false);
         assert!(!arms(&FRESH, &first));
         assert_eq!(
             (first.keepalive, first.idle, first.user_timeout),
             (false, 60, 0)
         );
-        let second = now(&first, &WANTS, true, true);
+        let second = now(&first, &WANTS, STALE, true);
         assert!(arms(&first, &second));
         assert_eq!((second.keepalive, second.user_timeout), (true, 0));
-        let answered = now(&second, &WANTS, false, false);
+        let answered = now(&second, &WANTS, ACTIVE, false);
         assert_eq!(answered, WANTS);
         assert!(!arms(&second, &answered));
     }
 
     #[test]
+    fn one_that_is_due_and_answers_need_not_wait_for_its_user_timeout() {
+        let due = Silence {
+            is_due: true,
+            is_stale: false,
+        };
+        let has = Options {
+            user_timeout: 0,
+            ..WANTS
+        };
+        assert_eq!(now(&has, &WANTS, due, false), WANTS);
+    }
+
+    #[test]
     fn a_new_idle_time_waits_too_where_keepalive_is_on() {
         let has = Options { idle: 90, ..WANTS };
-        let first = now(&has, &WANTS, true, false);
+        let first = now(&has, &WANTS, STALE, false);
         assert_eq!(first.idle, 90);
-        assert_eq!(now(&has, &WANTS, true, true).idle, 60);
+        assert_eq!(now(&has, &WANTS, STALE, true).idle, 60);
     }
 
     #[test]
@@ -116,12 +173,12 @@ mod tests {
             keepalive: false,
             ..WANTS
         };
-        assert_eq!(now(&WANTS, &off, true, false), off);
+        assert_eq!(now(&WANTS, &off, STALE, false), off);
         let without = Options {
             user_timeout: 0,
             ..WANTS
         };
-        assert_eq!(now(&WANTS, &without, true, false), without);
+        assert_eq!(now(&WANTS, &without, STALE, false), without);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use keepalive_common::{
     counters::{Counters, SocketOption},
     history::{Originals, application, replan},
-    sweep::{Pass, arms, now},
+    sweep::{Pass, Silence, arms, now},
 };
 
 use crate::{
@@ -54,8 +54,8 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     let application = application(&has, &originals, claim::policy(claim.before));
     let wants = enforce::forget(policy, replan(policy, &has, &application));
     let may_probe = pass.batch != 0;
-    let is_due = sock.silent_for() >= i64::from(wants.idle) * TcpSock::hz();
-    let now = now(&has, &wants, is_due, may_probe);
+    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
+    let now = now(&has, &wants, silence, may_probe);
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
@@ -80,7 +80,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if replaces != originals {
         remember(sock, &replaces);
     }
-    if is_due && arms(&has, &now) {
+    if silence.is_due && arms(&has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
             pass.in_batch = 0;

@@ -158,7 +158,7 @@ impl SlowPass {
                     Ok(())
                 })
             });
-            if let Err(error) = swept.and_then(|swept| swept) {
+            if let Err(error) = swept.and_then(Option::transpose) {
                 debug!("namespace {}: {error:#}", namespace.name);
             }
         }
@@ -497,23 +497,27 @@ impl Enforcer {
     }
 
     /// Makes a pass over the connections of a namespace that leaves those
-    /// waiting which would probe at once; tells how many there were.
+    /// waiting which would probe at once; tells how many there were. None when the
+    /// namespace is gone.
     ///
     /// # Errors
     ///
     /// When the namespace cannot be entered, or [`Self::load_sweep`] fails.
-    pub fn pass(&mut self, namespace: &Namespace, counts: bool) -> Result<Pass> {
+    pub fn pass(&mut self, namespace: &Namespace, counts: bool) -> Result<Option<Pass>> {
         let link = self.prepare_pass(Pass {
             counts: u32::from(counts),
             ..Pass::default()
         })?;
         // The program writes nothing in such a pass.
-        namespace
+        let swept = namespace
             .enter(|| run_iterator(link, &mut [0], |_| Ok(())))
-            .and_then(|swept| swept)
+            .and_then(Option::transpose)
             .with_context(|| format!("sweeping network namespace {}", namespace.name))?;
+        if swept.is_none() {
+            return Ok(None);
+        }
         let pass: Array<_, Pass> = map(&self.ebpf, super::map::PASS)?;
-        Ok(pass.get(&0, 0)?)
+        Ok(Some(pass.get(&0, 0)?))
     }
 
     /// Prepares a pass that lets waiting connections probe, a batch at a time.

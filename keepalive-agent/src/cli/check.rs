@@ -12,6 +12,7 @@ use crate::{
     bpf::Loaded,
     config::Diagnostics,
     kernel::{self, layout, preflight},
+    sweep,
 };
 
 #[derive(Args, Debug)]
@@ -140,8 +141,8 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     const HIERARCHY: &str = "cgroup v2";
     const CAPABILITIES: &str = "capabilities";
     const TYPES: &str = "kernel types (BTF)";
-    const PROGRAM: &str = "program for new connections";
-    const SWEEP: &str = "program for existing ones";
+    const PROGRAM: &str = "new connections";
+    const SWEEP: &str = "existing connections";
     const EFFECT: &str = "options are set";
 
     let mut findings = Vec::new();
@@ -184,7 +185,16 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         }
     };
     findings.push(accepted(PROGRAM, &loaded.verified_instructions()));
-    findings.push(accepted(SWEEP, &loaded.load_sweep()));
+    findings.push(match loaded.load_sweep() {
+        Err(refused) if sweep::works_by_hand() => Finding::yes(
+            SWEEP,
+            format_args!(
+                "changed from outside, which is slower and misses those that wait to be accepted: \
+                 {refused:#}"
+            ),
+        ),
+        answer => accepted(SWEEP, &answer),
+    });
     findings.push(match trial::parent(loaded, &hierarchy, &root) {
         Ok(()) => Finding::yes(EFFECT, "on both ends of a trial connection over loopback"),
         Err(trial::Failure::NoEffect(what)) => Finding::no(EFFECT, what),
@@ -198,10 +208,10 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
 /// What the verifier said to a program.
 fn accepted(feature: &'static str, instructions: &Result<Option<u32>>) -> Finding {
     match instructions {
-        Ok(None) => Finding::yes(feature, "accepted by the verifier"),
+        Ok(None) => Finding::yes(feature, "the verifier accepts the program"),
         Ok(Some(count)) => Finding::yes(
             feature,
-            format_args!("accepted by the verifier, which went through {count} instructions"),
+            format_args!("the verifier accepts the program, after {count} instructions"),
         ),
         Err(error) => Finding::no(feature, format_args!("{error:#}")),
     }

@@ -1,8 +1,16 @@
 //! The other road: where the kernel lets no iterator set options (before Linux
 //! 5.15), the agent takes a copy of each socket's descriptor out of its process
 //! and sets them itself. The decision is the same code as in the kernel.
+//!
+//! A connection that waits to be accepted has no descriptor yet and is missed.
 
-use std::{collections::HashMap, fs, os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::HashMap,
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use keepalive_common::{
@@ -10,7 +18,7 @@ use keepalive_common::{
     history::{Originals, application, replan},
     plan::Options,
     socket::SocketRecord,
-    sweep::{Pass, arms, now},
+    sweep::{Pass, Silence, arms, now},
 };
 use rustix::{
     fs::fstat,
@@ -43,16 +51,18 @@ impl Hand {
         Self { lister, by_hand }
     }
 
-    /// Makes a pass over the connections of a namespace. With a `pause` the
+    /// Makes a pass over the connections of a namespace, unless it is gone. With a `pause` the
     /// connections that probe at once are changed too, a batch at a time.
     pub(super) fn pass(
         &mut self,
         namespace: &Namespace,
         counts: bool,
         mut pause: Option<&mut (dyn FnMut() -> bool + Send)>,
-    ) -> Result<Pass> {
+    ) -> Result<Option<Pass>> {
         let mut pass = Pass::default();
-        let mut candidates = self.candidates(namespace, counts, &mut pass)?;
+        let Some(mut candidates) = self.candidates(namespace, counts, &mut pass)? else {
+            return Ok(None);
+        };
         for pid in processes()? {
             if candidates.is_empty() {
                 break;
@@ -76,12 +86,12 @@ impl Hand {
                 if let Some(pause) = pause.as_mut().filter(|_| probes) {
                     pass.in_batch += 1;
                     if pass.in_batch % BATCH == 0 && !pause() {
-                        return Ok(pass);
+                        return Ok(Some(pass));
                     }
                 }
             }
         }
-        Ok(pass)
+        Ok(Some(pass))
     }
 
     /// The connections whose policy may want something, by inode number.
@@ -90,10 +100,10 @@ impl Hand {
         namespace: &Namespace,
         counts: bool,
         pass: &mut Pass,
-    ) -> Result<HashMap<u64, Candidate>> {
+    ) -> Result<Option<HashMap<u64, Candidate>>> {
         let mut candidates = HashMap::new();
         let Self { lister, by_hand } = self;
-        namespace.enter(|| {
+        let listed = namespace.enter(|| {
             lister.list(&mut |record| {
                 pass.seen += 1;
                 let Some(claimed) = by_hand.claims.get(&record.cgroup) else {
@@ -123,8 +133,8 @@ impl Hand {
                 }
                 Ok(())
             })
-        })??;
-        Ok(candidates)
+        })?;
+        listed.map(|listed| listed.map(|_| candidates)).transpose()
     }
 
     /// Sets what is to be set now; whether the connection probes at once.
@@ -143,8 +153,8 @@ impl Hand {
         let originals = self.by_hand.originals(socket);
         let application = application(&has, &originals, claimed.before.as_ref());
         let wants = replan(policy, &has, &application);
-        let is_due = record.silent_ms >= i64::from(wants.idle) * 1000;
-        let now = now(&has, &wants, is_due, may_probe);
+        let silence = Silence::new(record.silent_ms, 1000, &wants);
+        let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
         if now == has {
             return false;
@@ -157,7 +167,7 @@ impl Hand {
         {
             debug!("keeping what a policy replaced: {error:#}");
         }
-        is_due && arms(&has, &now)
+        silence.is_due && arms(&has, &now)
     }
 }
 
@@ -167,6 +177,17 @@ fn processes() -> Result<Vec<u32>> {
     Ok(entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect())
+}
+
+/// Whether descriptors can be taken, tried on one of our own.
+pub(super) fn works() -> bool {
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .ok()
+        .and_then(|socket| {
+            let inode = fstat(&socket).ok()?.st_ino;
+            take(std::process::id(), socket.as_raw_fd(), inode).ok()
+        })
+        .is_some()
 }
 
 /// A copy of a descriptor of another process, if it still is the same socket.
@@ -231,4 +252,12 @@ fn set(socket: &OwnedFd, application: &Options, has: &Options, wants: &Options) 
         done.turned_off += 1;
     }
     done
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn takes_a_descriptor_of_this_process() {
+        assert!(super::works());
+    }
 }
