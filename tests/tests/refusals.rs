@@ -1,0 +1,109 @@
+//! The kernel refuses an option: that is counted by its cause and logged once,
+//! and the connection goes on with the others.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, output, require};
+use serde_json::Value;
+
+const POLICY: &str = "[default]\nidle = \"70s\"\n";
+
+/// The first slot that holds a policy.
+const SLOT: usize = 1;
+
+fn bpftool(arguments: &[&str]) -> Result<Value> {
+    let mut command = Command::new("bpftool");
+    command.arg("-j").args(arguments);
+    let done = output(&mut command, Duration::from_secs(20))?;
+    ensure!(done.code == Some(0), "bpftool {arguments:?}: {done:?}");
+    serde_json::from_str(&done.stdout).with_context(|| format!("bpftool {arguments:?}: {done:?}"))
+}
+
+/// The id of the map with this name of the program attached to the cgroup.
+fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
+    let directory = cgroup.directory().display().to_string();
+    let attached = bpftool(&["cgroup", "show", &directory])?;
+    let program = bpftool(&["prog", "show", "id", &attached[0]["id"].to_string()])?;
+    let maps = program["map_ids"]
+        .as_array()
+        .context("a program without maps")?;
+    for id in maps {
+        if bpftool(&["map", "show", "id", &id.to_string()])?["name"] == name {
+            return Ok(id.to_string());
+        }
+    }
+    anyhow::bail!("no map {name} in {program}")
+}
+
+/// Writes an idle time behind the agent's back that no config could hold.
+fn spoil_idle(cgroup: &Cgroup) -> Result<()> {
+    const UNITS_BEFORE_IDLE: usize = 2;
+    let id = map(cgroup, "POLICIES")?;
+    let slots = bpftool(&["map", "dump", "id", &id])?;
+    let slot = slots.as_array().context("an empty map")?.get(SLOT);
+    let bytes = slot.context("no slot")?["value"]
+        .as_array()
+        .context("no bytes")?;
+    let mut bytes: Vec<u8> = bytes
+        .iter()
+        .map(|byte| {
+            let byte = byte.as_str().context("not a byte")?;
+            Ok(u8::from_str_radix(byte.trim_start_matches("0x"), 16)?)
+        })
+        .collect::<Result<_>>()?;
+    bytes[UNITS_BEFORE_IDLE * 4..][..4].copy_from_slice(&40_000_u32.to_ne_bytes());
+    let mut command = Command::new("bpftool");
+    command.args(["map", "update", "id", &id, "key"]);
+    let key = u32::try_from(SLOT)?.to_ne_bytes();
+    command.args(key.map(|byte| byte.to_string())).arg("value");
+    command.args(bytes.iter().map(ToString::to_string));
+    let done = output(&mut command, Duration::from_secs(20))?;
+    ensure!(done.code == Some(0), "{done:?}");
+    Ok(())
+}
+
+#[test]
+fn a_refused_option_breaks_no_connection() -> Result<()> {
+    const CONNECTIONS: u64 = 20;
+    require!(Need::Program("bpftool"));
+    let cgroup = Cgroup::new()?;
+    let agent = Agent::start(&cgroup, POLICY)?;
+    spoil_idle(&cgroup)?;
+    let without_idle = Options {
+        idle: Options::UNTOUCHED.idle,
+        ..Options::on(70, 10, 6)
+    };
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    for _ in 0..CONNECTIONS {
+        let (connecting, accepting) = probe.connection()?;
+        assert_eq!(probe.options(connecting)?, without_idle);
+        assert_eq!(probe.options(accepting)?, without_idle);
+    }
+    let finished = agent.stop()?;
+    assert_eq!(finished.code, Some(0));
+    assert_eq!(finished.count("default", "seen"), 2 * CONNECTIONS);
+    assert_eq!(finished.count("default", "failed"), 2 * CONNECTIONS);
+    assert_eq!(finished.count("default", "turned_on"), 2 * CONNECTIONS);
+    let failures = &finished.record["failures"];
+    assert_eq!(
+        failures,
+        &serde_json::json!([{
+            "policy": "default",
+            "option": "TCP_KEEPIDLE",
+            "errno": 22,
+            "count": 2 * CONNECTIONS,
+        }])
+    );
+    let logged = finished
+        .stderr
+        .matches("refused TCP_KEEPIDLE with errno 22")
+        .count();
+    let processors = std::thread::available_parallelism()?.get();
+    assert!(
+        (1..=processors).contains(&logged),
+        "logged {logged} times:\n{}",
+        finished.stderr
+    );
+    Ok(())
+}
