@@ -65,7 +65,7 @@ pub struct Enforcer {
     can_sweep: bool,
 }
 
-/// What a policy did, in connections.
+/// What a policy did.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Done {
     /// To connections when they were established.
@@ -350,7 +350,7 @@ impl Enforcer {
         for (key, count) in self.refusals()? {
             if key.slot == slot {
                 let failure = self.failure(key, count);
-                self.retired_failures.push(failure);
+                add(&mut self.retired_failures, failure);
                 let mut failures: PerCpuHashMap<Writable<'_>, FailureKey, Refusals> =
                     map_mut(&mut self.ebpf, super::map::FAILURES)?;
                 failures.remove(&key)?;
@@ -411,7 +411,7 @@ impl Enforcer {
     pub fn failures(&self) -> Result<Vec<Failure>> {
         let mut failures = self.retired_failures.clone();
         for (key, count) in self.refusals()? {
-            failures.push(self.failure(key, count));
+            add(&mut failures, self.failure(key, count));
         }
         Ok(failures)
     }
@@ -552,6 +552,18 @@ impl Enforcer {
     /// When the object has no log.
     pub fn logger(&mut self) -> Result<EbpfLogger<&'static dyn log::Log>> {
         Ok(EbpfLogger::init(&mut self.ebpf)?)
+    }
+}
+
+/// Adds to the failures of the same policy and cause.
+fn add(failures: &mut Vec<Failure>, failure: Failure) {
+    let cause = |failure: &Failure| (failure.policy.clone(), failure.option, failure.errno);
+    let same = failures
+        .iter_mut()
+        .find(|earlier| cause(earlier) == cause(&failure));
+    match same {
+        Some(earlier) => earlier.count += failure.count,
+        None => failures.push(failure),
     }
 }
 

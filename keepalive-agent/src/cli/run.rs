@@ -218,15 +218,21 @@ impl Agent {
         }
         self.enforcer.switch(&next)?;
         self.assignment = next;
-        if let Some(state) = &self.state {
-            state.rewrite(&self.root, &self.assignment)?;
+        if let Some(state) = &self.state
+            && let Err(error) = state.rewrite(&self.root, &self.assignment)
+        {
+            warn!("{error:#}; `sockets` goes by the policy before this one");
         }
         self.sweep()
     }
 
     /// Brings existing connections along after a change of policy.
     fn sweep(&mut self) -> Result<Swept> {
-        let swept = sweep::apply(&mut self.enforcer)?;
+        // New connections are governed, whatever becomes of the others.
+        let swept = sweep::apply(&mut self.enforcer).unwrap_or_else(|error| {
+            warn!("existing connections are not governed: {error:#}");
+            Swept::default()
+        });
         for (_, error) in &swept.missed {
             warn!("{error:#}; its existing connections are not governed, new ones are");
         }
