@@ -20,11 +20,17 @@ pub(crate) fn main(_: &Options) -> Result<()> {
 
 /// Builds everything that runs on a user's machine.
 pub(crate) fn build() -> Result<()> {
-    build_object(&setup::toolchain()?)?;
+    build_object(&setup::toolchain()?, "keepalive", &workspace::bpf_object())?;
     exec::run(workspace::cargo().args(["build", "--release", "-p", "keepalive-agent"]))
 }
 
-fn build_object(toolchain: &setup::Toolchain) -> Result<()> {
+/// Builds the BPF programs that the benchmark compares with.
+pub(crate) fn bench_object() -> Result<()> {
+    build_object(&setup::toolchain()?, "bench", &workspace::bench_object())
+}
+
+/// Builds one object of the BPF crate and leaves it at `to`.
+fn build_object(toolchain: &setup::Toolchain, name: &str, to: &Path) -> Result<()> {
     let target = if cfg!(target_endian = "big") {
         "bpfeb-unknown-none"
     } else {
@@ -44,12 +50,10 @@ fn build_object(toolchain: &setup::Toolchain) -> Result<()> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env(linker_variable, &toolchain.linker)
         .args(["build", "--release", "-p", "keepalive-ebpf"])
+        .args(["--bin", name])
         .args(["--target", target, "-Z", "build-std=core"]);
     exec::run(&mut cargo)?;
-    copy_if_changed(
-        &target_dir.join(target).join("release/keepalive"),
-        &workspace::bpf_object(),
-    )
+    copy_if_changed(&target_dir.join(target).join("release").join(name), to)
 }
 
 /// An object that did not change keeps its time stamp, or cargo would build

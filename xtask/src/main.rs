@@ -1,6 +1,7 @@
 //! `cargo xtask`: the one entry for building, running and testing keepalive.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod exec;
 mod run;
@@ -26,6 +27,7 @@ enum Verb {
     Build(build::Options),
     Run(run::Options),
     Test(test::Options),
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Verb::Build(options) => build::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Run(options) => run::main(&options).map(|never| match never {}),
         Verb::Test(options) => Ok(test::main(&options)),
+        Verb::Bench(options) => bench::main(&options).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         exec::say_error(&error);

@@ -31,6 +31,11 @@ pub(crate) fn bpf_object() -> PathBuf {
     root().join("target/bpf/keepalive.bpf.o")
 }
 
+/// The BPF programs that the benchmark compares with.
+pub(crate) fn bench_object() -> PathBuf {
+    root().join("target/bpf/bench.bpf.o")
+}
+
 /// The agent, as `cargo xtask build` leaves it.
 pub(crate) fn agent() -> PathBuf {
     target_dir().join("release/keepalive-agent")
