@@ -2,7 +2,9 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
-    time::Duration,
+    sync::mpsc::{self, RecvTimeoutError, Sender},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -16,6 +18,9 @@ use crate::{
     duration, kernel,
     sweep::Swept,
 };
+
+/// What a sweep says while it goes on.
+pub(super) const SWEEPING: &str = "bringing the policy to existing connections";
 
 /// What is enforced, and where.
 pub(super) struct Started<'a> {
@@ -311,6 +316,44 @@ fn done_table(done: &[(String, Done)]) -> Result<()> {
             })
     });
     output::table(header, rows)
+}
+
+/// A line on a terminal that says what is under way, once it has taken a
+/// second; gone when this is dropped.
+pub(super) struct Patience {
+    over: Sender<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Patience {
+    pub(super) fn with(what: &'static str) -> Self {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let (over, is_over) = mpsc::channel();
+        let thread = io::stderr().is_terminal().then(|| {
+            thread::spawn(move || {
+                let begun = Instant::now();
+                while is_over.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    let seconds = begun.elapsed().as_secs();
+                    // Nobody is left to tell when this fails.
+                    let _ = write!(io::stderr(), "\r{what}, {seconds}s\x1b[K");
+                }
+                if begun.elapsed() >= PATIENCE {
+                    let _ = write!(io::stderr(), "\r\x1b[K");
+                }
+            })
+        });
+        Self { over, thread }
+    }
+}
+
+impl Drop for Patience {
+    fn drop(&mut self) {
+        // It has nothing to fail with; if it did, it is over.
+        let _ = self.over.send(());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Progress of what takes long, where somebody watches.

@@ -13,7 +13,7 @@ use tracing::{debug, error, warn};
 
 use super::{
     Target,
-    report::{self, Started},
+    report::{self, Patience, Started},
 };
 use crate::{
     assignment::{self, Assignment},
@@ -228,11 +228,13 @@ impl Agent {
 
     /// Brings existing connections along after a change of policy.
     fn sweep(&mut self) -> Result<Swept> {
+        let patience = Patience::with(report::SWEEPING);
         // New connections are governed, whatever becomes of the others.
         let swept = sweep::apply(&mut self.enforcer).unwrap_or_else(|error| {
             warn!("existing connections are not governed: {error:#}");
             Swept::default()
         });
+        drop(patience);
         for (_, error) in &swept.missed {
             warn!("{error:#}; its existing connections are not governed, new ones are");
         }

@@ -6,7 +6,11 @@ use anyhow::Result;
 use clap::Args;
 use tracing::warn;
 
-use super::{PARTIAL, Target, report, run};
+use super::{
+    PARTIAL, Target,
+    report::{self, Patience},
+    run,
+};
 use crate::{
     bpf::Loaded,
     kernel::{layout, preflight},
@@ -40,7 +44,9 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let mut enforcer = Loaded::load(&layout::running()?, assignment.policies.len())?
         .fill(None, &assignment)?
         .detached();
+    let patience = Patience::with(report::SWEEPING);
     let swept = sweep::apply(&mut enforcer)?;
+    drop(patience);
     for (_, error) in &swept.missed {
         warn!("{error:#}; its connections are as they were");
     }
