@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::output;
+use crate::skip::find_program;
 
 const PROBE: (&str, &str) = ("probe.c", include_str!("../programs/probe.c"));
 const RAW: (&str, &str) = ("raw.c", include_str!("../programs/raw.c"));
@@ -68,6 +69,39 @@ impl Program {
         }
         drop(lock);
         Ok(program)
+    }
+
+    /// Builds all programs for which this machine has a compiler into a directory.
+    ///
+    /// # Errors
+    ///
+    /// One does not build.
+    pub fn build_all(directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory)?;
+        for program in [
+            Self::Dynamic,
+            Self::Static,
+            Self::Raw,
+            Self::Go,
+            Self::Crowd,
+            Self::Neighbour,
+        ] {
+            if find_program(program.compiler()).is_some() {
+                program.build(directory, &directory.join(program.name()))?;
+            } else {
+                let (name, compiler) = (program.name(), program.compiler());
+                eprintln!("no {name}: {compiler} is not installed");
+            }
+        }
+        Ok(())
+    }
+
+    /// The program that builds it.
+    pub(crate) fn compiler(self) -> &'static str {
+        match self {
+            Self::Go => "go",
+            _ => "cc",
+        }
     }
 
     fn sources(self) -> &'static [(&'static str, &'static str)] {

@@ -43,14 +43,13 @@ pub fn missing(needs: &[Need]) -> Option<String> {
             .is_none()
             .then(|| format!("{name} is not installed")),
         Need::Built(program) => {
-            let prebuilt = std::env::var_os("KEEPALIVE_TEST_PROGRAMS").is_some();
-            let compiler = if *program == crate::Program::Go {
-                "go"
-            } else {
-                "cc"
+            // Where programs are built already, those are there for which there
+            // was a compiler.
+            let is_there = match std::env::var_os("KEEPALIVE_TEST_PROGRAMS") {
+                Some(directory) => Path::new(&directory).join(program.name()).is_file(),
+                None => find_program(program.compiler()).is_some(),
             };
-            (!prebuilt && find_program(compiler).is_none())
-                .then(|| format!("{compiler} is not installed"))
+            (!is_there).then(|| format!("{} is not installed", program.compiler()))
         }
         Need::File(path) => (!Path::new(path).exists()).then(|| format!("{path} does not exist")),
         Need::Libkeepalive => crate::libkeepalive()
@@ -123,7 +122,7 @@ pub fn postgres() -> Option<PathBuf> {
     found.pop().map(|(_, programs)| programs)
 }
 
-fn find_program(name: &str) -> Option<PathBuf> {
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from))

@@ -11,14 +11,14 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{build, exec, workspace};
+use crate::{build, exec, vm, workspace};
 use report::{Counts, Outcome, Report, Step};
 
 /// Check formatting, lints, documentation and dependencies, run the tests, and
 /// as root the live tests
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n\nThe live tests use this machine's kernel. `cargo xtask setup --tests` installs the programs they need; a test whose program is missing is skipped and says so."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 5.10 7\n\nThe live tests use this machine's kernel. `cargo xtask setup --tests` installs the programs they need; a test whose program is missing is skipped and says so."
 )]
 pub(crate) struct Options {
     /// Leave out what needs root and a BPF toolchain
@@ -27,6 +27,21 @@ pub(crate) struct Options {
 
     /// Run only the tests whose name contains this, and none of the checks
     filter: Option<String>,
+
+    /// Run the live tests on these kernels instead, in virtual machines: 5.10,
+    /// 6.1, 6.12, 7, or all of them
+    #[arg(
+        long,
+        value_name = "KERNEL",
+        num_args = 0..,
+        conflicts_with = "no_live",
+        value_parser = vm::kernels::Series::named,
+    )]
+    vm: Option<Vec<vm::kernels::Series>>,
+
+    /// Write what came of it to docs/kernels.md
+    #[arg(long, requires = "vm")]
+    write_docs: bool,
 }
 
 /// Does every step even when an earlier one fails: one run shows all there is
@@ -34,6 +49,12 @@ pub(crate) struct Options {
 pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
+    if let Some(kernels) = &options.vm {
+        if report.add(step("build", |_| build::build())) {
+            virtual_machines(kernels, filter, options.write_docs, &mut report);
+        }
+        return report.finish();
+    }
     if filter.is_none() {
         report.add(formatting());
     }
@@ -137,6 +158,35 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
         &fs::read_to_string(&file).unwrap_or_default(),
     ));
     live
+}
+
+/// The live tests on other kernels, a step for each.
+fn virtual_machines(
+    kernels: &[vm::kernels::Series],
+    filter: Option<&str>,
+    write_docs: bool,
+    report: &mut Report,
+) {
+    match vm::test(kernels, filter, write_docs) {
+        Ok(summaries) => {
+            for summary in summaries {
+                report.add(Step {
+                    name: summary.step,
+                    outcome: match summary.failed {
+                        0 => Outcome::Ok,
+                        _ => Outcome::Failed,
+                    },
+                    counts: Counts::of(summary.passed, summary.failed, summary.left_out),
+                    took: summary.took,
+                    note: format!(", Linux {}", summary.version),
+                });
+            }
+        }
+        Err(error) => {
+            exec::say_error(&error);
+            report.add(Step::failed("vm", &format!("{error:#}")));
+        }
+    }
 }
 
 fn run_tests(command: &mut Command, counts: &mut Counts) -> Result<()> {

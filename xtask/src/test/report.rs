@@ -156,6 +156,16 @@ impl Step {
 }
 
 impl Counts {
+    /// What a program other than cargo counted.
+    pub(super) fn of(passed: usize, failed: usize, ignored: usize) -> Self {
+        Self {
+            programs: 1,
+            passed,
+            failed,
+            ignored,
+        }
+    }
+
     fn tests(self) -> usize {
         self.passed + self.failed + self.ignored
     }

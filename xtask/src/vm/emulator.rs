@@ -1,0 +1,182 @@
+//! QEMU: found or fetched, and each boot ended when its time is up.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::apt::{Apt, Mirrors};
+use crate::exec;
+
+/// Older ones crash now and then under newer kernels (7.2 did, in one boot of
+/// ten).
+const OLDEST: u32 = 8;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Memory of a guest; it holds the programs and all they write too.
+const MEMORY: &str = "2G";
+
+/// An emulator that this machine can run.
+pub(super) struct Emulator {
+    program: PathBuf,
+    /// Where it was unpacked, unless it is the machine's own.
+    root: Option<PathBuf>,
+    /// Its version, for the report.
+    pub(super) version: String,
+}
+
+/// What a boot leaves.
+pub(super) struct Boot {
+    /// What the guest's init wrote.
+    pub(super) transcript: String,
+    /// What the kernel wrote.
+    pub(super) console: String,
+    /// The kernel's own types, where they were asked for.
+    pub(super) types: Vec<u8>,
+    /// Whether it had to be ended.
+    pub(super) timed_out: bool,
+    pub(super) took: Duration,
+}
+
+impl Emulator {
+    /// The machine's own, or Debian's backport of it, with the libraries that
+    /// this machine lacks, unpacked and not installed.
+    pub(super) fn find_or_fetch(mirrors: &Mirrors, cache: &Path) -> Result<Self> {
+        if let Ok(own) = Self::at(PathBuf::from(PROGRAM), None)
+            && major(&own.version).is_some_and(|major| major >= OLDEST)
+        {
+            return Ok(own);
+        }
+        let codename = mirrors.codename.as_str();
+        let backports = format!("{codename}-backports");
+        let security = format!("{codename}-security");
+        let apt = Apt::with(
+            cache.join("emulator-apt"),
+            mirrors,
+            &[codename, &security, &backports],
+        )?;
+        let packages = apt.needed_for("qemu-system-x86", &backports)?;
+        let version = packages
+            .iter()
+            .find_map(|package| package.strip_prefix("qemu-system-x86="))
+            .context("apt does not know how to install qemu-system-x86")?
+            .to_owned();
+        let root = cache.join(format!("qemu-{}", version.replace(':', "_")));
+        apt.unpack(&packages, &root)?;
+        Self::at(root.join("usr/bin").join(PROGRAM), Some(root))
+    }
+
+    fn at(program: PathBuf, root: Option<PathBuf>) -> Result<Self> {
+        let mut emulator = Self {
+            program,
+            root,
+            version: String::new(),
+        };
+        let said = exec::output(emulator.command().arg("--version"))?;
+        let first = said.lines().next().unwrap_or_default();
+        let version = first.strip_prefix("QEMU emulator version ");
+        version.unwrap_or(first).clone_into(&mut emulator.version);
+        Ok(emulator)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        if let Some(root) = &self.root {
+            let mut libraries = OsString::new();
+            for directory in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
+                libraries.push(root.join(directory));
+                libraries.push(":");
+            }
+            command.env("LD_LIBRARY_PATH", libraries);
+            for directory in ["usr/share/qemu", "usr/share/seabios"] {
+                command.arg("-L").arg(root.join(directory));
+            }
+        }
+        command
+    }
+
+    /// Boots a kernel and waits until the machine stops or `limit` is over. The
+    /// guest's three serial lines go to files in `directory`.
+    pub(super) fn boot(
+        &self,
+        kernel: &Path,
+        initramfs: &Path,
+        arguments: &str,
+        directory: &Path,
+        limit: Duration,
+    ) -> Result<Boot> {
+        let lines = ["console", "transcript", "types"].map(|name| directory.join(name));
+        let mut command = self.command();
+        // Emulated, not virtualised: build machines are virtual themselves.
+        command
+            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", MEMORY])
+            .args(["-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none"]);
+        for line in &lines {
+            fs::write(line, "").with_context(|| format!("cannot write {}", line.display()))?;
+            command
+                .arg("-serial")
+                .arg(format!("file:{}", line.display()));
+        }
+        command.arg("-kernel").arg(kernel);
+        command.arg("-initrd").arg(initramfs);
+        command
+            .arg("-append")
+            .arg(format!("console=ttyS0 panic=-1 quiet {arguments}"));
+        let errors = directory.join("emulator.log");
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(fs::File::create(&errors)?);
+        let start = Instant::now();
+        let mut machine = command.spawn().context("cannot start QEMU")?;
+        let mut timed_out = false;
+        let status = loop {
+            if let Some(status) = machine.try_wait()? {
+                break status;
+            }
+            if start.elapsed() > limit {
+                timed_out = true;
+                machine.kill()?;
+                break machine.wait()?;
+            }
+            thread::sleep(Duration::from_millis(50));
+        };
+        ensure!(
+            timed_out || status.success(),
+            "QEMU failed, {status}: {}",
+            fs::read_to_string(&errors).unwrap_or_default().trim()
+        );
+        let read = |line: &Path| fs::read(line).unwrap_or_default();
+        let text = |line: &Path| String::from_utf8_lossy(&read(line)).replace('\r', "");
+        Ok(Boot {
+            console: text(&lines[0]),
+            transcript: text(&lines[1]),
+            types: read(&lines[2]),
+            timed_out,
+            took: start.elapsed(),
+        })
+    }
+}
+
+/// `10` of `10.0.2 (Debian 1:10.0.2+ds-2)`.
+fn major(version: &str) -> Option<u32> {
+    version.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_major_version_decides_whether_an_emulator_will_do() {
+        assert_eq!(major("10.0.2 (Debian 1:10.0.2+ds-2)"), Some(10));
+        assert_eq!(major("7.2.15"), Some(7));
+        assert_eq!(major("unknown"), None);
+    }
+}

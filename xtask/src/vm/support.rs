@@ -1,0 +1,349 @@
+//! The support table: what may be missing where. All else must work everywhere.
+
+use super::{
+    kernels::Series,
+    transcript::{Finding, Transcript},
+};
+
+/// Programs and files that guests do not get: tests that need them run on the
+/// host's kernel only.
+const HOST_ONLY: &[&str] = &[
+    "nginx is not installed",
+    "postgresql is not installed",
+    "redis-server is not installed",
+    "runc is not installed",
+];
+
+/// What guests get where the host has it; a host without it skips its tests
+/// itself.
+const OPTIONAL: &[&str] = &[
+    "bpftool is not installed",
+    "go is not installed",
+    "libkeepalive0 is not installed",
+    "tcpdump is not installed",
+];
+
+/// Tests that guests do not run, by program and name, and why.
+const NOT_IN_GUESTS: &[(&str, &str, &str)] = &[(
+    "bad_input",
+    "each_kind_of_bad_value_by_itself",
+    "starts the agent hundreds of times to read configs; the kernel has no part in it",
+)];
+
+/// What a kernel does not have: the tests that need it skip with this reason.
+const MISSING: &[Missing] = &[Missing {
+    series: &["5.10"],
+    reason: "/proc/sys/net/mptcp/enabled does not exist",
+    means: "MPTCP is not built into this kernel",
+}];
+
+/// Where the agent works in another way than usual, and how `check` says so.
+const FALLBACKS: &[Fallback] = &[Fallback {
+    series: &["5.10"],
+    feature: "existing connections",
+    says: "changed from outside",
+}];
+
+struct Missing {
+    series: &'static [&'static str],
+    reason: &'static str,
+    means: &'static str,
+}
+
+struct Fallback {
+    series: &'static [&'static str],
+    feature: &'static str,
+    says: &'static str,
+}
+
+/// What came of a test on a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Passed,
+    /// By the support table, and why.
+    NotSupported(String),
+    /// Not run in guests, and why.
+    HostOnly(String),
+    Failed(String),
+}
+
+/// A test program, and the tests it has by its own account.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    pub(super) name: String,
+    pub(super) tests: Vec<String>,
+}
+
+/// What a program's tests are named in the report.
+pub(super) fn title(program: &str, test: &str) -> String {
+    format!("{program}::{test}")
+}
+
+/// Why guests do not run a test, if they do not.
+pub(super) fn not_in_guests(program: &str, test: &str) -> Option<&'static str> {
+    NOT_IN_GUESTS
+        .iter()
+        .find(|(of, name, _)| *of == program && *name == test)
+        .map(|(_, _, why)| *why)
+}
+
+/// Holds a transcript against what should have run. Every test and every
+/// feature that `check` tries gets a verdict.
+pub(super) fn judge(
+    series: Series,
+    programs: &[Program],
+    transcript: &Transcript,
+) -> Vec<(String, Verdict)> {
+    let mut verdicts: Vec<_> = transcript
+        .check
+        .iter()
+        .map(|finding| {
+            let title = format!("check: {}", finding.feature);
+            (title, of_finding(series, finding))
+        })
+        .collect();
+    for program in programs {
+        let ran = transcript
+            .programs
+            .iter()
+            .find(|ran| ran.name == program.name);
+        for test in &program.tests {
+            let verdict = if let Some(why) = not_in_guests(&program.name, test) {
+                Verdict::HostOnly(why.to_owned())
+            } else if let Some(result) = ran.and_then(|ran| ran.results.get(test)) {
+                let skip = ran.and_then(|ran| ran.skip(test));
+                let words = || ran.map(|ran| ran.words_of(test)).unwrap_or_default();
+                of_result(series, result, skip, words)
+            } else {
+                Verdict::Failed(match ran.map(|ran| ran.code) {
+                    None => "the guest did not get to it".to_owned(),
+                    Some(None) => "the guest stopped meanwhile".to_owned(),
+                    // What busybox's timeout answers, by its own and by SIGKILL.
+                    Some(Some(124 | 137 | 143)) => {
+                        "no result when the time for its program was up".to_owned()
+                    }
+                    Some(Some(code)) => format!("no result; its program ended with {code}"),
+                })
+            };
+            verdicts.push((title(&program.name, test), verdict));
+        }
+    }
+    verdicts
+}
+
+fn of_finding(series: Series, finding: &Finding) -> Verdict {
+    let detail = || finding.detail.clone();
+    if finding.answer != "yes" {
+        return Verdict::Failed(detail());
+    }
+    for fallback in FALLBACKS {
+        if fallback.feature != finding.feature {
+            continue;
+        }
+        let falls_back = finding.detail.starts_with(fallback.says);
+        match (fallback.series.contains(&series.name), falls_back) {
+            (true, false) => {
+                return Verdict::Failed(format!(
+                    "the support table says that this kernel needs a fallback here: {}",
+                    finding.detail
+                ));
+            }
+            (false, true) => {
+                return Verdict::Failed(format!(
+                    "a fallback that the support table does not allow here: {}",
+                    finding.detail
+                ));
+            }
+            _ => {}
+        }
+    }
+    Verdict::Passed
+}
+
+fn of_result(
+    series: Series,
+    result: &str,
+    skip: Option<&str>,
+    words: impl Fn() -> String,
+) -> Verdict {
+    match (result, skip) {
+        ("ok", None) => Verdict::Passed,
+        ("ok", Some(reason)) => of_skip(series, reason),
+        ("FAILED", _) => Verdict::Failed(words()),
+        (other, _) => Verdict::Failed(format!("{other}: guests ignore no test")),
+    }
+}
+
+fn of_skip(series: Series, reason: &str) -> Verdict {
+    if HOST_ONLY.iter().chain(OPTIONAL).any(|only| *only == reason) {
+        return Verdict::HostOnly(reason.to_owned());
+    }
+    let missing = MISSING
+        .iter()
+        .find(|missing| missing.reason == reason && missing.series.contains(&series.name));
+    match missing {
+        Some(missing) => Verdict::NotSupported(missing.means.to_owned()),
+        None => Verdict::Failed(format!(
+            "skipped, but the support table claims it for this kernel: {reason}"
+        )),
+    }
+}
+
+/// What is wrong with a run as a whole, whatever the tests say.
+pub(super) fn faults(
+    expected: usize,
+    transcript: &Transcript,
+    console: &str,
+    timed_out: bool,
+) -> Vec<String> {
+    const SIGNS: [&str; 4] = [
+        "Kernel panic",
+        "BUG:",
+        "Oops:",
+        // The kernel's own assertions.
+        "WARNING: CPU:",
+    ];
+    let mut faults = transcript.broken.clone();
+    if timed_out {
+        faults.push("the guest did not stop in time".to_owned());
+    }
+    match transcript.finished {
+        None => faults.push("the guest's last line is missing".to_owned()),
+        Some(count) if count != expected => faults.push(format!(
+            "the guest ran {count} test programs, not {expected}"
+        )),
+        Some(_) => {}
+    }
+    let signs = console
+        .lines()
+        .filter(|line| SIGNS.iter().any(|sign| line.contains(sign)));
+    faults.extend(signs.map(|line| line.trim().to_owned()));
+    faults
+}
+
+/// What the support table says is missing on a kernel where nothing missed it:
+/// the table promises too little. Only a whole run can tell.
+pub(super) fn not_missed(series: Series, verdicts: &[(String, Verdict)]) -> Vec<String> {
+    MISSING
+        .iter()
+        .filter(|missing| missing.series.contains(&series.name))
+        .filter(|missing| {
+            !verdicts
+                .iter()
+                .any(|(_, verdict)| matches!(verdict, Verdict::NotSupported(means) if means == missing.means))
+        })
+        .map(|missing| format!("the support table says that {}, but no test missed it", missing.means))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::kernels::ALL;
+
+    fn programs() -> Vec<Program> {
+        vec![Program {
+            name: "families".to_owned(),
+            tests: vec!["ipv6".to_owned(), "mptcp".to_owned()],
+        }]
+    }
+
+    fn verdicts(series: Series, text: &str) -> Vec<Verdict> {
+        judge(series, &programs(), &Transcript::parse(text))
+            .into_iter()
+            .map(|(_, verdict)| verdict)
+            .collect()
+    }
+
+    const SKIPPED: &str = "@ begin families\ntest ipv6 ... ok\ntest mptcp ... ok\n\
+        @ skip skipped: families::mptcp: /proc/sys/net/mptcp/enabled does not exist\n\
+        @ end families 0 1\n@ finished 1\n";
+
+    #[test]
+    fn a_skip_is_as_good_as_the_support_table_says() {
+        let [old, .., new] = ALL;
+        assert!(matches!(
+            verdicts(old, SKIPPED)[..],
+            [Verdict::Passed, Verdict::NotSupported(_)]
+        ));
+        assert!(matches!(
+            verdicts(new, SKIPPED)[..],
+            [Verdict::Passed, Verdict::Failed(_)]
+        ));
+        let host = SKIPPED.replace(
+            "/proc/sys/net/mptcp/enabled does not exist",
+            "nginx is not installed",
+        );
+        assert!(matches!(
+            verdicts(new, &host)[..],
+            [Verdict::Passed, Verdict::HostOnly(_)]
+        ));
+    }
+
+    #[test]
+    fn a_table_that_promises_too_little_is_a_fault() {
+        let [old, .., new] = ALL;
+        let run = |series, text: &str| {
+            let verdicts = judge(series, &programs(), &Transcript::parse(text));
+            not_missed(series, &verdicts).len()
+        };
+        assert_eq!(run(old, SKIPPED), 0);
+        let all_pass = "@ begin families\ntest ipv6 ... ok\ntest mptcp ... ok\n@ end families 0 1";
+        assert_eq!(run(old, all_pass), 1);
+        assert_eq!(run(new, all_pass), 0);
+    }
+
+    #[test]
+    fn a_test_without_a_result_failed() {
+        for (text, why) in [
+            ("", "did not get to it"),
+            ("@ begin families\ntest ipv6 ... ok\n", "stopped meanwhile"),
+            (
+                "@ begin families\ntest ipv6 ... ok\n@ end families 143 300\n",
+                "time for its program",
+            ),
+            (
+                "@ begin families\ntest ipv6 ... ok\n@ end families 0 3\n",
+                "ended with 0",
+            ),
+        ] {
+            let Some(Verdict::Failed(said)) = verdicts(ALL[1], text).pop() else {
+                panic!("{text}");
+            };
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_believed_with_its_last_line_only() {
+        let faults_of = |text: &str, console: &str, timed_out| {
+            faults(1, &Transcript::parse(text), console, timed_out)
+        };
+        assert!(faults_of(SKIPPED, "", false).is_empty());
+        let cut = SKIPPED.replace("@ finished 1\n", "");
+        assert!(faults_of(&cut, "", false)[0].contains("last line"));
+        let less = SKIPPED.replace("@ finished 1\n", "@ finished 0\n");
+        assert!(faults_of(&less, "", false)[0].contains("not 1"));
+        let panic = "[    1.2] Kernel panic - not syncing: no init";
+        assert_eq!(faults_of(SKIPPED, panic, false), [panic]);
+        assert_eq!(faults_of(SKIPPED, "", true).len(), 1);
+    }
+
+    #[test]
+    fn a_fallback_is_demanded_where_it_is_needed_and_nowhere_else() {
+        let [old, .., new] = ALL;
+        let finding = |answer: &str, detail: &str| Finding {
+            feature: "existing connections".to_owned(),
+            answer: answer.to_owned(),
+            detail: detail.to_owned(),
+        };
+        let outside = finding("yes", "changed from outside, which is slower");
+        let usual = finding("yes", "the verifier accepts the program");
+        assert_eq!(of_finding(old, &outside), Verdict::Passed);
+        assert_eq!(of_finding(new, &usual), Verdict::Passed);
+        assert!(matches!(of_finding(old, &usual), Verdict::Failed(_)));
+        assert!(matches!(of_finding(new, &outside), Verdict::Failed(_)));
+        let no = finding("no", "refused");
+        assert_eq!(of_finding(new, &no), Verdict::Failed("refused".to_owned()));
+    }
+}
