@@ -73,7 +73,7 @@ fn sweeps_in_kernel() -> bool {
     }
     let mut command = crate::agent_command();
     command.arg("check");
-    crate::output(&mut command, std::time::Duration::from_secs(60))
+    crate::output(&mut command, std::time::Duration::from_mins(1))
         .is_ok_and(|done| !done.stdout.contains("changed from outside"))
 }
 
