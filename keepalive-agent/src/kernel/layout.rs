@@ -238,6 +238,9 @@ fn enumerator(btf: &Btf, name: &str, wanted: &str) -> Result<u32> {
 }
 
 #[cfg(test)]
+mod on_kernels;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -1,0 +1,169 @@
+//! The resolver on the types of real kernels, cut down to what it looks for
+//! (`cargo xtask test --vm --write-types` makes the files anew). What is
+//! expected was worked out apart from it, from the whole of the types.
+
+use btf_rs::Btf;
+use keepalive_common::layout::{Field, Layout};
+
+use super::resolve;
+
+/// Debian's kernels, by the names that the live tests know them by.
+const KERNELS: [(&str, &[u8]); 5] = [
+    ("5.10.223", include_bytes!("../fixtures/5.10.223.btf")),
+    ("5.10", include_bytes!("../fixtures/5.10.btf")),
+    ("6.1", include_bytes!("../fixtures/6.1.btf")),
+    ("6.12", include_bytes!("../fixtures/6.12.btf")),
+    ("7", include_bytes!("../fixtures/7.btf")),
+];
+
+fn layout(types: &[u8]) -> anyhow::Result<Layout> {
+    resolve(&Btf::from_bytes(types)?, 250)
+}
+
+#[test]
+fn every_field_stands_where_the_kernel_has_it() {
+    type Read = fn(&Layout) -> Field;
+    let fields: [(&str, Read, [(u32, u32); 5]); 19] = [
+        ("flags", |l| l.flags, [(96, 8); 5]),
+        ("state", |l| l.state, [(18, 1); 5]),
+        (
+            "keepalive_time",
+            |l| l.keepalive_time,
+            [(2104, 4), (2112, 4), (2152, 4), (2236, 4), (2324, 4)],
+        ),
+        (
+            "keepalive_intvl",
+            |l| l.keepalive_intvl,
+            [(2108, 4), (2116, 4), (2156, 4), (2240, 4), (2328, 4)],
+        ),
+        (
+            "keepalive_probes",
+            |l| l.keepalive_probes,
+            [(1687, 1), (1695, 1), (1735, 1), (1933, 1), (1989, 1)],
+        ),
+        (
+            "user_timeout",
+            |l| l.user_timeout,
+            [(1280, 4), (1288, 4), (1332, 4), (1340, 4), (1324, 4)],
+        ),
+        (
+            "sock_cgroup",
+            |l| l.sock_cgroup,
+            // A bare number at first, then a pointer and more beside it.
+            [(664, 8), (664, 16), (648, 16), (672, 16), (688, 16)],
+        ),
+        (
+            "cgroup_parent",
+            |l| l.cgroup_parent,
+            [(192, 8), (192, 8), (192, 8), (192, 8), (184, 8)],
+        ),
+        ("css_cgroup", |l| l.css_cgroup, [(0, 8); 5]),
+        (
+            "cgroup_kn",
+            |l| l.cgroup_kn,
+            [(248, 8), (248, 8), (248, 8), (256, 8), (296, 8)],
+        ),
+        (
+            "kernfs_id",
+            |l| l.kernfs_id,
+            [(104, 8), (104, 8), (104, 8), (96, 8), (96, 8)],
+        ),
+        (
+            "timer_expires",
+            |l| l.timer_expires,
+            // sk_timer at first, then icsk_keepalive_timer.
+            [(432, 8), (432, 8), (1192, 8), (1200, 8), (1192, 8)],
+        ),
+        (
+            "last_ack",
+            |l| l.last_ack,
+            [(1468, 4), (1476, 4), (1516, 4), (1524, 4), (1824, 4)],
+        ),
+        (
+            "last_data",
+            |l| l.last_data,
+            [(1248, 4), (1256, 4), (1304, 4), (1312, 4), (1296, 4)],
+        ),
+        (
+            "packets_out",
+            |l| l.packets_out,
+            [(1668, 4), (1676, 4), (1716, 4), (1732, 4), (1788, 4)],
+        ),
+        (
+            "socket",
+            |l| l.socket,
+            [(640, 8), (640, 8), (624, 8), (288, 8), (288, 8)],
+        ),
+        ("socket_inode", |l| l.socket_inode, [(192, 8); 5]),
+        ("local_v6", |l| l.local_v6, [(72, 16); 5]),
+        ("remote_port", |l| l.remote_port, [(12, 2); 5]),
+    ];
+    for (index, (kernel, types)) in KERNELS.iter().enumerate() {
+        let layout = layout(types).unwrap_or_else(|error| panic!("{kernel}: {error:#}"));
+        for (name, read, expected) in fields {
+            let Field { offset, width } = read(&layout);
+            assert_eq!((offset, width), expected[index], "{kernel}: {name}");
+        }
+        assert_eq!((layout.keepopen_bit, layout.dead_bit), (3, 0), "{kernel}");
+        assert_eq!(layout.hz, 250);
+    }
+}
+
+#[test]
+fn only_the_oldest_kernel_has_no_typed_pointer_to_the_cgroup() {
+    let typed = KERNELS.map(|(_, types)| layout(types).unwrap().typed_cgroup);
+    assert_eq!(typed, [0, 1, 1, 1, 1]);
+}
+
+/// The types with every name `from` replaced by one of the same length.
+fn renamed(types: &[u8], from: &str) -> Vec<u8> {
+    let name = format!("\0{from}\0").into_bytes();
+    let at = types
+        .windows(name.len())
+        .position(|window| window == name)
+        .unwrap_or_else(|| panic!("no name {from}"));
+    let mut types = types.to_vec();
+    types[at + 1] = b'?';
+    types
+}
+
+#[test]
+fn a_field_that_is_not_there_is_fatal_and_named() {
+    for (name, said) in [
+        (
+            "keepalive_time",
+            "tcp_sock of this kernel has no field keepalive_time",
+        ),
+        ("keepalive_probes", "has no field keepalive_probes"),
+        ("icsk_user_timeout", "no field inet_conn.icsk_user_timeout"),
+        (
+            "sk_cgrp_data",
+            "no field inet_conn.icsk_inet.sk.sk_cgrp_data",
+        ),
+        (
+            "skc_flags",
+            "no field inet_conn.icsk_inet.sk.__sk_common.skc_flags",
+        ),
+        ("kn", "struct cgroup of this kernel has no field kn"),
+        ("tcp_sock", "tcp_sock"),
+        ("kernfs_node", "kernfs_node"),
+        ("SOCK_KEEPOPEN", "no SOCK_KEEPOPEN in enum sock_flags"),
+    ] {
+        for (kernel, types) in KERNELS {
+            let error = layout(&renamed(types, name)).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(error.contains(said), "{kernel}: {error}");
+        }
+    }
+}
+
+#[test]
+fn the_keepalive_timer_is_the_one_that_the_kernel_has() {
+    let [.., (_, newest)] = KERNELS;
+    let own = layout(newest).unwrap().timer_expires;
+    let general = layout(&renamed(newest, "icsk_keepalive_timer")).unwrap();
+    assert_ne!(own, general.timer_expires);
+    let neither = renamed(&renamed(newest, "icsk_keepalive_timer"), "sk_timer");
+    let error = layout(&neither).unwrap_err().to_string();
+    assert!(error.contains("sk_timer.expires"), "{error}");
+}
