@@ -11,6 +11,7 @@
 #include <linux/bpf.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -115,8 +116,12 @@ int main(int argc, char **argv)
 	int cgroup, map, program;
 	char line[16];
 
+	/* Before Linux 5.11 a map counts as locked memory, of which there is little. */
+	struct rlimit locked = { RLIM_INFINITY, RLIM_INFINITY };
+
 	if (argc != 3)
 		return 2;
+	setrlimit(RLIMIT_MEMLOCK, &locked);
 	cgroup = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (cgroup < 0)
 		return fail(argv[1]);

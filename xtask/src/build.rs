@@ -20,8 +20,13 @@ pub(crate) fn main(_: &Options) -> Result<()> {
 
 /// Builds everything that runs on a user's machine.
 pub(crate) fn build() -> Result<()> {
-    build_object(&setup::toolchain()?, "keepalive", &workspace::bpf_object())?;
+    object()?;
     exec::run(workspace::cargo().args(["build", "--release", "-p", "keepalive-agent"]))
+}
+
+/// Builds the BPF object that every agent embeds.
+pub(crate) fn object() -> Result<()> {
+    build_object(&setup::toolchain()?, "keepalive", &workspace::bpf_object())
 }
 
 /// Builds the BPF programs that the benchmark compares with.

@@ -42,6 +42,10 @@ pub(crate) struct Options {
     /// Write what came of it to docs/kernels.md
     #[arg(long, requires = "vm")]
     write_docs: bool,
+
+    /// Write the kernels' types that the agent's unit tests resolve
+    #[arg(long, requires = "vm")]
+    write_types: bool,
 }
 
 /// Does every step even when an earlier one fails: one run shows all there is
@@ -50,8 +54,12 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
-        if report.add(step("build", |_| build::build())) {
-            virtual_machines(kernels, filter, options.write_docs, &mut report);
+        if report.add(step("BPF object", |_| build::object())) {
+            let writes = vm::Writes {
+                docs: options.write_docs,
+                types: options.write_types,
+            };
+            virtual_machines(kernels, filter, writes, &mut report);
         }
         return report.finish();
     }
@@ -164,10 +172,10 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
 fn virtual_machines(
     kernels: &[vm::kernels::Series],
     filter: Option<&str>,
-    write_docs: bool,
+    writes: vm::Writes,
     report: &mut Report,
 ) {
-    match vm::test(kernels, filter, write_docs) {
+    match vm::test(kernels, filter, writes) {
         Ok(summaries) => {
             for summary in summaries {
                 report.add(Step {

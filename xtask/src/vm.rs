@@ -2,6 +2,7 @@
 //! work, each booted in QEMU.
 
 mod apt;
+mod btf;
 mod emulator;
 mod image;
 pub(crate) mod kernels;
@@ -77,18 +78,26 @@ pub(crate) struct Summary {
     pub(crate) version: String,
 }
 
-/// Builds, boots the kernels, prints the table. With `write_docs` it also writes
-/// docs/kernels.md.
+/// What a run leaves in the sources, if it is asked to.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Writes {
+    /// docs/kernels.md.
+    pub(crate) docs: bool,
+    /// The kernels' types, for the unit tests of the agent.
+    pub(crate) types: bool,
+}
+
+/// Builds, boots the kernels, prints the table.
 pub(crate) fn test(
     kernels: &[Series],
     filter: Option<&str>,
-    write_docs: bool,
+    writes: Writes,
 ) -> Result<Vec<Summary>> {
     let all: Vec<_> = kernels::ALL.into_iter().collect();
     let kernels = if kernels.is_empty() { &all } else { kernels };
     let whole = filter.is_none() && kernels.len() == all.len();
     ensure!(
-        whole || !write_docs,
+        whole || !writes.docs,
         "docs/kernels.md tells of whole runs: name neither kernels nor a filter"
     );
     let cache = workspace::target_dir().join("vm");
@@ -105,11 +114,19 @@ pub(crate) fn test(
     });
     let outcomes = run_all(guests.collect(), |series, kernel| {
         let kernel = kernel?;
-        run(&kernel, &emulator, &base, &built, &cache, whole)
-            .with_context(|| format!("booting {} {}", series.name, kernel.version))
+        Guest {
+            kernel: &kernel,
+            emulator: &emulator,
+            base: &base,
+            built: &built,
+            whole,
+            writes_types: writes.types,
+        }
+        .run(&cache)
+        .with_context(|| format!("booting {} {}", series.name, kernel.version))
     });
     println!("\n{}", table::text(&outcomes));
-    if write_docs {
+    if writes.docs {
         let document = workspace::root().join("docs/kernels.md");
         let text = table::markdown(&outcomes, &emulator.version, &commit());
         fs::write(&document, text)
@@ -215,7 +232,11 @@ impl Built {
                 programs.push((Program { name, tests }, path));
             }
         }
-        ensure!(!programs.is_empty(), "no test has that name");
+        ensure!(
+            !programs.is_empty(),
+            "no test's name contains {}",
+            filter.unwrap_or_default()
+        );
         Ok(Self {
             agent: workspace::target_dir()
                 .join(&target)
@@ -313,6 +334,7 @@ fn base_image(built: &Built, mirrors: &Mirrors, cache: &Path) -> Result<Base> {
     for file in FILES {
         archive.copy(file, Path::new(file))?;
     }
+    // A library that is preloaded needs what it is linked with, as a program does.
     if Path::new(LIBKEEPALIVE).exists() {
         archive.program(LIBKEEPALIVE, Path::new(LIBKEEPALIVE))?;
     }
@@ -322,6 +344,10 @@ fn base_image(built: &Built, mirrors: &Mirrors, cache: &Path) -> Result<Base> {
     }
     for helper in fs::read_dir(&built.helpers)? {
         let helper = helper?;
+        // Go keeps its cache there.
+        if helper.file_type()?.is_dir() {
+            continue;
+        }
         let name = helper.file_name();
         archive.program(
             &format!("programs/{}", name.to_string_lossy()),
@@ -357,57 +383,101 @@ fn find_busybox(mirrors: &Mirrors, cache: &Path) -> Result<PathBuf> {
         .context("Debian's busybox-static has no busybox")
 }
 
-/// Boots one kernel and reads what the guest says.
-fn run(
-    kernel: &Kernel,
-    emulator: &Emulator,
-    base: &Base,
-    built: &Built,
-    cache: &Path,
+/// One kernel and what is needed to run the tests on it.
+struct Guest<'a> {
+    kernel: &'a Kernel,
+    emulator: &'a Emulator,
+    base: &'a Base,
+    built: &'a Built,
+    /// Whether all tests run.
     whole: bool,
-) -> Result<Outcome> {
-    let series = kernel.series;
-    let directory = cache.join("runs").join(series.name);
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
-    let initramfs = directory.join("initramfs");
-    let mut modules = Archive::default();
-    for (index, name) in MODULES.into_iter().enumerate() {
-        let content = image::unpacked(&base.busybox, &kernel.module(name)?)?;
-        let name = name.rsplit('/').next().unwrap_or(name);
-        modules.file(&format!("modules/{index}-{name}.ko"), 0o644, &content)?;
+    writes_types: bool,
+}
+
+impl Guest<'_> {
+    /// Boots it and reads what it says.
+    fn run(&self, cache: &Path) -> Result<Outcome> {
+        let Kernel {
+            series, version, ..
+        } = self.kernel;
+        let directory = cache.join("runs").join(series.name);
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        let initramfs = directory.join("initramfs");
+        fs::write(&initramfs, self.image()?)
+            .with_context(|| format!("cannot write {}", initramfs.display()))?;
+        exec::say(&format!("booting Linux {version}"));
+        let arguments = if self.writes_types {
+            "keepalive.types"
+        } else {
+            ""
+        };
+        let boot = self.emulator.boot(
+            &self.kernel.image,
+            &initramfs,
+            arguments,
+            &directory,
+            GUEST_LIMIT,
+        )?;
+        // Some 70 MB that can be made again.
+        fs::remove_file(&initramfs)?;
+        let transcript = Transcript::parse(&boot.transcript);
+        let tests = self.built.tests.iter();
+        let programs: Vec<_> = tests.map(|(program, _)| program.clone()).collect();
+        let verdicts = support::judge(*series, &programs, &transcript);
+        let mut faults =
+            support::faults(programs.len(), &transcript, &boot.console, boot.timed_out);
+        if self.whole {
+            faults.extend(support::not_missed(*series, &verdicts));
+        }
+        if self.writes_types {
+            write_types(series.name, &boot.types)?;
+        }
+        exec::say(&format!(
+            "Linux {version}: done after {:.0} s; what it wrote is in {}",
+            boot.took.as_secs_f64(),
+            directory.display()
+        ));
+        Ok(Outcome {
+            series: series.name,
+            version: version.clone(),
+            verdicts,
+            faults,
+            check: transcript.check,
+            took: boot.took,
+        })
     }
-    let mut image = base.archive.clone();
-    image.extend(modules.finish()?);
-    fs::write(&initramfs, image)
-        .with_context(|| format!("cannot write {}", initramfs.display()))?;
-    exec::say(&format!("booting Linux {}", kernel.version));
-    let boot = emulator.boot(&kernel.image, &initramfs, "", &directory, GUEST_LIMIT)?;
-    let transcript = Transcript::parse(&boot.transcript);
-    let programs: Vec<_> = built
-        .tests
-        .iter()
-        .map(|(program, _)| program.clone())
-        .collect();
-    let verdicts = support::judge(series, &programs, &transcript);
-    let mut faults = support::faults(programs.len(), &transcript, &boot.console, boot.timed_out);
-    if whole {
-        faults.extend(support::not_missed(series, &verdicts));
+
+    /// The files of all guests, and this kernel's modules.
+    fn image(&self) -> Result<Vec<u8>> {
+        let mut modules = Archive::default();
+        for (index, name) in MODULES.into_iter().enumerate() {
+            let content = image::unpacked(&self.base.busybox, &self.kernel.module(name)?)?;
+            let name = name.rsplit('/').next().unwrap_or(name);
+            modules.file(&format!("modules/{index}-{name}.ko"), 0o644, &content)?;
+        }
+        let mut image = self.base.archive.clone();
+        image.extend(modules.finish()?);
+        Ok(image)
     }
-    exec::say(&format!(
-        "Linux {}: done after {:.0} s; what it wrote is in {}",
-        transcript.release,
-        boot.took.as_secs_f64(),
-        directory.display()
-    ));
-    Ok(Outcome {
-        series: series.name,
-        version: kernel.version.clone(),
-        verdicts,
-        faults,
-        check: transcript.check,
-        took: boot.took,
-    })
+}
+
+/// Writes what the agent's resolver looks for in the kernel's types, for its unit
+/// tests.
+fn write_types(series: &str, types: &[u8]) -> Result<()> {
+    let kernel = workspace::root().join("keepalive-agent/src/kernel");
+    let resolver = kernel.join("layout.rs");
+    let source = fs::read_to_string(&resolver)
+        .with_context(|| format!("cannot read {}", resolver.display()))?;
+    let fixture = kernel.join("fixtures").join(format!("{series}.btf"));
+    if let Some(directory) = fixture.parent() {
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+    }
+    fs::write(&fixture, btf::cut(types, &source)?)
+        .with_context(|| format!("cannot write {}", fixture.display()))?;
+    exec::say(&format!("wrote {}", fixture.display()));
+    Ok(())
 }
 
 /// The commit that is tested, for the document.

@@ -21,8 +21,11 @@ pub(crate) struct Series {
     pub(crate) step: &'static str,
 }
 
-/// Oldest first. The last one is whatever is the newest of its major version.
-pub(crate) const ALL: [Series; 4] = [
+/// Oldest first. The last one is whatever is the newest of its major version; the
+/// first one stays what it is: later 5.10 have another way to name a socket's
+/// cgroup.
+pub(crate) const ALL: [Series; 5] = [
+    series("5.10.223", "bullseye", "vm 5.10.223"),
     series("5.10", "bullseye-security", "vm 5.10"),
     series("6.1", "bookworm-security", "vm 6.1"),
     series("6.12", "trixie-security", "vm 6.12"),
@@ -144,7 +147,7 @@ fn newest(packages: &str, series: &str) -> Option<(String, String)> {
     let of_series = |version: &str| {
         version
             .strip_prefix(series)
-            .is_some_and(|rest| rest.starts_with('.'))
+            .is_some_and(|rest| rest.starts_with(['.', '-']))
     };
     let stanza = stanzas(packages)
         .filter(|stanza| of_series(field(stanza, "Version")))
@@ -208,6 +211,9 @@ Depends: linux-image-6.12.117+deb13-cloud-amd64 (= 6.12.117-1)
             assert_eq!(image, expected);
             assert!(image.ends_with(&version));
         }
+        let exact = newest(PACKAGES, "6.1.99").map(|(version, _)| version);
+        assert_eq!(exact.as_deref(), Some("6.1.99-1"));
+        assert_eq!(newest(PACKAGES, "6.1.9"), None);
         assert_eq!(newest(PACKAGES, "5.10"), None);
     }
 
@@ -224,7 +230,7 @@ Depends: linux-image-6.12.117+deb13-cloud-amd64 (= 6.12.117-1)
 
     #[test]
     fn a_kernel_that_is_not_claimed_is_named_none() {
-        assert_eq!(Series::named("6.12"), Ok(ALL[2]));
-        assert!(Series::named("nginx").unwrap_err().contains("5.10, 6.1"));
+        assert_eq!(Series::named("6.12"), Ok(ALL[3]));
+        assert!(Series::named("nginx").unwrap_err().contains("5.10, 6.1,"));
     }
 }
