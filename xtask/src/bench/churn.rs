@@ -9,8 +9,8 @@ use super::{
     report::Table,
 };
 
-/// Connections per sample and thread: about a tenth of a second.
-const COUNT: u32 = 2_000;
+/// Connections per sample and thread: well below a tenth of a second.
+const COUNT: u32 = 1_500;
 
 /// The peers that are compared under load.
 fn peers(bench: &mut Bench) -> Result<Vec<Peer>> {

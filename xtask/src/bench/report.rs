@@ -202,7 +202,7 @@ impl Goal {
             self.found.as_ref().map_or_else(String::new, |found| {
                 format!("{} {}", multiple(found), self.unit)
             }),
-            format!("≤ {} {}", number(self.limit), self.unit),
+            format!("≤ {} {}", self.limit, self.unit),
         ]
     }
 
