@@ -12,6 +12,7 @@ mod peer;
 mod place;
 mod plot;
 mod report;
+mod server;
 mod stats;
 mod sweep;
 
@@ -82,6 +83,8 @@ enum Name {
     Idle,
     /// Long-lived connections
     Throughput,
+    /// nginx and wrk
+    Server,
 }
 
 /// A run of the benchmark.
@@ -113,6 +116,7 @@ impl Bench {
             Name::Push => agent::push(self),
             Name::Idle => agent::idle(self),
             Name::Throughput => agent::throughput(self),
+            Name::Server => server::server(self),
         }
     }
 }

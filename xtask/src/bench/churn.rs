@@ -13,7 +13,7 @@ use super::{
 const COUNT: u32 = 1_500;
 
 /// The peers that are compared under load.
-fn peers(bench: &mut Bench) -> Result<Vec<Peer>> {
+pub(super) fn peers(bench: &mut Bench) -> Result<Vec<Peer>> {
     let place = &bench.place;
     let mut peers = vec![
         Peer::nothing(place)?,
