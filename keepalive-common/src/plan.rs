@@ -18,6 +18,15 @@ pub struct Options {
     pub user_timeout: u32,
 }
 
+impl Options {
+    /// Whether any timer is set.
+    #[must_use]
+    #[inline(always)]
+    pub const fn has_timers(&self) -> bool {
+        self.idle | self.interval | self.probes | self.user_timeout != 0
+    }
+}
+
 /// The options as they should be: those that differ from what the socket `has`
 /// are to be set, the others need no call.
 ///

@@ -31,7 +31,6 @@ fn noop(_: SockOpsContext) -> u32 {
 /// What it costs at the least to set the built-in policy: constants, for every
 /// socket, without looking.
 #[sock_ops]
-#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn floor(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {

@@ -172,6 +172,17 @@ impl Setter {
         }
     }
 
+    /// Sets the idle time although it may be the same: with keepalive on, that
+    /// arms the timer from the last activity.
+    #[inline(always)]
+    pub(crate) fn arm(self, application: u32, has: u32, wants: u32) {
+        if has == wants {
+            self.set_option(SocketOption::Idle, wants);
+        } else {
+            self.set_timer(SocketOption::Idle, application, has, wants);
+        }
+    }
+
     #[inline(always)]
     fn set_timer(self, option: SocketOption, application: u32, has: u32, wants: u32) {
         if has == wants || !self.set_option(option, wants) {
@@ -189,7 +200,7 @@ impl Setter {
     /// Sets one option; whether the kernel took it. A refusal is counted and the
     /// connection goes on without it.
     #[inline(always)]
-    pub(crate) fn set_option(self, option: SocketOption, value: u32) -> bool {
+    fn set_option(self, option: SocketOption, value: u32) -> bool {
         let (level, number) = option.level_and_number();
         let mut value = value;
         // SAFETY: the target is the kernel's own and the value is four bytes on

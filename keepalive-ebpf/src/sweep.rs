@@ -9,8 +9,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use keepalive_common::{
-    counters::{Counters, SocketOption},
+    counters::Counters,
     history::{Originals, application, replan},
+    plan::Options,
     sweep::{Pass, Silence, arms, now},
 };
 
@@ -50,7 +51,12 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         return;
     };
     let has = enforce::forget(policy, sock.options());
-    let originals = recall(sock);
+    let originals = if has.has_timers() {
+        recall(sock)
+    } else {
+        // Nothing can have been written over what is unset.
+        Originals::default()
+    };
     let application = application(&has, &originals, claim::policy(claim.before));
     let wants = enforce::forget(policy, replan(policy, &has, &application));
     let may_probe = pass.batch != 0;
@@ -70,11 +76,18 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         slot: claim.slot,
         counters,
     };
-    setter.set(&application, &has, &now);
     if !has.keepalive && now.keepalive {
-        // Once more, now that keepalive is on: arms from the last activity
-        // instead of from now, so that timers keep the pace of the connections.
-        let _ = setter.set_option(SocketOption::Idle, now.idle);
+        // The idle time comes last, when keepalive is on: that arms from the
+        // last activity instead of from now, so that timers keep the pace of
+        // the connections.
+        let but_idle = Options {
+            idle: has.idle,
+            ..now
+        };
+        setter.set(&application, &has, &but_idle);
+        setter.arm(application.idle, has.idle, now.idle);
+    } else {
+        setter.set(&application, &has, &now);
     }
     let replaces = Originals::of(&application, &now);
     if replaces != originals {

@@ -166,32 +166,26 @@ impl SlowPass {
 }
 
 impl Loaded {
-    /// Loads the program with room for this many policies and as many again,
-    /// for the time while one set of them replaces another.
+    /// Loads the program, with room for this many policies.
     ///
     /// # Errors
     ///
     /// When the kernel refuses the program or a map, with its reason.
     pub fn load(layout: &Layout, policies: usize) -> Result<Self> {
-        /// Room for policies that a later config may bring.
-        const ROOM: usize = 64;
-        let count = u32::try_from(policies.max(ROOM) * 2).context("too many policies")?;
-        let capacity = FIRST + count;
-        let mut ebpf = create(layout, capacity, CGROUPS)?;
-        for name in [program::ESTABLISHED, program::LOG_REFUSAL] {
-            sock_ops(&mut ebpf, name)?
-                .load()
-                .map_err(|error| refused(name, error))?;
-        }
-        let logger = sock_ops(&mut ebpf, program::LOG_REFUSAL)?
-            .fd()?
-            .try_clone()?;
-        let mut callable: ProgramArray<Writable<'_>> = map_mut(&mut ebpf, super::map::LOGGER)?;
-        callable
-            .set(0, &logger, 0)
-            .context("making the logging program callable")?;
+        let mut loaded = Self::without_hook(layout, policies)?;
+        load_hook(&mut loaded.ebpf)?;
+        Ok(loaded)
+    }
+
+    /// Loads nothing but the maps yet: for a sweep, which needs no hook.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses a map.
+    pub fn without_hook(layout: &Layout, policies: usize) -> Result<Self> {
+        let capacity = capacity(policies)?;
         Ok(Self {
-            ebpf,
+            ebpf: create(layout, capacity, CGROUPS)?,
             slots: Slots::new(capacity),
             can_sweep: false,
         })
@@ -565,6 +559,29 @@ fn add(failures: &mut Vec<Failure>, failure: Failure) {
         Some(earlier) => earlier.count += failure.count,
         None => failures.push(failure),
     }
+}
+
+/// Slots for this many policies and as many again, for the time while one set
+/// of them replaces another.
+fn capacity(policies: usize) -> Result<u32> {
+    /// Room for policies that a later config may bring.
+    const ROOM: usize = 64;
+    let count = u32::try_from(policies.max(ROOM) * 2).context("too many policies")?;
+    Ok(FIRST + count)
+}
+
+/// Loads the program for new connections, and the one that logs for it.
+fn load_hook(ebpf: &mut Ebpf) -> Result<()> {
+    for name in [program::ESTABLISHED, program::LOG_REFUSAL] {
+        sock_ops(ebpf, name)?
+            .load()
+            .map_err(|error| refused(name, error))?;
+    }
+    let logger = sock_ops(ebpf, program::LOG_REFUSAL)?.fd()?.try_clone()?;
+    let mut callable: ProgramArray<Writable<'_>> = map_mut(ebpf, super::map::LOGGER)?;
+    callable
+        .set(0, &logger, 0)
+        .context("making the logging program callable")
 }
 
 fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps> {

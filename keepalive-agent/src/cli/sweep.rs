@@ -41,7 +41,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     preflight::may_enforce()?;
     let (hierarchy, root) = target.root()?;
     let assignment = run::assign(&config, &hierarchy, &root)?;
-    let mut enforcer = Loaded::load(&layout::running()?, assignment.policies.len())?
+    let mut enforcer = Loaded::without_hook(&layout::running()?, assignment.policies.len())?
         .fill(None, &assignment)?
         .detached();
     let patience = Patience::with(report::SWEEPING);

@@ -23,7 +23,8 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 #[test]
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
-    let fields: [(&str, Read, [(u32, u32); 5]); 19] = [
+    type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
+    let fields: [Expected; 19] = [
         ("flags", |l| l.flags, [(96, 8); 5]),
         ("state", |l| l.state, [(18, 1); 5]),
         (
