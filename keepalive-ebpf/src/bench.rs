@@ -23,7 +23,6 @@ const PROCEED: u32 = 1;
 
 /// What it costs that there is a program at all.
 #[sock_ops]
-#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn noop(_: SockOpsContext) -> u32 {
     PROCEED
 }
@@ -31,6 +30,7 @@ fn noop(_: SockOpsContext) -> u32 {
 /// What it costs at the least to set the built-in policy: constants, for every
 /// socket, without looking.
 #[sock_ops]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn floor(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
