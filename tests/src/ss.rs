@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{Netns, Place, output};
 
 /// How long a test may take from making a connection to looking at it.
-const SLACK: Duration = Duration::from_secs(10);
+const SLACK: Duration = Duration::from_secs(25);
 
 /// The timer that `ss -o` shows for a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -124,9 +124,10 @@ impl Policy {
     }
 }
 
-/// Fills in, and no more.
+/// Fills in, and no more. The idle times here are longer than a test takes on a
+/// slow machine: a socket that is due is changed later, when it may probe.
 const A: Policy = Policy {
-    idle: free(60),
+    idle: free(600),
     interval: free(10),
     probes: free(6),
     user_timeout: None,
@@ -134,7 +135,7 @@ const A: Policy = Policy {
 
 /// Fills in other values.
 const B: Policy = Policy {
-    idle: free(31),
+    idle: free(310),
     interval: free(7),
     probes: free(4),
     user_timeout: Some(free(40_000)),
@@ -142,7 +143,7 @@ const B: Policy = Policy {
 
 /// Bounds what the application set from above, and from below.
 const BOUNDED: Policy = Policy {
-    idle: at_most(61, 300),
+    idle: at_most(610, 900),
     interval: at_least(11, 9),
     probes: at_most(5, 8),
     user_timeout: Some(at_least(70_000, 50_000)),
@@ -150,7 +151,7 @@ const BOUNDED: Policy = Policy {
 
 /// Leaves nothing to the application.
 const EXACT: Policy = Policy {
-    idle: exactly(45),
+    idle: exactly(450),
     interval: exactly(12),
     probes: exactly(3),
     user_timeout: Some(exactly(81_000)),
@@ -357,10 +358,10 @@ fn the_application_sets_something_meanwhile() -> Result<()> {
     for &socket in &sockets {
         assert_eq!(probe.options(socket)?, EXACT.effective(&[]));
         // Over what the policy took away: the newer wish is the one that counts.
-        probe.set_all(socket, &[(Idle, 400), (Probes, 2)])?;
-        assert_eq!(probe.options(socket)?.idle, 400);
+        probe.set_all(socket, &[(Idle, 1400), (Probes, 2)])?;
+        assert_eq!(probe.options(socket)?.idle, 1400);
     }
-    let application = [(Idle, 400), (Probes, 2)];
+    let application = [(Idle, 1400), (Probes, 2)];
     agent.reload(&BOUNDED.config())?;
     for &socket in &sockets {
         assert_eq!(probe.options(socket)?, BOUNDED.effective(&application));
