@@ -54,7 +54,7 @@ pub(crate) fn server(bench: &mut Bench) -> Result<()> {
 struct Server {
     port: u16,
     _nginx: Process,
-    _config: TemporaryFile,
+    _files: [TemporaryFile; 2],
     peer: Peer,
 }
 
@@ -65,13 +65,16 @@ impl Server {
         } else {
             ""
         };
+        // nginx removes it when it ends, so it must be a file of our own.
+        let pid = place.file("nginx.pid", "")?;
         let config = place.file(
             "nginx.conf",
             &format!(
-                "daemon off; master_process off; pid /dev/null; error_log /dev/null;\n\
+                "daemon off; master_process off; pid {}; error_log /dev/null;\n\
                  events {{ worker_connections 1024; }}\n\
                  http {{ access_log off; server {{ listen 127.0.0.1:{port}{options};\n\
-                 location / {{ return 200 ok; }} }} }}\n"
+                 location / {{ return 200 ok; }} }} }}\n",
+                pid.path().display()
             ),
         )?;
         let mut command = place.load("guard");
@@ -84,7 +87,7 @@ impl Server {
         Ok(Self {
             port,
             _nginx: place.start(&mut command)?,
-            _config: config,
+            _files: [config, pid],
             peer,
         })
     }

@@ -5,7 +5,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -79,15 +78,20 @@ impl Emulator {
             root,
             version: String::new(),
         };
-        let said = exec::output(emulator.command().arg("--version"))?;
+        let said = exec::output(emulator.command(Duration::from_mins(1)).arg("--version"))?;
         let first = said.lines().next().unwrap_or_default();
         let version = first.strip_prefix("QEMU emulator version ");
         version.unwrap_or(first).clone_into(&mut emulator.version);
         Ok(emulator)
     }
 
-    fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
+    /// Ends by itself when `limit` is over, also when nobody waits for it any more.
+    fn command(&self, limit: Duration) -> Command {
+        let mut command = Command::new("timeout");
+        command
+            .args(["--foreground", "--kill-after=5"])
+            .arg(format!("{}s", limit.as_secs()))
+            .arg(&self.program);
         if let Some(root) = &self.root {
             let mut libraries = OsString::new();
             for directory in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
@@ -113,7 +117,7 @@ impl Emulator {
         limit: Duration,
     ) -> Result<Boot> {
         let lines = ["console", "transcript", "types"].map(|name| directory.join(name));
-        let mut command = self.command();
+        let mut command = self.command(limit);
         // Emulated, not virtualised: build machines are virtual themselves. What
         // newer processors can do only takes time to emulate.
         command
@@ -136,19 +140,9 @@ impl Emulator {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(fs::File::create(&errors)?);
         let start = Instant::now();
-        let mut machine = command.spawn().context("cannot start QEMU")?;
-        let mut timed_out = false;
-        let status = loop {
-            if let Some(status) = machine.try_wait()? {
-                break status;
-            }
-            if start.elapsed() > limit {
-                timed_out = true;
-                machine.kill()?;
-                break machine.wait()?;
-            }
-            thread::sleep(Duration::from_millis(50));
-        };
+        let status = command.status().context("cannot start QEMU")?;
+        // The two that `timeout` ends with, by its first and its second signal.
+        let timed_out = matches!(status.code(), Some(124 | 137));
         ensure!(
             timed_out || status.success(),
             "QEMU failed, {status}: {}",
