@@ -1,7 +1,7 @@
 //! The kernel refuses an option: that is counted by its cause and logged once,
 //! and the connection goes on with the others.
 
-use std::{process::Command, time::Duration};
+use std::{os::unix::fs::MetadataExt as _, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, output, require};
@@ -22,9 +22,14 @@ fn bpftool(arguments: &[&str]) -> Result<Value> {
 
 /// The id of the map with this name of the program attached to the cgroup.
 fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
-    let directory = cgroup.directory().display().to_string();
-    let attached = bpftool(&["cgroup", "show", &directory])?;
-    let program = bpftool(&["prog", "show", "id", &attached[0]["id"].to_string()])?;
+    // Not `cgroup show`, which fails on kernels older than itself.
+    let cgroup = std::fs::metadata(cgroup.directory())?.ino();
+    let links = bpftool(&["link", "show"])?;
+    let mut links = links.as_array().into_iter().flatten();
+    let link = links
+        .find(|link| link["cgroup_id"] == cgroup)
+        .context("nothing is attached")?;
+    let program = bpftool(&["prog", "show", "id", &link["prog_id"].to_string()])?;
     let maps = program["map_ids"]
         .as_array()
         .context("a program without maps")?;

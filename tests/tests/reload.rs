@@ -411,26 +411,26 @@ fn off_and_on_again() -> Result<()> {
     let mut probe = Probe::start(Program::Static, (&cgroup, &netns))?;
     let (connecting, accepting) = probe.connection()?;
     let filter = between(probe.name(connecting)?, probe.name(accepting)?);
-    let on = "[default]\nidle = \"70s\"\n";
+    let on = "[default]\nidle = \"500s\"\n";
     let mut agent = Agent::start(&cgroup, on)?;
     agent.swept()?;
     for _ in 0..2 {
         agent.reload("[default]\nkeepalive = \"off\"\n")?;
-        let off = Options::on(70, 10, 6).off();
+        let off = Options::on(500, 10, 6).off();
         assert_eq!(probe.options(connecting)?, off);
         assert_eq!(probe.options(accepting)?, off);
         assert_eq!(timer(Some(&netns), &filter)?, None);
         agent.reload(on)?;
-        assert_eq!(probe.options(connecting)?, Options::on(70, 10, 6));
-        assert_eq!(probe.options(accepting)?, Options::on(70, 10, 6));
+        assert_eq!(probe.options(connecting)?, Options::on(500, 10, 6));
+        assert_eq!(probe.options(accepting)?, Options::on(500, 10, 6));
         let timer = timer(Some(&netns), &filter)?.context("no timer")?;
         // It counts from the last activity, which is a while ago.
         assert_eq!(timer.kind, "keepalive");
-        assert!(timer.left <= Duration::from_secs(70), "{timer:?}");
-        assert!(timer.left > Duration::from_secs(30), "{timer:?}");
+        assert!(timer.left <= Duration::from_secs(500), "{timer:?}");
+        assert!(timer.left > Duration::from_secs(400), "{timer:?}");
     }
     // Nobody can tell any more who turned it on.
-    agent.reload("[default]\nkeepalive = \"leave\"\nidle = \"70s\"\n")?;
+    agent.reload("[default]\nkeepalive = \"leave\"\nidle = \"500s\"\n")?;
     assert!(probe.options(connecting)?.keepalive);
     let finished = agent.stop()?;
     assert_eq!(finished.count_existing("default", "turned_off"), 4);
