@@ -332,9 +332,12 @@ impl Enforcer {
     /// Keeps what a slot counted and clears it for another policy.
     fn retire(&mut self, slot: u32, name: String) -> Result<()> {
         let done = self.done_in(slot)?;
-        let total = self.retired.entry(name).or_default();
-        total.established.add(&done.established);
-        total.existing.add(&done.existing);
+        // An earlier agent's policies have done nothing here.
+        if done.established.seen + done.existing.seen > 0 {
+            let total = self.retired.entry(name).or_default();
+            total.established.add(&done.established);
+            total.existing.add(&done.existing);
+        }
         locked(&self.by_hand).remove(&slot);
         for name in [super::map::COUNTERS, super::map::SWEPT] {
             let mut counters: PerCpuArray<Writable<'_>, Counters> = map_mut(&mut self.ebpf, name)?;
