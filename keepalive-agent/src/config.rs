@@ -14,6 +14,9 @@ use std::{fmt, fs, path::Path};
 use anyhow::{Context as _, Result};
 use globset::{GlobBuilder, GlobMatcher};
 use keepalive_common::policy::Policy;
+use serde::{Deserialize, Serialize};
+
+use crate::rules::Rules;
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 
@@ -21,7 +24,7 @@ pub use diagnostic::{Diagnostic, Diagnostics};
 pub const DEFAULT_FILE: &str = "/etc/keepalive/keepalive.toml";
 
 /// What should hold on this node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Config {
     /// For sockets that no named policy claims; none leaves them alone.
     pub default: Option<Policy>,
@@ -29,20 +32,23 @@ pub struct Config {
     pub policies: Vec<NamedPolicy>,
 }
 
-/// A policy for some cgroups.
-#[derive(Clone, Debug)]
+/// A policy for some cgroups, some remote ends, or both.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct NamedPolicy {
     /// What it is called in reports and errors.
     pub name: String,
-    /// The cgroups that it claims.
+    /// The cgroups that it claims; none where it is for all that are governed.
     pub cgroups: Vec<CgroupPattern>,
+    /// The remote ends that it is for.
+    pub rules: Rules,
     /// What it wants, completed from the default.
     pub policy: Policy,
 }
 
 /// A cgroup path from the root of the hierarchy, or a glob over such paths:
 /// `*` and `?` stay within one level, `**` spans levels.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct CgroupPattern {
     text: String,
     glob: Option<GlobMatcher>,
@@ -142,6 +148,28 @@ impl CgroupPattern {
             Some(glob) => glob.is_match(path),
             None => self.text == path,
         }
+    }
+}
+
+impl PartialEq for CgroupPattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for CgroupPattern {}
+
+impl TryFrom<String> for CgroupPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::new(&text)
+    }
+}
+
+impl From<CgroupPattern> for String {
+    fn from(pattern: CgroupPattern) -> Self {
+        pattern.text
     }
 }
 

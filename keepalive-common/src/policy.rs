@@ -30,7 +30,7 @@ pub enum Keepalive {
 /// One timer of a policy: a value for sockets that have none, and bounds for
 /// all. The unit is the timer's own (seconds, a number, milliseconds).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Range {
     /// What a socket gets whose application set nothing; 0 leaves it unset.
@@ -85,7 +85,7 @@ impl Range {
 
 /// What should hold for a socket.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Policy {
     keepalive: u32,
@@ -103,6 +103,8 @@ pub struct Policy {
 
 /// The default of the user-timeout is idle + interval × probes.
 const DERIVE_USER_TIMEOUT: u32 = 1;
+/// What the policy wants is counted and not set.
+const DRY_RUN: u32 = 2;
 
 impl Policy {
     /// What holds where nobody configured anything: keepalive on, first probe
@@ -149,6 +151,24 @@ impl Policy {
     #[inline(always)]
     pub const fn opaque_zero(&self) -> u32 {
         (self.flags.cast_signed() >> 31).cast_unsigned()
+    }
+
+    /// Whether what the policy wants is set, and not only counted.
+    #[must_use]
+    #[inline]
+    pub const fn is_enforced(&self) -> bool {
+        self.flags & DRY_RUN == 0
+    }
+
+    /// The same policy, enforced or only counted.
+    #[must_use]
+    pub const fn with_enforcement(mut self, enforced: bool) -> Self {
+        if enforced {
+            self.flags &= !DRY_RUN;
+        } else {
+            self.flags |= DRY_RUN;
+        }
+        self
     }
 
     /// Whether the default of the user-timeout is idle + interval × probes.
@@ -249,6 +269,12 @@ mod tests {
             assert!(derived.derives_user_timeout());
             assert_eq!(derived.opaque_zero(), 0);
             assert_eq!(derived.with_derived_user_timeout(false), policy);
+            let dry = derived.with_enforcement(false);
+            assert!(derived.is_enforced() && !dry.is_enforced());
+            assert!(dry.derives_user_timeout());
+            assert_eq!(dry.keepalive(), keepalive);
+            assert_eq!(dry.opaque_zero(), 0);
+            assert_eq!(dry.with_enforcement(true), derived);
         }
     }
 

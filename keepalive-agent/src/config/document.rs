@@ -18,6 +18,7 @@ use super::{
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
     duration,
+    rules::Rules,
 };
 
 /// Keys that every policy understands.
@@ -154,6 +155,7 @@ impl Reader<'_> {
         Some(NamedPolicy {
             name: name?,
             cgroups: cgroups?,
+            rules: Rules::default(),
             policy,
         })
     }

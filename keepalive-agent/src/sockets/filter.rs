@@ -4,8 +4,8 @@ use std::{cmp::Reverse, collections::HashSet, net::SocketAddr};
 
 use keepalive_common::socket::SocketRecord;
 
-use super::{Connection, forecast::Noticed, network::Network};
-use crate::{hierarchy::Cgroup, paths::IdleTimeout};
+use super::{Connection, forecast::Noticed};
+use crate::{hierarchy::Cgroup, network::Network, paths::IdleTimeout};
 
 /// What a connection must meet to be wanted; everything that is given.
 #[derive(Clone, Debug, Default)]

@@ -1,12 +1,14 @@
-//! Networks, as a filter names them: `10.0.0.0/8`, `2001:db8::/32`, `192.0.2.1`.
+//! Networks, as policies and filters name them: `10.0.0.0/8`, `2001:db8::/32`,
+//! `192.0.2.1`.
 
 use std::{
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
 /// The addresses that share a prefix. IPv4 and v4-mapped IPv6 are the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Network {
     address: IpAddr,
     prefix: u8,
@@ -16,6 +18,28 @@ pub struct Network {
 const MAPPED: u8 = 96;
 
 impl Network {
+    /// How many leading bits its addresses share; 0 to 32, or to 128 for IPv6.
+    #[must_use]
+    pub const fn prefix(&self) -> u8 {
+        self.prefix
+    }
+
+    /// Whether it is a network of IPv4 addresses.
+    #[must_use]
+    pub const fn is_ipv4(&self) -> bool {
+        self.address.is_ipv4()
+    }
+
+    /// The address and the length of the prefix in IPv6, where IPv4 stands in
+    /// `::ffff:0:0/96`.
+    #[must_use]
+    pub const fn in_ipv6(&self) -> (u128, u8) {
+        match self.address {
+            IpAddr::V4(v4) => (v4.to_ipv6_mapped().to_bits(), MAPPED + self.prefix),
+            IpAddr::V6(v6) => (v6.to_bits(), self.prefix),
+        }
+    }
+
     /// Whether an address belongs to it.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -65,6 +89,17 @@ impl FromStr for Network {
     }
 }
 
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = if self.is_ipv4() { 32 } else { 128 };
+        if self.prefix == width {
+            self.address.fmt(f)
+        } else {
+            write!(f, "{}/{}", self.address, self.prefix)
+        }
+    }
+}
+
 /// The address with everything beyond the prefix zeroed.
 fn masked(address: IpAddr, prefix: u8) -> IpAddr {
     match address {
@@ -106,6 +141,22 @@ mod tests {
             let address: IpAddr = address.parse().unwrap();
             assert_eq!(network.contains(address), expected, "{network:?} {address}");
         }
+    }
+
+    #[test]
+    fn shows_what_was_written() {
+        for text in [
+            "10.0.0.0/8",
+            "192.0.2.1",
+            "0.0.0.0/0",
+            "2001:db8::/32",
+            "::1",
+        ] {
+            assert_eq!(text.parse::<Network>().unwrap().to_string(), text);
+        }
+        let mapped: Network = "::ffff:10.0.0.0/104".parse().unwrap();
+        assert_eq!(mapped.to_string(), "10.0.0.0/8");
+        assert_eq!(mapped.in_ipv6().1, 104);
     }
 
     #[test]
