@@ -1,19 +1,20 @@
 //! Assignment: which cgroups that exist point to which policy.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap},
     fmt, io,
 };
 
+use globset::{GlobSet, GlobSetBuilder};
 use keepalive_common::{
     history,
     policy::{MIN_SECONDS, Policy},
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{CgroupPattern, Config},
+    config::Config,
     hierarchy::{Cgroup, Hierarchy},
+    rules::Rules,
 };
 
 /// The name under which the policy for unclaimed sockets is shown.
@@ -23,7 +24,7 @@ pub const DEFAULT: &str = "default";
 pub const UNCLAIMED: &str = "(unclaimed)";
 
 /// What goes into the kernel's maps.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
     /// Every policy of the config; `default` comes first where there is one.
     pub policies: Vec<Assigned>,
@@ -32,21 +33,24 @@ pub struct Assignment {
 }
 
 /// A policy by its name.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assigned {
     /// The name in the config, or [`DEFAULT`].
     pub name: String,
     /// What it wants.
     pub policy: Policy,
+    /// The remote ends that it is for.
+    pub rules: Rules,
 }
 
-/// A cgroup and the policy it points to.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+/// A cgroup and the policies it points to.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claim {
     /// The cgroup; the ones below it that claim nothing themselves follow it.
     pub cgroup: Cgroup,
-    /// Index into [`Assignment::policies`].
-    pub policy: usize,
+    /// Indices into [`Assignment::policies`]: those with rules, of equally exact
+    /// ones the first wins, and in the end one without rules, if there is one.
+    pub policies: Vec<usize>,
 }
 
 /// Something in the config that has no effect now, though nothing is wrong
@@ -90,16 +94,12 @@ pub enum Warning {
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Absent { policy, path } => write!(
-                f,
-                "policy {policy}: cgroup {path} does not exist; \
-                 send the agent SIGHUP once it does"
-            ),
-            Self::NoMatch { policy, glob } => write!(
-                f,
-                "policy {policy}: no cgroup matches {glob}; \
-                 send the agent SIGHUP once one does"
-            ),
+            Self::Absent { policy, path } => {
+                write!(f, "policy {policy}: cgroup {path} does not exist yet")
+            }
+            Self::NoMatch { policy, glob } => {
+                write!(f, "policy {policy}: no cgroup matches {glob} yet")
+            }
             Self::Outside { policy, path, root } => write!(
                 f,
                 "policy {policy}: cgroup {path} is not below {root}, where the program is attached; \
@@ -108,7 +108,7 @@ impl fmt::Display for Warning {
             Self::Taken { policy, path, by } => write!(
                 f,
                 "policy {policy}: cgroup {path} is claimed by policy {by} (a path beats a glob, \
-                 then the first in the file wins)"
+                 then the first one wins)"
             ),
         }
     }
@@ -119,8 +119,77 @@ impl Assignment {
     pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &str> {
         self.claims
             .iter()
-            .filter(move |claim| claim.policy == policy)
+            .filter(move |claim| claim.policies.contains(&policy))
             .map(|claim| claim.cgroup.path.as_str())
+    }
+}
+
+/// Who claims which paths, whether cgroups are there or not.
+#[derive(Debug)]
+pub struct Claimants {
+    root: Cgroup,
+    policies: Vec<Assigned>,
+    /// Path → policies that name it.
+    by_path: HashMap<String, Vec<usize>>,
+    globs: GlobSet,
+    /// The policy of each glob, and the glob as configured.
+    by_glob: Vec<(usize, String)>,
+    /// Policies for everything that is governed.
+    everywhere: Vec<usize>,
+}
+
+impl Claimants {
+    /// As the config says, of what is below `root`.
+    ///
+    /// # Errors
+    ///
+    /// When the globs are too large together.
+    pub fn new(config: &Config, root: &Cgroup) -> Result<Self, globset::Error> {
+        let default = config.default.map(|policy| Assigned {
+            name: DEFAULT.to_owned(),
+            policy,
+            rules: Rules::default(),
+        });
+        let first_named = usize::from(default.is_some());
+        let named = config.policies.iter().map(|named| Assigned {
+            name: named.name.clone(),
+            policy: named.policy,
+            rules: named.rules.clone(),
+        });
+        let mut claimants = Self {
+            root: root.clone(),
+            policies: default.into_iter().chain(named).collect(),
+            by_path: HashMap::new(),
+            globs: GlobSet::empty(),
+            by_glob: Vec::new(),
+            everywhere: Vec::new(),
+        };
+        let mut globs = GlobSetBuilder::new();
+        for (index, named) in (first_named..).zip(&config.policies) {
+            for pattern in &named.cgroups {
+                if let Some(glob) = pattern.glob() {
+                    globs.add(glob.clone());
+                    claimants.by_glob.push((index, pattern.to_string()));
+                } else {
+                    let path = pattern.to_string();
+                    claimants.by_path.entry(path).or_default().push(index);
+                }
+            }
+            if named.cgroups.is_empty() {
+                claimants.everywhere.push(index);
+            }
+        }
+        claimants.globs = globs.build()?;
+        if first_named == 1 {
+            claimants.everywhere.push(0);
+        }
+        Ok(claimants)
+    }
+
+    /// Every policy of the config, as [`Assignment::policies`].
+    #[must_use]
+    pub fn policies(&self) -> &[Assigned] {
+        &self.policies
     }
 
     /// The shortest idle time that a policy gives, in seconds.
@@ -128,145 +197,138 @@ impl Assignment {
     pub fn shortest_idle(&self) -> u32 {
         self.policies
             .iter()
+            .filter(|assigned| assigned.policy.is_enforced())
             .map(|assigned| history::given(&assigned.policy).idle)
             .filter(|idle| *idle > 0)
             .min()
             .unwrap_or(MIN_SECONDS)
     }
-}
 
-/// Assigns the cgroups below `root` to the policies of the config.
-///
-/// # Errors
-///
-/// When the hierarchy cannot be read.
-pub fn assign(
-    config: &Config,
-    hierarchy: &Hierarchy,
-    root: &Cgroup,
-) -> io::Result<(Assignment, Vec<Warning>)> {
-    let mut existing = BTreeMap::new();
-    let patterns = || config.policies.iter().flat_map(|policy| &policy.cgroups);
-    if patterns().any(CgroupPattern::is_glob) {
-        for cgroup in hierarchy.walk(root)? {
-            existing.insert(cgroup.path.clone(), cgroup);
+    /// The policies that claim a path, in the order of [`Claim::policies`]. A
+    /// path in the config stands before a glob, the first before the others.
+    #[must_use]
+    pub fn of(&self, path: &str) -> Vec<usize> {
+        if !self.root.contains(path) {
+            return Vec::new();
         }
-    }
-    for path in patterns().filter_map(CgroupPattern::as_path) {
-        if let Some(cgroup) = hierarchy.lookup(path)? {
-            existing.insert(cgroup.path.clone(), cgroup);
+        let mut all = self.by_path.get(path).cloned().unwrap_or_default();
+        let matching = self.globs.matches(path);
+        all.extend(matching.into_iter().map(|glob| self.by_glob[glob].0));
+        if path == self.root.path {
+            all.extend(&self.everywhere);
         }
+        let mut claiming: Vec<usize> = Vec::new();
+        let mut without_rules = None;
+        for policy in all {
+            if self.policies[policy].rules.is_empty() {
+                without_rules.get_or_insert(policy);
+            } else if !claiming.contains(&policy) {
+                claiming.push(policy);
+            }
+        }
+        claiming.extend(without_rules);
+        claiming
     }
-    Ok(assign_existing(config, root, &existing))
-}
 
-/// The same without looking at the file system.
-fn assign_existing(
-    config: &Config,
-    root: &Cgroup,
-    existing: &BTreeMap<String, Cgroup>,
-) -> (Assignment, Vec<Warning>) {
-    let default = config.default.map(|policy| Assigned {
-        name: DEFAULT.to_owned(),
-        policy,
-    });
-    let first_named = usize::from(default.is_some());
-    let named = config.policies.iter().map(|named| Assigned {
-        name: named.name.clone(),
-        policy: named.policy,
-    });
-    let mut claims = Claims {
-        root,
-        policies: default.into_iter().chain(named).collect(),
-        by_id: HashMap::new(),
-        made: Vec::new(),
-        warnings: Vec::new(),
-    };
-    let numbered = || (first_named..).zip(&config.policies);
-    // A path beats a glob, so all paths come first.
-    for (index, policy) in numbered() {
-        for path in policy.cgroups.iter().filter_map(CgroupPattern::as_path) {
-            claims.path(index, path, existing.get(path));
-        }
+    /// Whether cgroups other than the root have policies of their own, so that
+    /// it matters when one is made or removed.
+    #[must_use]
+    pub fn name_cgroups(&self) -> bool {
+        !self.by_glob.is_empty() || self.by_path.keys().any(|path| *path != self.root.path)
     }
-    for (index, policy) in numbered() {
-        for pattern in policy.cgroups.iter().filter(|pattern| pattern.is_glob()) {
-            claims.glob(index, pattern, existing);
-        }
-    }
-    if config.default.is_some() {
-        claims.add(root, 0);
-    }
-    let assignment = Assignment {
-        policies: claims.policies,
-        claims: claims.made,
-    };
-    (assignment, claims.warnings)
-}
 
-/// Claims in the order in which they were made; the first one of a cgroup holds.
-struct Claims<'a> {
-    root: &'a Cgroup,
-    policies: Vec<Assigned>,
-    by_id: HashMap<u64, usize>,
-    made: Vec<Claim>,
-    warnings: Vec<Warning>,
-}
+    /// Assigns the cgroups that exist.
+    ///
+    /// # Errors
+    ///
+    /// When the hierarchy cannot be read.
+    pub fn assign(&self, hierarchy: &Hierarchy) -> io::Result<(Assignment, Vec<Warning>)> {
+        let mut existing = BTreeMap::new();
+        if !self.by_glob.is_empty() {
+            for cgroup in hierarchy.walk(&self.root)? {
+                existing.insert(cgroup.path.clone(), cgroup);
+            }
+        }
+        for path in self.by_path.keys() {
+            if !existing.contains_key(path)
+                && let Some(cgroup) = hierarchy.lookup(path)?
+            {
+                existing.insert(cgroup.path.clone(), cgroup);
+            }
+        }
+        Ok(self.assign_existing(existing))
+    }
 
-impl Claims<'_> {
-    /// A policy names one cgroup.
-    fn path(&mut self, index: usize, path: &str, cgroup: Option<&Cgroup>) {
-        let policy = self.policies[index].name.clone();
-        let path = path.to_owned();
-        let Some(cgroup) = cgroup else {
-            self.warnings.push(Warning::Absent { policy, path });
-            return;
+    /// The same without looking at the file system.
+    fn assign_existing(
+        &self,
+        mut existing: BTreeMap<String, Cgroup>,
+    ) -> (Assignment, Vec<Warning>) {
+        existing.insert(self.root.path.clone(), self.root.clone());
+        let warnings = self.warnings(&existing);
+        let claims = existing.into_values().filter_map(|cgroup| {
+            let policies = self.of(&cgroup.path);
+            (!policies.is_empty()).then_some(Claim { cgroup, policies })
+        });
+        let assignment = Assignment {
+            claims: claims.collect(),
+            policies: self.policies.clone(),
         };
+        (assignment, warnings)
+    }
+
+    /// What has no effect with these cgroups.
+    fn warnings(&self, existing: &BTreeMap<String, Cgroup>) -> Vec<Warning> {
+        // In the order of the config.
+        let mut warnings: BTreeMap<(usize, usize, &str), Warning> = BTreeMap::new();
+        for (path, policies) in &self.by_path {
+            for index in policies {
+                if let Some(warning) = self.path_warning(*index, path, existing) {
+                    warnings.insert((*index, 0, path), warning);
+                }
+            }
+        }
+        let mut matched = vec![false; self.by_glob.len()];
+        for path in existing.keys().filter(|path| self.root.contains(path)) {
+            for glob in self.globs.matches(path) {
+                matched[glob] = true;
+            }
+        }
+        let unmatched = self.by_glob.iter().enumerate().zip(matched);
+        for ((position, (index, glob)), matched) in unmatched {
+            if !matched {
+                let warning = Warning::NoMatch {
+                    policy: self.policies[*index].name.clone(),
+                    glob: glob.clone(),
+                };
+                warnings.insert((*index, 1 + position, glob), warning);
+            }
+        }
+        warnings.into_values().collect()
+    }
+
+    fn path_warning(
+        &self,
+        index: usize,
+        path: &str,
+        existing: &BTreeMap<String, Cgroup>,
+    ) -> Option<Warning> {
+        let assigned = &self.policies[index];
+        let policy = assigned.name.clone();
+        let path = path.to_owned();
         if !self.root.contains(&path) {
-            self.warnings.push(Warning::Outside {
-                policy,
-                path,
-                root: self.root.path.clone(),
-            });
-            return;
+            let root = self.root.path.clone();
+            return Some(Warning::Outside { policy, path, root });
         }
-        let holder = self.add(cgroup, index);
-        if holder != index {
-            let by = self.policies[holder].name.clone();
-            self.warnings.push(Warning::Taken { policy, path, by });
+        if !existing.contains_key(&path) {
+            return Some(Warning::Absent { policy, path });
         }
-    }
-
-    /// A policy names all cgroups that look like this. That some of them have a
-    /// more exact policy is in the nature of a glob and no warning.
-    fn glob(&mut self, index: usize, pattern: &CgroupPattern, existing: &BTreeMap<String, Cgroup>) {
-        let mut matched = false;
-        for cgroup in existing.values() {
-            if self.root.contains(&cgroup.path) && pattern.matches(&cgroup.path) {
-                matched = true;
-                self.add(cgroup, index);
-            }
+        let claiming = self.of(&path);
+        if claiming.contains(&index) {
+            return None;
         }
-        if !matched {
-            self.warnings.push(Warning::NoMatch {
-                policy: self.policies[index].name.clone(),
-                glob: pattern.to_string(),
-            });
-        }
-    }
-
-    /// Adds a claim unless the cgroup has one; the policy that holds it then.
-    fn add(&mut self, cgroup: &Cgroup, policy: usize) -> usize {
-        match self.by_id.entry(cgroup.id) {
-            Entry::Occupied(entry) => *entry.get(),
-            Entry::Vacant(entry) => {
-                self.made.push(Claim {
-                    cgroup: cgroup.clone(),
-                    policy,
-                });
-                *entry.insert(policy)
-            }
-        }
+        let by = self.policies[*claiming.last()?].name.clone();
+        Some(Warning::Taken { policy, path, by })
     }
 }
 
@@ -296,8 +358,15 @@ mod tests {
             .claims
             .iter()
             .map(|claim| {
-                let policy = &assignment.policies[claim.policy].name;
-                format!("{}={policy}", claim.cgroup.path)
+                let names = claim
+                    .policies
+                    .iter()
+                    .map(|index| &*assignment.policies[*index].name);
+                format!(
+                    "{}={}",
+                    claim.cgroup.path,
+                    names.collect::<Vec<_>>().join(",")
+                )
             })
             .collect();
         claims.sort();
@@ -324,7 +393,9 @@ mod tests {
             "#,
         );
         let (root, existing) = hierarchy(&["/", "/s", "/s/a", "/s/ab", "/s/b", "/s/b/c"]);
-        let (assignment, warnings) = assign_existing(&config, &root, &existing);
+        let (assignment, warnings) = Claimants::new(&config, &root)
+            .unwrap()
+            .assign_existing(existing.clone());
         assert_eq!(
             claims(&assignment),
             [
@@ -349,7 +420,9 @@ mod tests {
     fn a_policy_on_the_root_stands_before_the_default() {
         let config = config("[default]\n[[policy]]\nname = 'all'\ncgroup = '/'\n");
         let (root, existing) = hierarchy(&["/"]);
-        let (assignment, warnings) = assign_existing(&config, &root, &existing);
+        let (assignment, warnings) = Claimants::new(&config, &root)
+            .unwrap()
+            .assign_existing(existing.clone());
         assert_eq!(claims(&assignment), ["/=all"]);
         assert_eq!(warnings, []);
     }
@@ -358,7 +431,9 @@ mod tests {
     fn without_a_default_the_root_claims_nothing() {
         let config = config("[[policy]]\nname = 'a'\ncgroup = '/a'\n");
         let (root, existing) = hierarchy(&["/", "/a", "/b"]);
-        let (assignment, _) = assign_existing(&config, &root, &existing);
+        let (assignment, _) = Claimants::new(&config, &root)
+            .unwrap()
+            .assign_existing(existing.clone());
         assert_eq!(claims(&assignment), ["/a=a"]);
     }
 
@@ -373,20 +448,22 @@ mod tests {
         );
         let (_, existing) = hierarchy(&["/", "/s", "/other"]);
         let root = existing["/s"].clone();
-        let (assignment, warnings) = assign_existing(&config, &root, &existing);
+        let (assignment, warnings) = Claimants::new(&config, &root)
+            .unwrap()
+            .assign_existing(existing.clone());
         assert_eq!(claims(&assignment), [""; 0]);
         let policy = || "gone".to_owned();
         assert_eq!(
             warnings,
             [
-                Warning::Absent {
-                    policy: policy(),
-                    path: "/s/gone".into()
-                },
                 Warning::Outside {
                     policy: policy(),
                     path: "/other".into(),
                     root: "/s".into()
+                },
+                Warning::Absent {
+                    policy: policy(),
+                    path: "/s/gone".into()
                 },
                 Warning::NoMatch {
                     policy: policy(),

@@ -23,6 +23,7 @@ use keepalive_common::layout::Layout;
 pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use files::Files;
 pub use lister::Lister;
+use slots::Room;
 
 /// The programs.
 mod program {
@@ -37,6 +38,9 @@ mod program {
 mod map {
     pub(super) const CGROUPS: &str = "CGROUPS";
     pub(super) const POLICIES: &str = "POLICIES";
+    pub(super) const STEPS: &str = "STEPS";
+    pub(super) const REMOTES: &str = "REMOTES";
+    pub(super) const PORTS: &str = "PORTS";
     pub(super) const COUNTERS: &str = "COUNTERS";
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
@@ -51,9 +55,9 @@ const LAYOUT: &str = "LAYOUT";
 /// What the build script embedded; empty when the BPF object was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/keepalive.bpf.o"));
 
-/// Creates the maps, with room for this many slots and cgroups. Programs are
+/// Creates the maps, with room for this many records and cgroups. Programs are
 /// loaded one by one afterwards.
-fn create(layout: &Layout, slots: u32, cgroups: u32) -> Result<Ebpf> {
+fn create(layout: &Layout, room: Room, cgroups: u32) -> Result<Ebpf> {
     ensure!(
         !OBJECT.is_empty(),
         "this agent was built without its BPF object and can neither enforce nor list anything: \
@@ -62,9 +66,10 @@ fn create(layout: &Layout, slots: u32, cgroups: u32) -> Result<Ebpf> {
     EbpfLoader::new()
         .override_global(LAYOUT, layout, true)
         .map_max_entries(map::CGROUPS, cgroups)
-        .map_max_entries(map::POLICIES, slots)
-        .map_max_entries(map::COUNTERS, slots)
-        .map_max_entries(map::SWEPT, slots)
+        .map_max_entries(map::POLICIES, room.slots)
+        .map_max_entries(map::COUNTERS, room.slots)
+        .map_max_entries(map::SWEPT, room.slots)
+        .map_max_entries(map::STEPS, room.steps)
         .load(OBJECT)
         .context("creating the BPF maps: without them nothing works")
 }

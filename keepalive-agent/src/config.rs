@@ -12,7 +12,7 @@ mod timer;
 use std::{fmt, fs, path::Path};
 
 use anyhow::{Context as _, Result};
-use globset::{GlobBuilder, GlobMatcher};
+use globset::{Glob, GlobBuilder, GlobMatcher};
 use keepalive_common::policy::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -135,10 +135,10 @@ impl CgroupPattern {
         self.glob.is_some()
     }
 
-    /// The one path that it matches, unless it is a glob.
+    /// The glob, unless it is a path.
     #[must_use]
-    pub fn as_path(&self) -> Option<&str> {
-        (!self.is_glob()).then_some(self.text.as_str())
+    pub fn glob(&self) -> Option<&Glob> {
+        self.glob.as_ref().map(GlobMatcher::glob)
     }
 
     /// Whether it matches a cgroup's path.

@@ -179,6 +179,21 @@ impl Cgroup {
     }
 }
 
+/// The path above another; none above the root.
+#[must_use]
+pub fn parent(path: &str) -> Option<&str> {
+    match path.rsplit_once('/')? {
+        ("", "") => None,
+        ("", _) => Some("/"),
+        (parent, _) => Some(parent),
+    }
+}
+
+/// A path and the ones above it, up to the root.
+pub fn upward(path: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(path), |path| parent(path))
+}
+
 /// The id of a cgroup is the inode number of its directory on 64-bit kernels
 /// (`kernfs_node.id`, since Linux 5.5).
 fn id(metadata: &Metadata) -> u64 {

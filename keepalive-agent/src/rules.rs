@@ -4,6 +4,8 @@
 //! an exception can have exceptions. Among the policies of one cgroup the one
 //! that names a remote end most exactly claims the connection.
 
+pub mod compiled;
+
 use std::{cmp::Reverse, fmt, net::SocketAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};

@@ -218,7 +218,7 @@ impl Pass<'_> {
             if !listing.filter.wants_record(record) {
                 return Ok(());
             }
-            let (cgroup, policy) = cgroups.get(record.cgroup)?.unzip();
+            let (cgroup, policy) = cgroups.get(record.cgroup, record.remote())?.unzip();
             let mut connection = Connection::new(netns, &sysctls, record, cgroup, policy.flatten());
             if !listing.filter.wants(&connection) {
                 return Ok(());

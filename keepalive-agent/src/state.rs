@@ -17,7 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    assignment::Assignment,
+    config::Config,
     hierarchy::{Cgroup, Hierarchy},
 };
 
@@ -31,8 +31,8 @@ pub struct Running {
     pub pid: u32,
     /// Where its program is attached.
     pub root: Cgroup,
-    /// Its policies and which cgroups they claim.
-    pub assignment: Assignment,
+    /// Its policies and what they claim.
+    pub config: Config,
 }
 
 /// An agent's own file. The lock on it says that the agent lives.
@@ -62,7 +62,7 @@ pub fn running() -> Result<Vec<Running>> {
 /// # Errors
 ///
 /// When the files cannot be read.
-pub fn take_over(hierarchy: &Hierarchy, root: &Cgroup) -> Result<Option<Assignment>> {
+pub fn take_over(hierarchy: &Hierarchy, root: &Cgroup) -> Result<Option<Config>> {
     let mut last = None;
     for path in files()? {
         if is_locked(&path)? {
@@ -76,7 +76,7 @@ pub fn take_over(hierarchy: &Hierarchy, root: &Cgroup) -> Result<Option<Assignme
                 continue;
             }
             if exists {
-                last = Some(left.assignment);
+                last = Some(left.config);
             }
         }
         remove(&path);
@@ -90,7 +90,7 @@ impl Own {
     /// # Errors
     ///
     /// When the file cannot be made.
-    pub fn write(root: &Cgroup, assignment: &Assignment) -> Result<Self> {
+    pub fn write(root: &Cgroup, config: &Config) -> Result<Self> {
         let pid = std::process::id();
         let path = Path::new(DIRECTORY).join(format!("{pid}.json"));
         DirBuilder::new()
@@ -102,7 +102,7 @@ impl Own {
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .with_context(|| format!("locking {}", lock_of(&path).display()))?;
         let own = Self { path, lock };
-        own.rewrite(root, assignment)?;
+        own.rewrite(root, config)?;
         Ok(own)
     }
 
@@ -111,12 +111,12 @@ impl Own {
     /// # Errors
     ///
     /// When the file cannot be written.
-    pub fn rewrite(&self, root: &Cgroup, assignment: &Assignment) -> Result<()> {
+    pub fn rewrite(&self, root: &Cgroup, config: &Config) -> Result<()> {
         debug_assert!(self.lock.metadata().is_ok());
         let running = Running {
             pid: std::process::id(),
             root: root.clone(),
-            assignment: assignment.clone(),
+            config: config.clone(),
         };
         let temporary = self.path.with_extension("new");
         let mut file = open(&temporary)?;

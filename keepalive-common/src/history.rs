@@ -88,7 +88,7 @@ impl Originals {
 }
 
 /// What the application set on a socket that `has` these options, which the
-/// policy `before` may have written.
+/// policy `before` may have written, unless it was only counted.
 ///
 /// A value that the application set itself and that is just what that policy
 /// would have given it cannot be told apart and counts as the policy's.
@@ -97,7 +97,7 @@ impl Originals {
 #[must_use]
 #[inline(always)]
 pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
-    let Some(before) = before else {
+    let Some(before) = before.filter(|before| before.is_enforced()) else {
         return with_given(has, originals, &Options::default());
     };
     let mut given = given(before);

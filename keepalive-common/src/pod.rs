@@ -5,7 +5,7 @@ use crate::{
     history::Originals,
     layout::Layout,
     policy::Policy,
-    slot::Claim,
+    slot::{Claim, Found, PortKey, RemoteKey, Step},
     sweep::Pass,
 };
 
@@ -27,3 +27,11 @@ unsafe impl aya::Pod for Originals {}
 unsafe impl aya::Pod for Claim {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Pass {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Step {}
+// SAFETY: as above.
+unsafe impl aya::Pod for RemoteKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for PortKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Found {}

@@ -145,14 +145,6 @@ impl Policy {
         self
     }
 
-    /// Always 0, though nobody can tell who sees only the code: the topmost flag
-    /// is never set.
-    #[must_use]
-    #[inline(always)]
-    pub const fn opaque_zero(&self) -> u32 {
-        (self.flags.cast_signed() >> 31).cast_unsigned()
-    }
-
     /// Whether what the policy wants is set, and not only counted.
     #[must_use]
     #[inline]
@@ -264,16 +256,13 @@ mod tests {
             let policy = Policy::BUILT_IN.with_keepalive(keepalive);
             assert_eq!(policy.keepalive(), keepalive);
             assert!(!policy.derives_user_timeout());
-            assert_eq!(policy.opaque_zero(), 0);
             let derived = policy.with_derived_user_timeout(true);
             assert!(derived.derives_user_timeout());
-            assert_eq!(derived.opaque_zero(), 0);
             assert_eq!(derived.with_derived_user_timeout(false), policy);
             let dry = derived.with_enforcement(false);
             assert!(derived.is_enforced() && !dry.is_enforced());
             assert!(dry.derives_user_timeout());
             assert_eq!(dry.keepalive(), keepalive);
-            assert_eq!(dry.opaque_zero(), 0);
             assert_eq!(dry.with_enforcement(true), derived);
         }
     }

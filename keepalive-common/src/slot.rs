@@ -3,25 +3,304 @@
 //! A cgroup maps to a slot number; policies and counters are arrays indexed by
 //! it. Thousands of cgroups can share a policy, and giving a cgroup another one
 //! is a single 8-byte write that no socket can see half of.
+//!
+//! Where the remote end has a say, the cgroup leads to a [`Step`] instead: rules
+//! to look the remote end up in, and where to go on when they do not name it. A
+//! chain of steps is never changed once a cgroup leads to it; another policy is
+//! another chain.
+
+use core::net::{IpAddr, SocketAddr};
 
 /// What a cgroup claims for its sockets, and for those below it that have no
 /// nearer claim. The first claim on the way up decides.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
-    /// The slot of the policy; [`UNCLAIMED`] where there is none.
-    pub slot: u32,
-    /// The slot that was claimed before the policy last changed, for the sweep
-    /// that follows.
-    pub before: u32,
+    /// Where the policy is found.
+    pub now: Target,
+    /// Where it was found before the policy last changed, for the sweep that
+    /// follows.
+    pub before: Target,
 }
 
 impl Claim {
     /// No policy now, none before.
     pub const NONE: Self = Self {
-        slot: UNCLAIMED,
-        before: UNCLAIMED,
+        now: Target::UNCLAIMED,
+        before: Target::UNCLAIMED,
     };
+}
+
+/// Where a policy is found: in a slot, or by taking a step.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Target(u32);
+
+/// What a [`Target`] leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// The policy in this slot, or none if it is [`UNCLAIMED`].
+    Slot(u32),
+    /// The step with this number.
+    Step(u32),
+}
+
+/// Set in a target that leads to a step.
+const STEP: u32 = 1 << 31;
+
+impl Target {
+    /// No policy.
+    pub const UNCLAIMED: Self = Self::slot(UNCLAIMED);
+
+    /// Leads to the policy in a slot.
+    #[must_use]
+    pub const fn slot(slot: u32) -> Self {
+        Self(slot & !STEP)
+    }
+
+    /// Leads to a step.
+    #[must_use]
+    pub const fn step(number: u32) -> Self {
+        Self(number | STEP)
+    }
+
+    /// What it leads to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn lead(self) -> Lead {
+        if self.0 & STEP == 0 {
+            Lead::Slot(self.0)
+        } else {
+            Lead::Step(self.0 & !STEP)
+        }
+    }
+}
+
+/// Rules to look a remote end up in, and where to go on if they do not name it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Step {
+    /// The set of rules, as it stands in a [`RemoteKey`]; 0 is no step at all.
+    pub rules: u32,
+    /// The [`Target`] where they do not name the remote end.
+    pub otherwise: u32,
+}
+
+impl Step {
+    /// Where to go on if the rules do not name the remote end.
+    #[must_use]
+    #[inline(always)]
+    pub const fn otherwise(&self) -> Target {
+        Target(self.otherwise)
+    }
+
+    /// A step that looks in these rules first.
+    #[must_use]
+    pub const fn new(rules: u32, otherwise: Target) -> Self {
+        Self {
+            rules,
+            otherwise: otherwise.0,
+        }
+    }
+}
+
+/// A remote end, IPv4 as `::ffff:0:0/96`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remote {
+    /// The address, in network byte order.
+    pub address: [u8; 16],
+    /// The port.
+    pub port: u16,
+}
+
+impl From<SocketAddr> for Remote {
+    fn from(remote: SocketAddr) -> Self {
+        let address = match remote.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        Self {
+            address: address.octets(),
+            port: remote.port(),
+        }
+    }
+}
+
+/// What the longest prefix is looked up by: which rules, and an address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RemoteKey {
+    /// Number of the rules; in network byte order, as prefixes are compared.
+    rules: [u8; 4],
+    /// The address, in network byte order.
+    address: [u8; 16],
+}
+
+impl RemoteKey {
+    /// Bits of the rules' number, which always count.
+    const RULES_BITS: u32 = 32;
+    /// Length of a whole key in bits.
+    pub const BITS: u32 = Self::RULES_BITS + 128;
+
+    /// An address in some rules.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(rules: u32, address: [u8; 16]) -> Self {
+        Self {
+            rules: rules.to_be_bytes(),
+            address,
+        }
+    }
+
+    /// The number of the rules and the address.
+    #[must_use]
+    pub const fn parts(&self) -> (u32, u128) {
+        (
+            u32::from_be_bytes(self.rules),
+            u128::from_be_bytes(self.address),
+        )
+    }
+
+    /// Length of the key in bits whose address has a prefix of this length.
+    #[must_use]
+    pub const fn bits(prefix: u8) -> u32 {
+        Self::RULES_BITS + prefix as u32
+    }
+}
+
+/// What the longest prefix is looked up by: which table of ports, and a port.
+/// A range of ports is a few prefixes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortKey {
+    /// Number of the table, in network byte order.
+    table: [u8; 4],
+    /// The port, in network byte order.
+    port: [u8; 2],
+    /// Explicit padding, always 0.
+    reserved: [u8; 2],
+}
+
+impl PortKey {
+    /// Bits of the table's number, which always count.
+    const TABLE_BITS: u32 = 32;
+    /// Length of a whole key in bits.
+    pub const BITS: u32 = Self::TABLE_BITS + 16;
+
+    /// A port in some table.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(table: u32, port: u16) -> Self {
+        Self {
+            table: table.to_be_bytes(),
+            port: port.to_be_bytes(),
+            reserved: [0; 2],
+        }
+    }
+
+    /// The number of the table and the port.
+    #[must_use]
+    pub const fn parts(&self) -> (u32, u16) {
+        (
+            u32::from_be_bytes(self.table),
+            u16::from_be_bytes(self.port),
+        )
+    }
+
+    /// Length of the key in bits whose port has a prefix of this length.
+    #[must_use]
+    pub const fn bits(prefix: u8) -> u32 {
+        Self::TABLE_BITS + prefix as u32
+    }
+}
+
+/// What rules say about an address.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Found(u32);
+
+/// Set where the port decides.
+const BY_PORT: u32 = 1 << 31;
+
+impl Found {
+    /// They are not for this address.
+    pub const NOTHING: Self = Self(UNCLAIMED);
+
+    /// Whatever the port, the policy in this slot.
+    #[must_use]
+    pub const fn slot(slot: u32) -> Self {
+        Self(slot & !BY_PORT)
+    }
+
+    /// The port decides, in this table.
+    #[must_use]
+    pub const fn by_port(table: u32) -> Self {
+        Self(table | BY_PORT)
+    }
+
+    /// The table to look the port up in, where the port decides.
+    #[must_use]
+    #[inline(always)]
+    pub const fn port_table(self) -> Option<u32> {
+        if self.0 & BY_PORT == 0 {
+            None
+        } else {
+            Some(self.0 & !BY_PORT)
+        }
+    }
+
+    /// The slot, where the port does not decide.
+    #[must_use]
+    #[inline(always)]
+    pub const fn any_port(self) -> u32 {
+        self.0 & !BY_PORT
+    }
+}
+
+/// Where steps and rules are kept.
+pub trait Tables {
+    /// A step by its number.
+    fn step(&self, number: u32) -> Option<Step>;
+    /// What the rules say about the longest prefix of an address that they name.
+    fn remote(&self, key: &RemoteKey) -> Option<Found>;
+    /// The slot for the longest prefix of a port that a table names.
+    fn port(&self, key: &PortKey) -> Option<u32>;
+}
+
+/// The slot of the policy that a target leads to, for this remote end.
+#[must_use]
+#[inline(always)]
+pub fn resolve(tables: &impl Tables, target: Target, remote: &Remote) -> u32 {
+    let mut target = target;
+    for _ in 0..=MAX_STEPS {
+        let number = match target.lead() {
+            Lead::Slot(slot) => return slot,
+            Lead::Step(number) => number,
+        };
+        let Some(step) = tables.step(number) else {
+            return UNCLAIMED;
+        };
+        let slot = in_rules(tables, step.rules, remote);
+        if slot != UNCLAIMED {
+            return slot;
+        }
+        target = step.otherwise();
+    }
+    UNCLAIMED
+}
+
+/// The slot that rules give a remote end, [`UNCLAIMED`] where they do not name it.
+#[inline(always)]
+fn in_rules(tables: &impl Tables, rules: u32, remote: &Remote) -> u32 {
+    let key = RemoteKey::new(rules, remote.address);
+    let Some(found) = tables.remote(&key) else {
+        return UNCLAIMED;
+    };
+    let Some(table) = found.port_table() else {
+        return found.any_port();
+    };
+    let key = PortKey::new(table, remote.port);
+    tables.port(&key).unwrap_or(UNCLAIMED)
 }
 
 /// Counts the sockets that no policy claims; holds no policy.
@@ -34,3 +313,56 @@ pub const FIRST: u32 = 1;
 /// own included. Deeper ones are never seen to have a policy higher up; real
 /// hierarchies (nested container runtimes included) stay below 20.
 pub const MAX_DEPTH: u32 = 32;
+
+/// How many steps one after another are taken at most, one for each cgroup on
+/// the way up that has rules. The agent makes no longer ones.
+pub const MAX_STEPS: u32 = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_records_have_no_padding() {
+        assert_eq!(size_of::<Claim>(), 8);
+        assert_eq!(size_of::<Step>(), 8);
+        assert_eq!(size_of::<RemoteKey>() * 8, RemoteKey::BITS as usize);
+        assert_eq!(size_of::<PortKey>(), 8);
+    }
+
+    #[test]
+    fn targets_lead_where_they_were_made_for() {
+        assert_eq!(Target::UNCLAIMED.lead(), Lead::Slot(UNCLAIMED));
+        assert_eq!(Target::slot(7).lead(), Lead::Slot(7));
+        assert_eq!(Target::step(0).lead(), Lead::Step(0));
+        assert_eq!(Target::step(7).lead(), Lead::Step(7));
+    }
+
+    /// Steps 0 to 40, each leading to the next; rules 1 name nothing.
+    struct Endless;
+
+    impl Tables for Endless {
+        fn step(&self, number: u32) -> Option<Step> {
+            (number <= 40).then(|| Step::new(1, Target::step(number + 1)))
+        }
+
+        fn remote(&self, _: &RemoteKey) -> Option<Found> {
+            Some(Found::NOTHING)
+        }
+
+        fn port(&self, _: &PortKey) -> Option<u32> {
+            None
+        }
+    }
+
+    #[test]
+    fn steps_end() {
+        let remote = Remote {
+            address: [0; 16],
+            port: 0,
+        };
+        assert_eq!(resolve(&Endless, Target::step(0), &remote), UNCLAIMED);
+        assert_eq!(resolve(&Endless, Target::step(99), &remote), UNCLAIMED);
+        assert_eq!(resolve(&Endless, Target::slot(3), &remote), 3);
+    }
+}

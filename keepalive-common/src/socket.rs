@@ -6,7 +6,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use crate::plan::Options;
 
 /// Address family of IPv4 sockets.
-const AF_INET: u32 = 2;
+pub const AF_INET: u32 = 2;
 
 /// A connection that some process holds. All times are relative to the moment
 /// at which the record was written.

@@ -2,15 +2,20 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap},
+    btf_maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
     macros::btf_map,
 };
 use keepalive_common::{
     policy::Policy,
-    slot::{Claim, FIRST, MAX_DEPTH},
+    slot::{
+        Claim, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Step, Tables, Target, resolve,
+    },
 };
 
-use crate::kernel::Cgroup;
+use crate::{
+    enforce::forget,
+    kernel::{Cgroup, TcpSock},
+};
 
 /// Cgroup id → what it claims. Elements are allocated as they come, so an
 /// almost empty map costs its buckets only.
@@ -20,6 +25,18 @@ static CGROUPS: HashMap<u64, Claim, 131_072, { BPF_F_NO_PREALLOC as usize }> = H
 /// Slot → policy. The agent sizes it when it loads the programs.
 #[btf_map]
 static POLICIES: Array<Policy, 1> = Array::new();
+
+/// Number → step, where the remote end has a say. The agent sizes it.
+#[btf_map]
+static STEPS: Array<Step, 1> = Array::new();
+
+/// Rules and the prefix of an address → what they say about it.
+#[btf_map]
+static REMOTES: LpmTrie<RemoteKey, Found, 1_048_576> = LpmTrie::new();
+
+/// Table of ports and the prefix of a port → slot.
+#[btf_map]
+static PORTS: LpmTrie<PortKey, u32, 1_048_576> = LpmTrie::new();
 
 /// What the nearest cgroup claims that claims anything, from the socket's own
 /// upward to the root.
@@ -38,6 +55,37 @@ pub(crate) fn nearest(own: Option<Cgroup>) -> Claim {
         next = cgroup.parent();
     }
     Claim::NONE
+}
+
+/// The slot of the policy for a socket; only where the remote end has a say is
+/// it looked at.
+#[inline(always)]
+pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
+    let slot = match target.lead() {
+        Lead::Slot(slot) => slot,
+        Lead::Step(_) => resolve(&Maps, target, &sock.remote()),
+    };
+    forget(slot)
+}
+
+/// The maps above.
+struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn step(&self, number: u32) -> Option<Step> {
+        STEPS.get(number).copied()
+    }
+
+    #[inline(always)]
+    fn remote(&self, key: &RemoteKey) -> Option<Found> {
+        REMOTES.get(&Key::new(RemoteKey::BITS, *key)).copied()
+    }
+
+    #[inline(always)]
+    fn port(&self, key: &PortKey) -> Option<u32> {
+        PORTS.get(&Key::new(PortKey::BITS, *key)).copied()
+    }
 }
 
 /// The policy in a slot.

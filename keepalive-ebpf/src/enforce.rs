@@ -1,6 +1,6 @@
 //! Enforcement: sets on a socket what its policy wants and counts what was done.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, sync::atomic::AtomicU64};
 
 use aya_ebpf::{
     EbpfContext as _, btf_maps::PerCpuArray, helpers::generated::bpf_setsockopt, macros::btf_map,
@@ -10,7 +10,6 @@ use keepalive_common::{
     counters::{Counters, FailureKey, SocketOption},
     history::Originals,
     plan::{Options, plan},
-    policy::Policy,
 };
 
 use crate::{claim, kernel::TcpSock, refusal, sweep};
@@ -22,7 +21,7 @@ static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 /// A connection has been established, on either end.
 #[inline(always)]
 pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
-    let slot = claim::nearest(sock.cgroup()).slot;
+    let slot = claim::slot(claim::nearest(sock.cgroup()).now, sock);
     let Some(counters) = COUNTERS.get_ptr(slot) else {
         return;
     };
@@ -31,8 +30,8 @@ pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
         count(unsafe { &raw const (*counters).seen });
         return;
     };
-    let has = forget(policy, sock.options());
-    let wants = forget(policy, plan(policy, &has));
+    let has = forget_options(sock.options());
+    let wants = forget_options(plan(policy, &has));
     count_seen(counters, wants == has);
     if wants == has {
         return;
@@ -43,8 +42,12 @@ pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
         target: ctx.as_ptr(),
         slot,
         counters,
+        enforced: policy.is_enforced(),
     };
     setter.set(&has, &has, &wants);
+    if !setter.enforced {
+        return;
+    }
     let replaced = Originals::of(&has, &wants);
     if !replaced.is_empty() {
         sweep::remember(sock, &replaced);
@@ -71,32 +74,45 @@ pub(crate) fn count_seen(counters: *const Counters, left_alone: bool) {
 /// follows every path to the end on which it knows something else, and there
 /// are as many as there are combinations of set, unset and bounded timers.
 #[inline(always)]
-pub(crate) fn forget(policy: &Policy, options: Options) -> Options {
-    #[cfg(target_arch = "bpf")]
-    let forget = |timer: u32| {
-        let mut timer = u64::from(timer);
-        // SAFETY: two registers and nothing else. The compiler is not to see
-        // through it either.
-        unsafe {
-            core::arch::asm!(
-                "{timer} ^= {zero}",
-                timer = inout(reg) timer,
-                zero = in(reg) u64::from(policy.opaque_zero()),
-                options(pure, nomem, nostack),
-            );
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "still the same value")]
-        let timer = timer as u32;
-        timer
-    };
-    #[cfg(not(target_arch = "bpf"))]
-    let forget = |timer: u32| timer ^ policy.opaque_zero();
+pub(crate) fn forget_options(options: Options) -> Options {
     Options {
         keepalive: options.keepalive,
         idle: forget(options.idle),
         interval: forget(options.interval),
         probes: forget(options.probes),
         user_timeout: forget(options.user_timeout),
+    }
+}
+
+/// Always 0, which the verifier cannot know: the agent could write it.
+#[unsafe(no_mangle)]
+static ZERO: AtomicU64 = AtomicU64::new(0);
+
+/// The same value, without what the verifier has concluded about it.
+#[inline(always)]
+pub(crate) fn forget(value: u32) -> u32 {
+    // SAFETY: read-only for the programs. Volatile, as nobody seems to write it.
+    let zero = unsafe { ZERO.as_ptr().read_volatile() };
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut value = u64::from(value);
+        // SAFETY: two registers and nothing else. The compiler is not to see
+        // through it either.
+        unsafe {
+            core::arch::asm!(
+                "{value} ^= {zero}",
+                value = inout(reg) value,
+                zero = in(reg) zero,
+                options(pure, nomem, nostack),
+            );
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "still the same value")]
+        let value = value as u32;
+        value
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        u32::try_from(u64::from(value) ^ zero).unwrap_or_default()
     }
 }
 
@@ -132,6 +148,8 @@ pub(crate) struct Setter {
     pub(crate) slot: u32,
     /// Where to count.
     pub(crate) counters: *const Counters,
+    /// Whether anything is set, or only counted as if it were.
+    pub(crate) enforced: bool,
 }
 
 impl Setter {
@@ -201,6 +219,9 @@ impl Setter {
     /// connection goes on without it.
     #[inline(always)]
     fn set_option(self, option: SocketOption, value: u32) -> bool {
+        if !self.enforced {
+            return true;
+        }
         let (level, number) = option.level_and_number();
         let mut value = value;
         // SAFETY: the target is the kernel's own and the value is four bytes on

@@ -23,7 +23,8 @@ use keepalive_common::{
     descriptor::DescriptorRecord,
     layout::Layout,
     plan::Options,
-    socket::{Addresses, is_held_open},
+    slot::Remote,
+    socket::{AF_INET, Addresses, is_held_open},
 };
 
 /// Set by the agent before the program is loaded, frozen since.
@@ -146,7 +147,6 @@ impl TcpSock {
     /// Where the connection goes from and to.
     #[inline(always)]
     pub(crate) fn addresses(self) -> Addresses {
-        const AF_INET: u32 = 2;
         let family = number(read_field!(self.0, family));
         let (local_address, remote_address) = if family == AF_INET {
             (
@@ -165,6 +165,24 @@ impl TcpSock {
             remote_address,
             local_port: port(read_field!(self.0, local_port)),
             remote_port: u16::from_be(port(read_field!(self.0, remote_port))),
+        }
+    }
+
+    /// The remote end.
+    #[inline(always)]
+    pub(crate) fn remote(self) -> Remote {
+        let mut address = [0; 16];
+        if number(read_field!(self.0, family)) == AF_INET {
+            address[10] = 0xff;
+            address[11] = 0xff;
+            address[12..]
+                .copy_from_slice(&probe_bytes::<4>(self.0, layout!(remote_v4.offset))[..4]);
+        } else {
+            address = probe_bytes::<16>(self.0, layout!(remote_v6.offset));
+        }
+        Remote {
+            address,
+            port: u16::from_be(port(read_field!(self.0, remote_port))),
         }
     }
 

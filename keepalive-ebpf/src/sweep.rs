@@ -46,24 +46,37 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     let pass = unsafe { &mut *pass };
     pass.seen += 1;
     let claim = claim::nearest(sock.cgroup());
-    let (Some(policy), Some(counters)) = (claim::policy(claim.slot), SWEPT.get_ptr(claim.slot))
-    else {
+    let slot = claim::slot(claim.now, sock);
+    let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
         return;
     };
-    let has = enforce::forget(policy, sock.options());
+    let has = enforce::forget_options(sock.options());
     let originals = if has.has_timers() {
         recall(sock)
     } else {
         // Nothing can have been written over what is unset.
         Originals::default()
     };
-    let application = application(&has, &originals, claim::policy(claim.before));
-    let wants = enforce::forget(policy, replan(policy, &has, &application));
+    let before = claim::policy(claim::slot(claim.before, sock));
+    let application = application(&has, &originals, before);
+    let wants = enforce::forget_options(replan(policy, &has, &application));
     let may_probe = pass.batch != 0;
     let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
     let now = now(&has, &wants, silence, may_probe);
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
+    }
+    let setter = Setter {
+        target: sock.target(),
+        slot,
+        counters,
+        enforced: policy.is_enforced(),
+    };
+    if !setter.enforced {
+        if pass.counts != 0 {
+            setter.set(&application, &has, &wants);
+        }
+        return;
     }
     if now != wants {
         pass.waiting += 1;
@@ -71,11 +84,6 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if now == has {
         return;
     }
-    let setter = Setter {
-        target: sock.target(),
-        slot: claim.slot,
-        counters,
-    };
     if !has.keepalive && now.keepalive {
         // The idle time comes last, when keepalive is on: that arms from the
         // last activity instead of from now, so that timers keep the pace of

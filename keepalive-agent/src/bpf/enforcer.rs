@@ -13,6 +13,7 @@ use aya::{
     Ebpf,
     maps::{
         Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
+        lpm_trie::{Key, LpmTrie},
     },
     programs::{CgroupAttachMode, SockOps, iter::IterLink},
 };
@@ -22,7 +23,8 @@ use keepalive_common::{
     history::Originals,
     layout::Layout,
     policy::Policy,
-    slot::{Claim, FIRST, UNCLAIMED},
+    slot::{Claim, FIRST, Found, PortKey, RemoteKey, Step, UNCLAIMED, resolve},
+    socket::SocketRecord,
     sweep::Pass,
 };
 
@@ -31,7 +33,7 @@ use tracing::debug;
 use super::{
     Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program, refused,
     run_iterator,
-    slots::{Settle, Slots, Switch},
+    slots::{Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
@@ -41,6 +43,9 @@ use crate::{
 
 /// How many cgroups can claim a policy.
 const CGROUPS: u32 = 131_072;
+
+/// How many sets of rules and what they lead on to can be in force.
+const STEPS: u32 = 16_384;
 
 /// Accepted by the kernel's verifier; claims nothing yet.
 pub struct Loaded {
@@ -92,14 +97,16 @@ type SocketOriginals = SkStorage<MapData, Originals>;
 
 /// What a sweep needs that does not run in the kernel.
 pub struct ByHand {
-    /// Cgroup id → the policies of its sockets.
-    pub claims: std::collections::HashMap<u64, Claimed>,
+    /// Cgroup id → where its sockets find their policy.
+    claims: std::collections::HashMap<u64, Claim>,
+    rules: Index,
+    policies: BTreeMap<u32, Policy>,
     /// The application's values that policies replaced.
     originals: Arc<Mutex<SocketOriginals>>,
     counters: Arc<Mutex<BTreeMap<u32, Counters>>>,
 }
 
-/// The policies that the sockets of a cgroup go by.
+/// The policies that a connection goes by.
 #[derive(Clone, Copy, Debug)]
 pub struct Claimed {
     /// The slot of the policy of now.
@@ -111,6 +118,20 @@ pub struct Claimed {
 }
 
 impl ByHand {
+    /// The policies of a connection; none if its cgroup is not known.
+    #[must_use]
+    pub fn claimed(&self, record: &SocketRecord) -> Option<Claimed> {
+        let claim = self.claims.get(&record.cgroup)?;
+        let remote = record.remote().into();
+        let slot = resolve(&self.rules, claim.now, &remote);
+        let before = resolve(&self.rules, claim.before, &remote);
+        Some(Claimed {
+            slot,
+            now: self.policies.get(&slot).copied(),
+            before: self.policies.get(&before).copied(),
+        })
+    }
+
     /// What policies replaced on a socket so far.
     #[must_use]
     pub fn originals(&self, socket: &OwnedFd) -> Originals {
@@ -183,10 +204,10 @@ impl Loaded {
     ///
     /// When the kernel refuses a map.
     pub fn without_hook(layout: &Layout, policies: usize) -> Result<Self> {
-        let capacity = capacity(policies)?;
+        let room = room(policies)?;
         Ok(Self {
-            ebpf: create(layout, capacity, CGROUPS)?,
-            slots: Slots::new(capacity),
+            ebpf: create(layout, room, CGROUPS)?,
+            slots: Slots::new(room),
             can_sweep: false,
         })
     }
@@ -233,7 +254,7 @@ impl Loaded {
         };
         if let Some(before) = before {
             enforcer.switch(before)?;
-            enforcer.settle(before)?;
+            enforcer.settle()?;
         }
         enforcer.switch(now)?;
         Ok(Filled(enforcer))
@@ -252,6 +273,7 @@ impl Filled {
     /// 5.7, for links of cgroup programs: they go away with the agent, also
     /// when it is killed.
     pub fn attach(mut self, cgroup: impl AsFd) -> Result<Enforcer> {
+        self.0.slots.go_live();
         // Links always allow other programs beside them; the kernel refuses
         // the flag that says so.
         established(&mut self.0.ebpf)?
@@ -283,12 +305,35 @@ impl Enforcer {
     /// When a map takes no more. Too many policies are refused before anything
     /// has changed.
     pub fn switch(&mut self, next: &Assignment) -> Result<()> {
-        let Switch { policies, claims } = self.slots.switch(next)?;
-        let mut map: Array<Writable<'_>, Policy> = map_mut(&mut self.ebpf, super::map::POLICIES)?;
-        for (slot, assigned) in policies {
-            map.set(slot, assigned.policy, 0)
-                .with_context(|| format!("writing policy {} to the kernel", assigned.name))?;
+        let switch = self.slots.switch(next)?;
+        self.write(switch)
+    }
+
+    /// Tells the kernel of a cgroup that was made after the last
+    /// [`Self::switch`] and that these policies claim, by index.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more: the cgroup goes by the policy above it then.
+    pub fn appear(&mut self, made: &Cgroup, policies: &[usize]) -> Result<()> {
+        let switch = self.slots.appear(made, policies)?;
+        self.write(switch)
+    }
+
+    /// Forgets a cgroup that is gone.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn vanish(&mut self, gone: &Cgroup) -> Result<()> {
+        if self.slots.vanish(gone) {
+            self.forget(gone)?;
         }
+        Ok(())
+    }
+
+    fn write(&mut self, Switch { records, claims }: Switch) -> Result<()> {
+        self.write_records(records)?;
         let mut map: HashMap<Writable<'_>, u64, Claim> =
             map_mut(&mut self.ebpf, super::map::CGROUPS)?;
         for (cgroup, claim) in claims {
@@ -299,18 +344,49 @@ impl Enforcer {
         Ok(())
     }
 
+    /// Writes what claims are going to lead to.
+    fn write_records(&mut self, records: Records) -> Result<()> {
+        const WRITING: &str = "telling the kernel which remote ends policies are for";
+        let mut map: Array<Writable<'_>, Policy> = map_mut(&mut self.ebpf, super::map::POLICIES)?;
+        for (slot, held) in records.policies {
+            map.set(slot, held.policy, 0)
+                .with_context(|| format!("writing policy {} to the kernel", held.name))?;
+        }
+        let mut map: LpmTrie<Writable<'_>, PortKey, u32> =
+            map_mut(&mut self.ebpf, super::map::PORTS)?;
+        for (number, table) in records.ports {
+            for ((port, length), slot) in table.iter() {
+                map.insert(&port_key(number, *port, *length), slot, 0)
+                    .context(WRITING)?;
+            }
+        }
+        let mut map: LpmTrie<Writable<'_>, RemoteKey, Found> =
+            map_mut(&mut self.ebpf, super::map::REMOTES)?;
+        for (number, rules) in records.rules {
+            for ((address, length), found) in rules.iter() {
+                map.insert(&remote_key(number, *address, *length), found, 0)
+                    .context(WRITING)?;
+            }
+        }
+        let mut map: Array<Writable<'_>, Step> = map_mut(&mut self.ebpf, super::map::STEPS)?;
+        for (number, step) in records.steps {
+            map.set(number, *step, 0).context(WRITING)?;
+        }
+        Ok(())
+    }
+
     /// Forgets the assignment before this one, once existing connections have
     /// been swept.
     ///
     /// # Errors
     ///
     /// When a map cannot be written.
-    pub fn settle(&mut self, now: &Assignment) -> Result<()> {
+    pub fn settle(&mut self) -> Result<()> {
         let Settle {
             claims,
             removed,
             freed,
-        } = self.slots.settle(now);
+        } = self.slots.settle();
         let mut map: HashMap<Writable<'_>, u64, Claim> =
             map_mut(&mut self.ebpf, super::map::CGROUPS)?;
         for (cgroup, claim) in claims {
@@ -318,13 +394,41 @@ impl Enforcer {
                 .with_context(|| format!("settling the policy of cgroup {}", cgroup.path))?;
         }
         for cgroup in removed {
-            match map.remove(&cgroup.id) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error.into()),
+            self.forget(&cgroup)?;
+        }
+        self.free(freed)
+    }
+
+    /// Removes the claim of a cgroup.
+    fn forget(&mut self, cgroup: &Cgroup) -> Result<()> {
+        let mut map: HashMap<Writable<'_>, u64, Claim> =
+            map_mut(&mut self.ebpf, super::map::CGROUPS)?;
+        match map.remove(&cgroup.id) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(error)
+                .with_context(|| format!("forgetting the policy of cgroup {}", cgroup.path)),
+        }
+    }
+
+    /// Removes what no claim leads to any more. Steps are left as they are until
+    /// their place is taken.
+    fn free(&mut self, freed: Records) -> Result<()> {
+        let mut map: LpmTrie<Writable<'_>, RemoteKey, Found> =
+            map_mut(&mut self.ebpf, super::map::REMOTES)?;
+        for (number, rules) in freed.rules {
+            for ((address, length), _) in rules.iter() {
+                map.remove(&remote_key(number, *address, *length))?;
             }
         }
-        for (slot, assigned) in freed {
-            self.retire(slot, assigned.name)?;
+        let mut map: LpmTrie<Writable<'_>, PortKey, u32> =
+            map_mut(&mut self.ebpf, super::map::PORTS)?;
+        for (number, table) in freed.ports {
+            for ((port, length), _) in table.iter() {
+                map.remove(&port_key(number, *port, *length))?;
+            }
+        }
+        for (slot, held) in freed.policies {
+            self.retire(slot, held.name.clone())?;
         }
         Ok(())
     }
@@ -426,10 +530,11 @@ impl Enforcer {
     }
 
     fn failure(&self, key: FailureKey, count: u64) -> Failure {
-        let held = self.slots.held().find(|(slot, _)| *slot == key.slot);
         Failure {
-            policy: held
-                .map_or(assignment::UNCLAIMED, |(_, held)| &held.name)
+            policy: self
+                .slots
+                .policy(key.slot)
+                .map_or(assignment::UNCLAIMED, |held| &held.name)
                 .to_owned(),
             option: SocketOption::from_number(key.option).map_or("unknown", SocketOption::name),
             errno: key.errno,
@@ -461,20 +566,12 @@ impl Enforcer {
     ///
     /// When the object lacks a map.
     pub fn by_hand(&mut self, cgroups: Vec<Cgroup>) -> Result<ByHand> {
-        let policies: BTreeMap<u32, Policy> = self
-            .slots
-            .held()
-            .map(|(slot, held)| (slot, held.policy))
+        let policies = self.slots.held().map(|(slot, held)| (slot, held.policy));
+        let policies = policies.collect();
+        let claims = cgroups
+            .into_iter()
+            .map(|cgroup| (cgroup.id, self.slots.claim(&cgroup.path)))
             .collect();
-        let claims = cgroups.into_iter().map(|cgroup| {
-            let Claim { slot, before } = self.slots.claim(&cgroup.path);
-            let claimed = Claimed {
-                slot,
-                now: policies.get(&slot).copied(),
-                before: policies.get(&before).copied(),
-            };
-            (cgroup.id, claimed)
-        });
         let originals = if let Some(originals) = &self.originals {
             originals.clone()
         } else {
@@ -487,7 +584,9 @@ impl Enforcer {
             self.originals.insert(originals).clone()
         };
         Ok(ByHand {
-            claims: claims.collect(),
+            claims,
+            rules: Index::of(&self.slots),
+            policies,
             originals,
             counters: self.by_hand.clone(),
         })
@@ -552,6 +651,17 @@ impl Enforcer {
     }
 }
 
+/// A prefix of addresses in some rules.
+const fn remote_key(rules: u32, address: u128, length: u8) -> Key<RemoteKey> {
+    let key = RemoteKey::new(rules, address.to_be_bytes());
+    Key::new(RemoteKey::bits(length), key)
+}
+
+/// A prefix of ports in some table.
+const fn port_key(table: u32, port: u16, length: u8) -> Key<PortKey> {
+    Key::new(PortKey::bits(length), PortKey::new(table, port))
+}
+
 /// Adds to the failures of the same policy and cause.
 fn add(failures: &mut Vec<Failure>, failure: Failure) {
     let cause = |failure: &Failure| (failure.policy.clone(), failure.option, failure.errno);
@@ -566,11 +676,14 @@ fn add(failures: &mut Vec<Failure>, failure: Failure) {
 
 /// Slots for this many policies and as many again, for the time while one set
 /// of them replaces another.
-fn capacity(policies: usize) -> Result<u32> {
+fn room(policies: usize) -> Result<Room> {
     /// Room for policies that a later config may bring.
     const ROOM: usize = 64;
     let count = u32::try_from(policies.max(ROOM) * 2).context("too many policies")?;
-    Ok(FIRST + count)
+    Ok(Room {
+        slots: FIRST + count,
+        steps: STEPS,
+    })
 }
 
 /// Loads the program for new connections, and the one that logs for it.

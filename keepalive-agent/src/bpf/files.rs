@@ -4,7 +4,7 @@ use anyhow::Result;
 use aya::Ebpf;
 use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
 
-use super::{create, load_iterator, prepare_iterator, program, run_records};
+use super::{Room, create, load_iterator, prepare_iterator, program, run_records};
 
 /// The program over all open files, loaded.
 pub struct Files(Ebpf);
@@ -16,7 +16,7 @@ impl Files {
     ///
     /// When the kernel refuses it, with its reason.
     pub fn load(layout: &Layout) -> Result<Self> {
-        let mut ebpf = create(layout, 1, 1)?;
+        let mut ebpf = create(layout, Room::NONE, 1)?;
         load_iterator(&mut ebpf, program::FILES, "task_file")?;
         Ok(Self(ebpf))
     }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use aya::Ebpf;
 use keepalive_common::{layout::Layout, socket::SocketRecord};
 
-use super::{create, load_iterator, prepare_iterator, program, run_records};
+use super::{Room, create, load_iterator, prepare_iterator, program, run_records};
 
 /// The listing program, loaded.
 pub struct Lister(Ebpf);
@@ -20,7 +20,7 @@ impl Lister {
     ///
     /// 5.9, for TCP iterators.
     pub fn load(layout: &Layout) -> Result<Self> {
-        let mut ebpf = create(layout, 1, 1)?;
+        let mut ebpf = create(layout, Room::NONE, 1)?;
         load_iterator(&mut ebpf, program::LIST, "tcp")?;
         Ok(Self(ebpf))
     }

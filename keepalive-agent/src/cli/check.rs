@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Target, output, trial};
 use crate::{
-    assignment,
+    assignment::Claimants,
     bpf::Loaded,
     config::Diagnostics,
     kernel::{self, layout, preflight},
@@ -227,7 +227,8 @@ fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
             let mut detail = format!("{source}: {policies} {plural}");
             let mut remarks: Vec<_> = warnings.0.iter().map(ToString::to_string).collect();
             if let Ok((hierarchy, root)) = target.root()
-                && let Ok((_, warnings)) = assignment::assign(&config, &hierarchy, &root)
+                && let Ok(claimants) = Claimants::new(&config, &root)
+                && let Ok((_, warnings)) = claimants.assign(&hierarchy)
             {
                 remarks.extend(warnings.iter().map(ToString::to_string));
             }

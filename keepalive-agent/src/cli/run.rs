@@ -16,8 +16,9 @@ use super::{
     report::{self, Patience, Started},
 };
 use crate::{
-    assignment::{self, Assignment},
+    assignment::{Assignment, Claimants},
     bpf::{Enforcer, Loaded},
+    config::Config,
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout, preflight},
     state,
@@ -50,14 +51,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
 async fn enforce(target: &Target) -> Result<()> {
     // Before anything is attached, so that a signal cannot come too early.
     let mut signals = Signals::watch()?;
-    let (mut agent, swept, source) = Agent::start(target)?;
+    let (mut agent, assignment, swept, source) = Agent::start(target)?;
     let started = Instant::now();
     report::started(
         target,
         &Started {
             place: &agent.place(),
             source: &source,
-            assignment: &agent.assignment,
+            assignment: &assignment,
         },
     )?;
     report::swept(target, &swept)?;
@@ -102,7 +103,8 @@ impl Signals {
 struct Agent {
     hierarchy: Hierarchy,
     root: Cgroup,
-    assignment: Assignment,
+    config: Config,
+    claimants: Claimants,
     enforcer: Enforcer,
     log: AsyncFd<EbpfLogger<&'static dyn log::Log>>,
     state: Option<state::Own>,
@@ -112,7 +114,7 @@ struct Agent {
 
 impl Agent {
     /// Enforces from here on, and sweeps what was there first.
-    fn start(target: &Target) -> Result<(Self, Swept, super::ConfigSource)> {
+    fn start(target: &Target) -> Result<(Self, Assignment, Swept, super::ConfigSource)> {
         let (config, source, warnings) = target.config()?;
         for warning in &warnings.0 {
             warn!("{warning}");
@@ -121,8 +123,9 @@ impl Agent {
         let (hierarchy, root) = target.root()?;
         let layout = layout::running()?;
         debug!(?layout, "found the kernel's fields");
-        let assignment = assign(&config, &hierarchy, &root)?;
-        let before = state::take_over(&hierarchy, &root).unwrap_or_else(|error| {
+        let claimants = claimants(&config, &root)?;
+        let assignment = assign(&claimants, &hierarchy)?;
+        let before = take_over(&hierarchy, &root).unwrap_or_else(|error| {
             warn!("{error:#}; values that an earlier agent set count as the applications' own");
             None
         });
@@ -137,7 +140,7 @@ impl Agent {
         )]
         let log = AsyncFd::with_interest(enforcer.logger()?, Interest::READABLE)
             .context("watching the log of the BPF program")?;
-        let state = state::Own::write(&root, &assignment)
+        let state = state::Own::write(&root, &config)
             .inspect_err(|error| {
                 warn!("{error:#}; `sockets` cannot tell the policy behind a value");
             })
@@ -145,14 +148,15 @@ impl Agent {
         let mut agent = Self {
             hierarchy,
             root,
-            assignment,
+            config,
+            claimants,
             enforcer,
             log,
             state,
             rest: None,
         };
         let swept = agent.sweep()?;
-        Ok((agent, swept, source))
+        Ok((agent, assignment, swept, source))
     }
 
     fn place(&self) -> String {
@@ -194,8 +198,8 @@ impl Agent {
     /// logged and changes nothing.
     fn reload(&mut self, target: &Target) -> Result<()> {
         match self.follow(target) {
-            Ok(swept) => {
-                report::reloaded(target, &self.assignment)?;
+            Ok((assignment, swept)) => {
+                report::reloaded(target, &assignment)?;
                 report::swept(target, &swept)
             }
             Err(error) => {
@@ -206,24 +210,25 @@ impl Agent {
     }
 
     /// Goes over to the config of now.
-    fn follow(&mut self, target: &Target) -> Result<Swept> {
+    fn follow(&mut self, target: &Target) -> Result<(Assignment, Swept)> {
         let (config, _, warnings) = target.config()?;
-        let next = assign(&config, &self.hierarchy, &self.root)?;
+        let claimants = claimants(&config, &self.root)?;
+        let assignment = assign(&claimants, &self.hierarchy)?;
         for warning in &warnings.0 {
             warn!("{warning}");
         }
         // What is left of the last sweep is for the next one to do.
-        if self.rest.take().is_some() {
-            self.enforcer.settle(&self.assignment)?;
-        }
-        self.enforcer.switch(&next)?;
-        self.assignment = next;
+        self.rest = None;
+        self.enforcer.settle()?;
+        self.enforcer.switch(&assignment)?;
+        self.config = config;
+        self.claimants = claimants;
         if let Some(state) = &self.state
-            && let Err(error) = state.rewrite(&self.root, &self.assignment)
+            && let Err(error) = state.rewrite(&self.root, &self.config)
         {
             warn!("{error:#}; `sockets` goes by the policy before this one");
         }
-        self.sweep()
+        Ok((assignment, self.sweep()?))
     }
 
     /// Brings existing connections along after a change of policy.
@@ -238,10 +243,10 @@ impl Agent {
         for (_, error) in &swept.missed {
             warn!("{error:#}; its existing connections are not governed, new ones are");
         }
-        let idle = self.assignment.shortest_idle();
+        let idle = self.claimants.shortest_idle();
         self.rest = Rest::of(&mut self.enforcer, &swept, idle)?;
         if self.rest.is_none() {
-            self.enforcer.settle(&self.assignment)?;
+            self.enforcer.settle()?;
         }
         Ok(swept)
     }
@@ -252,26 +257,37 @@ impl Agent {
             self.rest = rest.next(&mut self.enforcer)?;
         }
         if self.rest.is_none() {
-            self.enforcer.settle(&self.assignment)?;
+            self.enforcer.settle()?;
             debug!("the sweep is over");
         }
         Ok(())
     }
 }
 
+/// Who claims what below `root`.
+pub(super) fn claimants(config: &Config, root: &Cgroup) -> Result<Claimants> {
+    if config.default.is_none() && config.policies.is_empty() {
+        warn!("the config has neither [default] nor [[policy]]: every connection is left alone");
+    }
+    Claimants::new(config, root).context("the globs of the config are too large together")
+}
+
 /// Assigns, and warns of what has no effect.
-pub(super) fn assign(
-    config: &crate::config::Config,
-    hierarchy: &Hierarchy,
-    root: &Cgroup,
-) -> Result<Assignment> {
-    let (assignment, warnings) = assignment::assign(config, hierarchy, root)
+pub(super) fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<Assignment> {
+    let (assignment, warnings) = claimants
+        .assign(hierarchy)
         .with_context(|| format!("reading the hierarchy {}", hierarchy.mount().display()))?;
     for warning in &warnings {
         warn!("{warning}");
     }
-    if assignment.policies.is_empty() {
-        warn!("the config has neither [default] nor [[policy]]: every connection is left alone");
-    }
     Ok(assignment)
+}
+
+/// What the last agent on this cgroup enforced, in terms of the cgroups of now.
+fn take_over(hierarchy: &Hierarchy, root: &Cgroup) -> Result<Option<Assignment>> {
+    let Some(before) = state::take_over(hierarchy, root)? else {
+        return Ok(None);
+    };
+    let (assignment, _) = Claimants::new(&before, root)?.assign(hierarchy)?;
+    Ok(Some(assignment))
 }

@@ -149,7 +149,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     let mut files = files(&layout);
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
-        let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?);
+        let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?)?;
         let mut pass = Pass {
             arguments,
             filter: &filter,

@@ -40,7 +40,8 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     }
     preflight::may_enforce()?;
     let (hierarchy, root) = target.root()?;
-    let assignment = run::assign(&config, &hierarchy, &root)?;
+    let claimants = run::claimants(&config, &root)?;
+    let assignment = run::assign(&claimants, &hierarchy)?;
     let mut enforcer = Loaded::without_hook(&layout::running()?, assignment.policies.len())?
         .fill(None, &assignment)?
         .detached();
@@ -51,7 +52,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         warn!("{error:#}; its connections are as they were");
     }
     report::swept(target, &swept)?;
-    let mut rest = Rest::of(&mut enforcer, &swept, assignment.shortest_idle())?;
+    let mut rest = Rest::of(&mut enforcer, &swept, claimants.shortest_idle())?;
     while let Some(round) = rest.take() {
         while !round.is_finished() {
             report::waiting(swept.waiting.saturating_sub(round.probed()));

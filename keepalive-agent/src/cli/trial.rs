@@ -24,6 +24,7 @@ use crate::{
     assignment::{Assigned, Assignment, Claim},
     bpf::Loaded,
     hierarchy::{Cgroup, Hierarchy},
+    rules::Rules,
 };
 
 /// The hidden subcommand that is the child.
@@ -71,10 +72,11 @@ fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) ->
         policies: vec![Assigned {
             name: "trial".to_owned(),
             policy: POLICY,
+            rules: Rules::default(),
         }],
         claims: vec![Claim {
             cgroup: scratch.cgroup.clone(),
-            policy: 0,
+            policies: vec![0],
         }],
     };
     let directory = hierarchy.open(&scratch.cgroup)?;

@@ -4,14 +4,18 @@
 use std::{
     collections::HashMap,
     io,
+    net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use anyhow::Result;
 use keepalive_common::slot::MAX_DEPTH;
 
 use crate::{
-    assignment::Assigned,
-    hierarchy::{Cgroup, Hierarchy},
+    assignment::{Assigned, Claimants},
+    hierarchy::{Cgroup, Hierarchy, parent},
+    rules::most_exact,
     state::Running,
 };
 
@@ -23,7 +27,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Cgroups {
     /// None where no cgroup v2 hierarchy is mounted.
     hierarchy: Option<Hierarchy>,
-    agents: Vec<Agent>,
+    agents: Vec<Claimants>,
     by_id: HashMap<u64, Known>,
     walked: Option<Instant>,
 }
@@ -33,7 +37,8 @@ pub struct Cgroups {
 pub struct Known {
     /// Its path from the root of the hierarchy.
     pub path: String,
-    claim: Option<Claimed>,
+    /// By agent, in the order in which they have the last word.
+    claims: Vec<Option<Found>>,
 }
 
 impl Known {
@@ -42,47 +47,68 @@ impl Known {
     pub(crate) fn unclaimed(path: &str) -> Self {
         Self {
             path: path.to_owned(),
-            claim: None,
+            claims: Vec::new(),
         }
     }
 }
 
-/// Which policy of which agent, both by index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Claimed {
-    agent: usize,
-    policy: usize,
+/// Who claims a cgroup's sockets, and who does where none of them is for the
+/// remote end.
+#[derive(Debug, PartialEq, Eq)]
+struct Claim {
+    /// Indices into the policies of the agent, as in
+    /// [`crate::assignment::Claim::policies`].
+    policies: Vec<usize>,
+    above: Option<Arc<Claim>>,
 }
 
-/// What an agent enforces, by cgroup id as its BPF program looks it up.
-#[derive(Debug)]
-struct Agent {
-    policies: Vec<Assigned>,
-    claims: HashMap<u64, usize>,
+/// The nearest claim, and how many cgroups up it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Found {
+    claim: Arc<Claim>,
+    distance: u32,
+}
+
+impl Claim {
+    /// The policy for a remote end.
+    fn policy<'a>(&self, policies: &'a [Assigned], remote: SocketAddr) -> Option<&'a Assigned> {
+        let mut next = Some(self);
+        while let Some(claim) = next {
+            let claiming = || {
+                claim
+                    .policies
+                    .iter()
+                    .filter_map(|index| policies.get(*index))
+            };
+            let rules = claiming().map(|assigned| &assigned.rules);
+            if let Some(index) = most_exact(rules, remote) {
+                return claiming().nth(index);
+            }
+            next = claim.above.as_deref();
+        }
+        None
+    }
 }
 
 impl Cgroups {
     /// For the agents that run now. Nothing is read before it is asked for.
-    #[must_use]
-    pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Running>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// When what an agent enforces cannot be understood.
+    pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Running>) -> Result<Self> {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.trim_end_matches('/').len());
-        let agents = running.into_iter().map(|agent| Agent {
-            policies: agent.assignment.policies,
-            claims: agent
-                .assignment
-                .claims
-                .into_iter()
-                .map(|claim| (claim.cgroup.id, claim.policy))
-                .collect(),
-        });
-        Self {
+        let agents = running
+            .iter()
+            .map(|agent| Claimants::new(&agent.config, &agent.root));
+        Ok(Self {
             hierarchy,
-            agents: agents.collect(),
+            agents: agents.collect::<Result<_, _>>()?,
             by_id: HashMap::new(),
             walked: None,
-        }
+        })
     }
 
     /// Whether any agent runs.
@@ -91,20 +117,27 @@ impl Cgroups {
         !self.agents.is_empty()
     }
 
-    /// The cgroup with this id and the policy that claims it. None for one that
-    /// was removed, or is out of sight in a container.
+    /// The cgroup with this id and the policy that claims its connections to a
+    /// remote end. None for one that was removed, or is out of sight in a
+    /// container.
     ///
     /// # Errors
     ///
     /// When the hierarchy cannot be read.
-    pub fn get(&mut self, id: u64) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
+    pub fn get(
+        &mut self,
+        id: u64,
+        remote: SocketAddr,
+    ) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
         }
         Ok(self.by_id.get(&id).map(|known| {
-            let policy = known
-                .claim
-                .and_then(|claim| self.agents.get(claim.agent)?.policies.get(claim.policy));
+            let agents = self.agents.iter().zip(&known.claims);
+            let policy = agents.into_iter().find_map(|(agent, found)| {
+                let claim = &found.as_ref()?.claim;
+                claim.policy(agent.policies(), remote)
+            });
             (known, policy)
         }))
     }
@@ -121,50 +154,61 @@ impl Cgroups {
 }
 
 /// Settles who claims each cgroup; parents come before their children.
-fn known(cgroups: Vec<Cgroup>, agents: &[Agent]) -> HashMap<u64, Known> {
-    // For each agent the policy in force and how far up it was found.
-    let mut in_force: HashMap<String, Vec<Option<(usize, u32)>>> = HashMap::new();
+fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
+    let mut by_path: HashMap<String, Vec<Option<Found>>> = HashMap::new();
     let mut by_id = HashMap::with_capacity(cgroups.len());
     for Cgroup { path, id } in cgroups {
-        let mut claim = None;
+        let above = parent(&path).and_then(|parent| by_path.get(parent));
+        let claims: Vec<_> = agents
+            .iter()
+            .enumerate()
+            .map(|(index, agent)| {
+                let above = above.and_then(|above| above[index].as_ref());
+                found(agent.of(&path), above)
+            })
+            .collect();
         if !agents.is_empty() {
-            let above = parent(&path).and_then(|parent| in_force.get(parent));
-            let here: Vec<_> = agents
-                .iter()
-                .enumerate()
-                .map(|(index, agent)| match agent.claims.get(&id) {
-                    Some(policy) => Some((*policy, 0)),
-                    None => above
-                        .and_then(|above| above[index])
-                        .map(|(policy, distance)| (policy, distance + 1))
-                        .filter(|(_, distance)| *distance < MAX_DEPTH),
-                })
-                .collect();
-            claim = here
-                .iter()
-                .enumerate()
-                .find_map(|(agent, found)| found.map(|(policy, _)| Claimed { agent, policy }));
-            in_force.insert(path.clone(), here);
+            by_path.insert(path.clone(), claims.clone());
         }
-        by_id.insert(id, Known { path, claim });
+        by_id.insert(id, Known { path, claims });
     }
     by_id
 }
 
-fn parent(path: &str) -> Option<&str> {
-    match path.rsplit_once('/')? {
-        ("", "") => None,
-        ("", _) => Some("/"),
-        (parent, _) => Some(parent),
+/// The nearest claim of a cgroup that these policies claim, and what was found
+/// above.
+fn found(policies: Vec<usize>, above: Option<&Found>) -> Option<Found> {
+    if policies.is_empty() {
+        return above
+            .map(|above| Found {
+                claim: above.claim.clone(),
+                distance: above.distance + 1,
+            })
+            .filter(|found| found.distance < MAX_DEPTH);
     }
+    let claim = Claim {
+        policies,
+        above: above.map(|above| above.claim.clone()),
+    };
+    Some(Found {
+        claim: Arc::new(claim),
+        distance: 0,
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
     use keepalive_common::policy::Policy;
 
     use super::*;
-    use crate::assignment::{Assignment, Claim};
+    use crate::{
+        config::{CgroupPattern, Config, NamedPolicy},
+        rules::Rules,
+    };
+
+    const REMOTE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
 
     /// Cgroups with these paths; the id of each is its position, from 1.
     fn hierarchy(paths: &[&str]) -> Vec<Cgroup> {
@@ -177,42 +221,35 @@ mod tests {
             .collect()
     }
 
-    /// An agent at the given root whose policies, named after their cgroups, claim these ids.
-    fn running(root: &str, claims: &[(&str, u64)]) -> Running {
-        let cgroup = |path: &str, id| Cgroup {
-            path: path.to_owned(),
-            id,
-        };
+    /// An agent at the given root whose policies, named so, claim these paths.
+    fn running(root: &str, claims: &[(&str, &str)]) -> Running {
+        let policies = claims.iter().map(|(name, path)| NamedPolicy {
+            name: (*name).to_owned(),
+            cgroups: vec![CgroupPattern::new(path).unwrap()],
+            rules: Rules::default(),
+            policy: Policy::BUILT_IN,
+        });
         Running {
             pid: 1,
-            root: cgroup(root, 0),
-            assignment: Assignment {
-                policies: claims
-                    .iter()
-                    .map(|(name, _)| Assigned {
-                        name: (*name).to_owned(),
-                        policy: Policy::BUILT_IN,
-                    })
-                    .collect(),
-                claims: (0..)
-                    .zip(claims)
-                    .map(|(policy, (path, id))| Claim {
-                        cgroup: cgroup(path, *id),
-                        policy,
-                    })
-                    .collect(),
+            root: Cgroup {
+                path: root.to_owned(),
+                id: 0,
+            },
+            config: Config {
+                default: None,
+                policies: policies.collect(),
             },
         }
     }
 
     fn claimed(paths: &[&str], agents: Vec<Running>) -> Vec<Option<String>> {
-        let mut cgroups = Cgroups::new(None, agents);
+        let mut cgroups = Cgroups::new(None, agents).unwrap();
         let found = hierarchy(paths);
         let ids: Vec<_> = found.iter().map(|cgroup| cgroup.id).collect();
         cgroups.by_id = known(found, &cgroups.agents);
         ids.into_iter()
             .map(|id| {
-                let (_, policy) = cgroups.get(id).unwrap().unwrap();
+                let (_, policy) = cgroups.get(id, REMOTE).unwrap().unwrap();
                 policy.map(|policy| policy.name.clone())
             })
             .collect()
@@ -225,7 +262,7 @@ mod tests {
         assert_eq!(
             claimed(
                 &paths,
-                vec![running("/", &[("root", 1), ("a", 2), ("d", 5)])]
+                vec![running("/", &[("root", "/"), ("a", "/a"), ("d", "/a/c/d")])]
             ),
             [
                 name("root"),
@@ -237,11 +274,9 @@ mod tests {
             ]
         );
         assert_eq!(
-            claimed(&paths, vec![running("/a", &[("a", 2)])]),
+            claimed(&paths, vec![running("/a", &[("a", "/a")])]),
             [None, name("a"), None, name("a"), name("a"), None]
         );
-        // Another cgroup of that path was claimed; it is gone.
-        assert_eq!(claimed(&["/"], vec![running("/", &[("root", 77)])]), [None]);
         assert_eq!(claimed(&["/", "/a"], Vec::new()), [None, None]);
     }
 
@@ -249,8 +284,8 @@ mod tests {
     fn of_two_agents_the_one_further_up_has_the_last_word() {
         let paths = ["/", "/a", "/a/b"];
         let agents = vec![
-            running("/a", &[("inner", 2)]),
-            running("/", &[("outer", 3)]),
+            running("/a", &[("inner", "/a")]),
+            running("/", &[("outer", "/a/b")]),
         ];
         let name = |name: &str| Some(name.to_owned());
         assert_eq!(
@@ -264,16 +299,34 @@ mod tests {
         let paths: Vec<_> = (0..40).map(|depth| "/x".repeat(depth)).collect();
         let mut paths: Vec<_> = paths.iter().map(String::as_str).collect();
         paths[0] = "/";
-        let found = claimed(&paths, vec![running("/", &[("root", 1)])]);
+        let found = claimed(&paths, vec![running("/", &[("root", "/")])]);
         let limit = usize::try_from(MAX_DEPTH).unwrap();
         assert!(found[..limit].iter().all(Option::is_some));
         assert!(found[limit..].iter().all(Option::is_none));
     }
 
     #[test]
+    fn the_remote_end_has_a_say() {
+        let mut agent = running("/", &[("root", "/"), ("some", "/a"), ("exact", "/a")]);
+        agent.config.policies[1].rules.remotes = vec!["192.0.2.0/24".parse().unwrap()];
+        agent.config.policies[2].rules.remotes = vec!["192.0.2.1".parse().unwrap()];
+        let mut cgroups = Cgroups::new(None, vec![agent]).unwrap();
+        cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &cgroups.agents);
+        for (remote, expected) in [
+            ("192.0.2.1:443", "exact"),
+            ("192.0.2.2:443", "some"),
+            ("[::ffff:192.0.2.2]:443", "some"),
+            ("198.51.100.1:443", "root"),
+        ] {
+            let (_, policy) = cgroups.get(3, remote.parse().unwrap()).unwrap().unwrap();
+            assert_eq!(policy.unwrap().name, expected, "{remote}");
+        }
+    }
+
+    #[test]
     fn unknown_cgroups_are_nobodys() {
-        let mut cgroups = Cgroups::new(None, Vec::new());
-        assert_eq!(cgroups.get(1).unwrap(), None);
+        let mut cgroups = Cgroups::new(None, Vec::new()).unwrap();
+        assert_eq!(cgroups.get(1, REMOTE).unwrap(), None);
         assert!(!cgroups.is_enforced());
     }
 }

@@ -339,6 +339,7 @@ mod tests {
     use crate::{
         assignment::Assigned,
         netns::{self, Namespace},
+        rules::Rules,
         sockets::{
             cgroups::Known,
             holders::Holder,
@@ -369,6 +370,7 @@ mod tests {
         let policy = Assigned {
             name: "web".to_owned(),
             policy: Policy::BUILT_IN,
+            rules: Rules::default(),
         };
         let mut connection =
             Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));

@@ -106,7 +106,7 @@ impl Hand {
         let listed = namespace.enter(|| {
             lister.list(&mut |record| {
                 pass.seen += 1;
-                let Some(claimed) = by_hand.claims.get(&record.cgroup) else {
+                let Some(claimed) = by_hand.claimed(record) else {
                     return Ok(());
                 };
                 let Some(policy) = &claimed.now else {
@@ -127,7 +127,7 @@ impl Hand {
                 if !is_right || claimed.before.is_some_and(|before| before != *policy) {
                     let candidate = Candidate {
                         record: *record,
-                        claimed: *claimed,
+                        claimed,
                     };
                     candidates.insert(record.inode, candidate);
                 }
@@ -153,6 +153,11 @@ impl Hand {
         let originals = self.by_hand.originals(socket);
         let application = application(&has, &originals, claimed.before.as_ref());
         let wants = replan(policy, &has, &application);
+        if !policy.is_enforced() {
+            let done = set(None, &application, &has, &wants);
+            self.by_hand.count(claimed.slot, &done);
+            return false;
+        }
         let silence = Silence::new(record.silent_ms, 1000, &wants);
         let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
@@ -160,7 +165,7 @@ impl Hand {
             return false;
         }
         self.by_hand
-            .count(claimed.slot, &set(socket, &application, &has, &now));
+            .count(claimed.slot, &set(Some(socket), &application, &has, &now));
         let replaces = Originals::of(&application, &now);
         if replaces != originals
             && let Err(error) = self.by_hand.remember(socket, &replaces)
@@ -204,50 +209,64 @@ fn take(pid: u32, descriptor: i32, inode: u64) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Sets what differs, as `Setter::set` of the BPF program does.
-fn set(socket: &OwnedFd, application: &Options, has: &Options, wants: &Options) -> Counters {
+/// Sets what differs, as `Setter::set` of the BPF program does. Without a socket
+/// it is only counted.
+fn set(
+    socket: Option<&OwnedFd>,
+    application: &Options,
+    has: &Options,
+    wants: &Options,
+) -> Counters {
     let seconds = |value: u32| Duration::from_secs(value.into());
-    let mut done = Counters {
-        failed: 0,
-        ..Counters::default()
+    let mut done = Counters::default();
+    let mut timer = |application: u32,
+                     has: u32,
+                     wants: u32,
+                     set: &dyn Fn(&OwnedFd) -> rustix::io::Result<()>| {
+        if has == wants {
+            return;
+        }
+        if socket.is_some_and(|socket| set(socket).is_err()) {
+            done.failed += 1;
+        } else if application == 0 {
+            done.filled += 1;
+        } else if application != wants {
+            done.clamped += 1;
+        }
     };
-    let mut timer =
-        |application: u32, has: u32, wants: u32, result: &dyn Fn() -> rustix::io::Result<()>| {
-            if has == wants {
-                return;
-            }
-            if result().is_err() {
-                done.failed += 1;
-            } else if application == 0 {
-                done.filled += 1;
-            } else if application != wants {
-                done.clamped += 1;
-            }
-        };
-    timer(application.idle, has.idle, wants.idle, &|| {
+    timer(application.idle, has.idle, wants.idle, &|socket| {
         sockopt::set_tcp_keepidle(socket, seconds(wants.idle))
     });
-    timer(application.interval, has.interval, wants.interval, &|| {
-        sockopt::set_tcp_keepintvl(socket, seconds(wants.interval))
-    });
-    timer(application.probes, has.probes, wants.probes, &|| {
+    timer(
+        application.interval,
+        has.interval,
+        wants.interval,
+        &|socket| sockopt::set_tcp_keepintvl(socket, seconds(wants.interval)),
+    );
+    timer(application.probes, has.probes, wants.probes, &|socket| {
         sockopt::set_tcp_keepcnt(socket, wants.probes)
     });
     timer(
         application.user_timeout,
         has.user_timeout,
         wants.user_timeout,
-        &|| sockopt::set_tcp_user_timeout(socket, wants.user_timeout),
+        &|socket| sockopt::set_tcp_user_timeout(socket, wants.user_timeout),
     );
     if has.keepalive == wants.keepalive {
         return done;
     }
-    if sockopt::set_socket_keepalive(socket, wants.keepalive).is_err() {
+    let set = |socket| {
+        sockopt::set_socket_keepalive(socket, wants.keepalive)?;
+        if wants.keepalive {
+            // Arms from the last activity instead of from now.
+            let _ = sockopt::set_tcp_keepidle(socket, seconds(wants.idle));
+        }
+        rustix::io::Result::Ok(())
+    };
+    if socket.is_some_and(|socket| set(socket).is_err()) {
         done.failed += 1;
     } else if wants.keepalive {
         done.turned_on += 1;
-        // Arms from the last activity instead of from now.
-        let _ = sockopt::set_tcp_keepidle(socket, seconds(wants.idle));
     } else {
         done.turned_off += 1;
     }
