@@ -3,6 +3,7 @@
 mod check;
 mod generate;
 mod output;
+mod policy;
 mod report;
 mod run;
 mod sockets;
@@ -52,7 +53,8 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run                       keepalive for all new connections\n  \
                   keepalive-agent run --config my.toml      with a policy of your own\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
-                  keepalive-agent sockets                   what every connection really has"
+                  keepalive-agent sockets                   what every connection really has\n  \
+                  keepalive-agent policy show               what holds, and where it is written"
 )]
 pub struct Cli {
     /// Log what is decided on the way, not only what goes wrong
@@ -73,6 +75,8 @@ enum Command {
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Show the policy with the file and line of each value, and change it
+    Policy(Box<policy::Arguments>),
     /// Write man pages and shell completions
     Generate(generate::Arguments),
     /// Connect to itself and show the options of both ends (used by `check`)
@@ -171,6 +175,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Policy(arguments) => policy::policy(arguments),
         Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };
