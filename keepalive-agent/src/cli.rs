@@ -3,6 +3,7 @@
 mod check;
 mod generate;
 mod output;
+mod policy;
 mod report;
 mod run;
 mod sockets;
@@ -23,7 +24,7 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    config::{Config, DEFAULT_FILE, Diagnostics},
+    config::{Config, DEFAULT_FILE, Diagnostics, Sources},
     hierarchy::{Cgroup, Hierarchy},
 };
 
@@ -52,7 +53,8 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run                       keepalive for all new connections\n  \
                   keepalive-agent run --config my.toml      with a policy of your own\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
-                  keepalive-agent sockets                   what every connection really has"
+                  keepalive-agent sockets                   what every connection really has\n  \
+                  keepalive-agent policy show               what holds, and where it is written"
 )]
 pub struct Cli {
     /// Log what is decided on the way, not only what goes wrong
@@ -73,6 +75,8 @@ enum Command {
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Show the policy with the file and line of each value, and change it
+    Policy(Box<policy::Arguments>),
     /// Write man pages and shell completions
     Generate(generate::Arguments),
     /// Connect to itself and show the options of both ends (used by `check`)
@@ -83,10 +87,8 @@ enum Command {
 /// Which policy, and where.
 #[derive(Args, Debug)]
 struct Target {
-    /// Policy file; without it /etc/keepalive/keepalive.toml, and where that
-    /// does not exist the built-in policy: on, idle 60s, interval 10s, probes 6
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    files: ConfigFiles,
 
     /// Govern only this cgroup and what is below it, such as /system.slice
     #[arg(
@@ -102,17 +104,35 @@ struct Target {
     json: bool,
 }
 
+/// Which files make up the config.
+#[derive(Args, Debug)]
+struct ConfigFiles {
+    /// Policy file, instead of /etc/keepalive/keepalive.toml (where that does not
+    /// exist, the built-in policy: on, idle 60s, interval 10s, probes 6) and the
+    /// drop-ins in /etc/keepalive/conf.d and /run/keepalive/conf.d
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Directory of drop-ins to add, *.toml; the later one wins
+    #[arg(long, value_name = "DIR")]
+    drop_in_dir: Vec<PathBuf>,
+}
+
+impl ConfigFiles {
+    fn sources(&self) -> Sources {
+        Sources::new(self.config.as_deref(), &self.drop_in_dir)
+    }
+}
+
 impl Target {
     /// The config to use, where it came from, and its warnings.
     fn config(&self) -> Result<(Config, ConfigSource, Diagnostics)> {
-        let default = PathBuf::from(DEFAULT_FILE);
-        if self.config.is_none() && !default.try_exists()? {
-            let built_in = Config::built_in();
-            return Ok((built_in, ConfigSource::BuiltIn, Diagnostics::default()));
-        }
-        let file = self.config.clone().unwrap_or(default);
-        let (config, warnings) = Config::read(&file)?;
-        Ok((config, ConfigSource::File(file), warnings))
+        let merged = self.files.sources().read()?;
+        let source = ConfigSource {
+            main: merged.main,
+            drop_ins: merged.drop_ins,
+        };
+        Ok((merged.config, source, merged.warnings))
     }
 
     /// The hierarchy, and the cgroup to attach to.
@@ -125,16 +145,22 @@ impl Target {
 
 /// Where a config came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum ConfigSource {
-    BuiltIn,
-    File(PathBuf),
+struct ConfigSource {
+    /// None where the built-in policy stands in for it.
+    main: Option<PathBuf>,
+    drop_ins: Vec<PathBuf>,
 }
 
 impl std::fmt::Display for ConfigSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::BuiltIn => write!(f, "built in ({DEFAULT_FILE} does not exist)"),
-            Self::File(file) => file.display().fmt(f),
+        match &self.main {
+            None => write!(f, "built in ({DEFAULT_FILE} does not exist)")?,
+            Some(file) => file.display().fmt(f)?,
+        }
+        match &self.drop_ins[..] {
+            [] => Ok(()),
+            [one] => write!(f, " and {}", one.display()),
+            several => write!(f, " and {} drop-ins", several.len()),
         }
     }
 }
@@ -149,6 +175,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Policy(arguments) => policy::policy(arguments),
         Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };

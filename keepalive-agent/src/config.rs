@@ -1,27 +1,35 @@
 //! Configuration: what a person wrote, checked as a whole.
 //!
-//! Reading finds every error in a file, not only the first, each with its line,
-//! key and value. What the kernel would refuse is refused here.
+//! Reading finds every error in every file, not only the first, each with its
+//! line, key and value. What the kernel would refuse is refused here.
+//!
+//! A config is made of files ([`Sources`]): a main file and drop-ins, merged key
+//! by key. Each value remembers the line it came from ([`Origins`]).
 
 mod diagnostic;
 mod document;
+mod merge;
+mod origin;
+mod preset;
+mod sources;
 #[cfg(test)]
 mod tests;
+mod text;
 mod timer;
 
-use std::{fmt, fs, path::Path};
+use std::{fmt, path::Path};
 
-use anyhow::{Context as _, Result};
 use globset::{Glob, GlobBuilder, GlobMatcher};
 use keepalive_common::policy::Policy;
 use serde::{Deserialize, Serialize};
 
-use crate::rules::Rules;
+use crate::{assignment::DEFAULT, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
-
-/// Read when it exists and no other file is named.
-pub const DEFAULT_FILE: &str = "/etc/keepalive/keepalive.toml";
+pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
+pub use sources::{
+    DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
+};
 
 /// What should hold on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -55,6 +63,16 @@ pub struct CgroupPattern {
 }
 
 impl Config {
+    /// The policy of this name; [`DEFAULT`] is the one for unclaimed sockets.
+    #[must_use]
+    pub fn policy(&self, name: &str) -> Option<Policy> {
+        if name == DEFAULT {
+            return self.default;
+        }
+        let named = self.policies.iter().find(|policy| policy.name == name);
+        named.map(|named| named.policy)
+    }
+
     /// What holds where there is no config at all.
     #[must_use]
     pub const fn built_in() -> Self {
@@ -64,25 +82,15 @@ impl Config {
         }
     }
 
-    /// Reads a file; the diagnostics are warnings.
-    ///
-    /// # Errors
-    ///
-    /// When the file cannot be read, or [`Diagnostics`] with everything that is
-    /// wrong in it.
-    pub fn read(path: &Path) -> Result<(Self, Diagnostics)> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("reading the config {}", path.display()))?;
-        Ok(Self::parse(path, &text)?)
-    }
-
-    /// The same for a text; the path only stands in diagnostics.
+    /// Reads a text as the only one; the path stands in diagnostics, which are
+    /// warnings.
     ///
     /// # Errors
     ///
     /// [`Diagnostics`] with everything that is wrong.
     pub fn parse(path: &Path, text: &str) -> Result<(Self, Diagnostics), Diagnostics> {
-        document::parse(path, text)
+        let merged = sources::parse(path, text)?;
+        Ok((merged.config, merged.warnings))
     }
 }
 

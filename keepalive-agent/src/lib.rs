@@ -19,3 +19,4 @@ pub mod rules;
 pub mod sockets;
 pub mod state;
 pub mod sweep;
+pub mod watch;

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
+    path::Path,
     sync::mpsc::{self, RecvTimeoutError, Sender},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -37,6 +38,7 @@ enum Event<'a> {
         kernel: String,
         cgroup: &'a str,
         config: Option<String>,
+        drop_ins: Vec<String>,
         policies: Vec<PolicyRecord<'a>>,
     },
     Reloaded {
@@ -171,10 +173,16 @@ pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
             version: VERSION,
             kernel: kernel::release(),
             cgroup: place,
-            config: match source {
-                ConfigSource::BuiltIn => None,
-                ConfigSource::File(file) => Some(file.display().to_string()),
-            },
+            config: source
+                .main
+                .as_deref()
+                .map(Path::display)
+                .map(|file| file.to_string()),
+            drop_ins: source
+                .drop_ins
+                .iter()
+                .map(|file| file.display().to_string())
+                .collect(),
             policies: policies(assignment),
         });
     }

@@ -7,8 +7,8 @@ use std::{fmt, path::PathBuf};
 pub struct Diagnostic {
     /// The file.
     pub file: PathBuf,
-    /// The line, counted from 1.
-    pub line: usize,
+    /// The line, counted from 1; none where the file cannot be read at all.
+    pub line: Option<usize>,
     /// The key with the tables it stands in, such as `policy.idle`; empty when
     /// the text is not TOML.
     pub key: String,
@@ -20,7 +20,11 @@ pub struct Diagnostic {
 
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: ", self.file.display(), self.line)?;
+        write!(f, "{}:", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, "{line}:")?;
+        }
+        f.write_str(" ")?;
         if !self.key.is_empty() {
             f.write_str(&self.key)?;
             if let Some(value) = &self.value {
@@ -32,7 +36,8 @@ impl fmt::Display for Diagnostic {
     }
 }
 
-/// Everything that was found, in the order of the file.
+/// Everything that was found, file by file in the order in which they are
+/// merged, and within a file from the top.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Diagnostics(pub Vec<Diagnostic>);
 

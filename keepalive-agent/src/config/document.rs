@@ -1,69 +1,89 @@
-//! From TOML to [`Config`], collecting everything that is wrong on the way.
+//! From one TOML text to what is written in it, collecting everything that is
+//! wrong with single values.
 
-use std::{collections::HashMap, ops::Range as Span, path::Path};
+use std::{collections::HashMap, hash::Hash, ops::Range as Span, str::FromStr};
 
-use keepalive_common::{
-    plan::{Options, plan},
-    policy::{Keepalive, Policy, time_to_notice},
-};
+use keepalive_common::policy::Keepalive;
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
 
 use super::{
-    CgroupPattern, Config, Diagnostic, Diagnostics, NamedPolicy,
+    CgroupPattern,
+    preset::Preset,
+    text::{At, Findings},
     timer::{Default, Timer, Written},
 };
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
-    duration,
-    rules::Rules,
+    rules::{Ports, Remote},
 };
 
-/// Keys that every policy understands.
-const POLICY_KEYS: [&str; 5] = ["keepalive", "idle", "interval", "probes", "user-timeout"];
+/// What only a `[[policy]]` understands.
+const CLAIM_KEYS: [&str; 4] = ["name", "cgroup", "remote", "port"];
 
-pub(super) fn parse(path: &Path, text: &str) -> Result<(Config, Diagnostics), Diagnostics> {
-    let mut reader = Reader {
-        path,
-        text,
-        errors: Found::default(),
-        warnings: Found::default(),
-    };
-    let (document, syntax_errors) = DeTable::parse_recoverable(text);
-    if !syntax_errors.is_empty() {
-        for error in syntax_errors {
-            let span = error.span().unwrap_or(0..0);
-            reader.error(&span, "", error.message());
-        }
-        return Err(reader.errors.into_order());
-    }
-    let config = reader.document(document.get_ref());
-    if reader.errors.0.is_empty() {
-        Ok((config, reader.warnings.into_order()))
-    } else {
-        Err(reader.errors.into_order())
-    }
+/// What every policy understands.
+const POLICY_KEYS: [&str; 7] = [
+    "keepalive",
+    "idle",
+    "interval",
+    "probes",
+    "user-timeout",
+    "enforce",
+    "path",
+];
+
+/// What a text says.
+#[derive(Debug, std::default::Default)]
+pub(super) struct Document {
+    pub(super) default: Option<Table>,
+    pub(super) policies: Vec<Table>,
 }
 
-struct Reader<'a> {
-    path: &'a Path,
-    text: &'a str,
-    errors: Found,
-    warnings: Found,
+/// A key that is written.
+#[derive(Debug)]
+pub(super) struct Entry<T> {
+    /// None when the value is wrong, which has been reported.
+    pub(super) value: Option<T>,
+    pub(super) at: At,
 }
 
-/// What was found, with its offset in the text. Keys are read by topic, a
-/// person reads from the top.
-#[derive(Default)]
-struct Found(Vec<(usize, Diagnostic)>);
+/// A policy as written.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// What its keys go by in messages: `default` or `policy`.
+    pub(super) section: &'static str,
+    pub(super) at: At,
+    pub(super) name: Option<Entry<String>>,
+    pub(super) cgroup: Option<Entry<Vec<CgroupPattern>>>,
+    pub(super) remote: Option<Entry<Vec<Remote>>>,
+    pub(super) port: Option<Entry<Vec<Ports>>>,
+    pub(super) keepalive: Option<Entry<Keepalive>>,
+    pub(super) timers: [Option<Entry<Written>>; 4],
+    pub(super) enforce: Option<Entry<bool>>,
+    pub(super) path: Option<Entry<Preset>>,
+}
 
-impl Found {
-    fn into_order(mut self) -> Diagnostics {
-        self.0.sort_by_key(|(offset, _)| *offset);
-        Diagnostics(self.0.into_iter().map(|(_, found)| found).collect())
+/// Reads one of the texts; none when it is not TOML, and nothing is known about
+/// its keys.
+pub(super) fn read(findings: &mut Findings<'_>, text: usize) -> Option<Document> {
+    let (document, syntax_errors) = DeTable::parse_recoverable(findings.text(text));
+    if syntax_errors.is_empty() {
+        let mut reader = Reader { findings, text };
+        return Some(reader.document(document.get_ref()));
     }
+    for error in syntax_errors {
+        let span = error.span().unwrap_or(0..0);
+        findings.error(&At { text, span }, "", error.message());
+    }
+    None
+}
+
+struct Reader<'f, 't> {
+    findings: &'f mut Findings<'t>,
+    /// Index of the text.
+    text: usize,
 }
 
 /// A table of the document and the name that its keys go by in messages.
@@ -87,30 +107,38 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 }
 
-impl Reader<'_> {
-    fn document(&mut self, table: &DeTable<'_>) -> Config {
+impl Reader<'_, '_> {
+    fn document(&mut self, table: &DeTable<'_>) -> Document {
         let top = Section { name: "", table };
-        self.unknown_keys(top, &["default", "policy"]);
-        let mut default = None;
+        self.unknown_keys(top, &[&["default", "policy"]]);
+        let mut document = Document::default();
         if let Some(value) = top.get("default") {
             if let DeValue::Table(table) = value.get_ref() {
                 let section = Section {
                     name: "default",
                     table,
                 };
-                self.unknown_keys(section, &POLICY_KEYS);
-                default = Some(self.policy(section, &Policy::BUILT_IN));
+                self.unknown_keys(section, &[&POLICY_KEYS]);
+                document.default = Some(self.table("default", &value.span(), table));
             } else {
                 self.error(&value.span(), "default", "must be a table: write [default]");
             }
         }
-        let inherited = default.unwrap_or(Policy::BUILT_IN);
-        let mut policies = Vec::new();
         let mut lines_by_name = HashMap::new();
-        for table in self.policy_tables(top) {
-            policies.extend(self.named_policy(table, &inherited, &mut lines_by_name));
+        for (span, table) in self.policy_tables(top) {
+            let section = Section {
+                name: "policy",
+                table,
+            };
+            self.unknown_keys(section, &[&CLAIM_KEYS, &POLICY_KEYS]);
+            let mut policy = self.table("policy", &span, table);
+            policy.name = self.name(section, &span, &mut lines_by_name);
+            policy.cgroup = self.entry(section, "cgroup", Self::cgroups);
+            policy.remote = self.entry(section, "remote", Self::remotes);
+            policy.port = self.entry(section, "port", Self::ports);
+            document.policies.push(policy);
         }
-        Config { default, policies }
+        document
     }
 
     fn policy_tables<'a, 'i>(
@@ -136,28 +164,36 @@ impl Reader<'_> {
         tables
     }
 
-    fn named_policy(
+    /// What every policy can say.
+    fn table(&mut self, name: &'static str, span: &Span<usize>, table: &DeTable<'_>) -> Table {
+        let section = Section { name, table };
+        Table {
+            section: name,
+            at: self.at(span),
+            name: None,
+            cgroup: None,
+            remote: None,
+            port: None,
+            keepalive: self.entry(section, "keepalive", Self::keepalive),
+            timers: Timer::ALL.map(|timer| {
+                self.entry(section, timer.key(), |reader, section, key| {
+                    reader.timer(section, key, timer)
+                })
+            }),
+            enforce: self.entry(section, "enforce", Self::enforce),
+            path: self.entry(section, "path", Self::preset),
+        }
+    }
+
+    fn entry<T>(
         &mut self,
-        (span, table): (Span<usize>, &DeTable<'_>),
-        inherited: &Policy,
-        lines_by_name: &mut HashMap<String, usize>,
-    ) -> Option<NamedPolicy> {
-        let section = Section {
-            name: "policy",
-            table,
-        };
-        let mut known = vec!["name", "cgroup"];
-        known.extend(POLICY_KEYS);
-        self.unknown_keys(section, &known);
-        let name = self.name(section, &span, lines_by_name);
-        let cgroups = self.cgroups(section, &span);
-        let policy = self.policy(section, inherited);
-        Some(NamedPolicy {
-            name: name?,
-            cgroups: cgroups?,
-            rules: Rules::default(),
-            policy,
-        })
+        section: Section<'_, '_>,
+        key: &str,
+        read: impl FnOnce(&mut Self, Section<'_, '_>, &str) -> Option<T>,
+    ) -> Option<Entry<T>> {
+        let at = self.at(&section.get(key)?.span());
+        let value = read(self, section, key);
+        Some(Entry { value, at })
     }
 
     fn name(
@@ -165,110 +201,153 @@ impl Reader<'_> {
         section: Section<'_, '_>,
         span: &Span<usize>,
         lines_by_name: &mut HashMap<String, usize>,
-    ) -> Option<String> {
-        const LONGEST: usize = 64;
-        let Some(value) = section.get("name") else {
+    ) -> Option<Entry<String>> {
+        if section.get("name").is_none() {
             self.error(span, "policy", "has no name: add name = \"…\"");
-            return None;
-        };
-        let DeValue::String(name) = value.get_ref() else {
-            self.wrong_value(section, "name", "must be a string");
-            return None;
-        };
-        if name.is_empty() || name.chars().count() > LONGEST || name.chars().any(char::is_control) {
-            let message = format!("must have 1 to {LONGEST} characters and no control characters");
-            self.wrong_value(section, "name", &message);
-            return None;
         }
-        if name == DEFAULT {
-            let message = "is the name of the policy for unclaimed sockets: write it as [default]";
-            self.wrong_value(section, "name", message);
-            return None;
-        }
-        if name == UNCLAIMED {
-            let message = "is what reports call the connections that no policy claims";
-            self.wrong_value(section, "name", message);
-            return None;
-        }
-        let line = self.line(&value.span());
-        if let Some(first) = lines_by_name.insert(name.clone().into_owned(), line) {
-            let message = format!("line {first} has a policy of this name already");
-            self.wrong_value(section, "name", &message);
-            return None;
-        }
-        Some(name.clone().into_owned())
+        self.entry(section, "name", |reader, section, key| {
+            let value = section.get(key)?;
+            let name = match value.get_ref() {
+                DeValue::String(name) => check_name(name).map(|()| name.clone().into_owned()),
+                _ => Err("must be a string".to_owned()),
+            };
+            let name = name
+                .map_err(|message| reader.wrong_value(section, key, &message))
+                .ok()?;
+            let line = reader.findings.place(&reader.at(&value.span())).line;
+            if let Some(first) = lines_by_name.insert(name.clone(), line) {
+                let message = format!("line {first} has a policy of this name already");
+                reader.wrong_value(section, key, &message);
+                return None;
+            }
+            Some(name)
+        })
     }
 
-    fn cgroups(
+    fn cgroups(&mut self, section: Section<'_, '_>, key: &str) -> Option<Vec<CgroupPattern>> {
+        self.one_or_more(section, key, |value| match value {
+            DeValue::String(text) => CgroupPattern::new(text),
+            _ => Err("must be a path or a list of paths".to_owned()),
+        })
+    }
+
+    fn remotes(&mut self, section: Section<'_, '_>, key: &str) -> Option<Vec<Remote>> {
+        let remotes = self.one_or_more(section, key, |value| match value {
+            DeValue::String(text) => Remote::from_str(text),
+            _ => Err("must be a network such as \"10.0.0.0/8\", or a list of networks".to_owned()),
+        })?;
+        self.once_each(
+            section,
+            key,
+            &remotes,
+            |remote| remote.network,
+            |earlier, this| {
+                if earlier.excepted == this.excepted {
+                    format!("{this} is in the list twice")
+                } else {
+                    format!(
+                        "{} is in the list and excepted from it; remove one of the two",
+                        this.network
+                    )
+                }
+            },
+        )
+        .then_some(remotes)
+    }
+
+    fn ports(&mut self, section: Section<'_, '_>, key: &str) -> Option<Vec<Ports>> {
+        let ports = self.one_or_more(section, key, |value| match value {
+            DeValue::Integer(number) => u16::from_str_radix(number.as_str(), number.radix())
+                .ok()
+                .filter(|port| *port > 0)
+                .map(Ports::from)
+                .ok_or_else(|| "out of range: 1 to 65535".to_owned()),
+            DeValue::String(text) => Ports::from_str(text),
+            _ => {
+                Err("must be a number, a range such as \"8000-8999\", or a list of both".to_owned())
+            }
+        })?;
+        let message = |_: &Ports, this: &Ports| format!("{this} is in the list twice");
+        self.once_each(section, key, &ports, |ports| *ports, message)
+            .then_some(ports)
+    }
+
+    /// A value or a list of values that is not empty.
+    fn one_or_more<T>(
         &mut self,
         section: Section<'_, '_>,
-        span: &Span<usize>,
-    ) -> Option<Vec<CgroupPattern>> {
-        let Some(value) = section.get("cgroup") else {
-            let message = "has no cgroup: add cgroup = \"/…\", or use [default] for everything";
-            self.error(span, "policy", message);
-            return None;
-        };
-        let items = match value.get_ref() {
-            DeValue::Array(items) if !items.is_empty() => items.iter().collect(),
-            _ => vec![value],
-        };
-        let mut patterns = Vec::new();
+        key: &str,
+        read: impl Fn(&DeValue<'_>) -> Result<T, String>,
+    ) -> Option<Vec<T>> {
+        let items = items(section.get(key)?);
+        let mut values = Vec::with_capacity(items.len());
         for item in &items {
-            let pattern = match item.get_ref() {
-                DeValue::String(text) => CgroupPattern::new(text),
-                _ => Err("must be a path or a list of paths".to_owned()),
-            };
-            match pattern {
-                Ok(pattern) => patterns.push(pattern),
-                Err(message) => self.wrong_at(&item.span(), "policy.cgroup", &message),
+            match read(item.get_ref()) {
+                Ok(value) => values.push(value),
+                Err(message) => self.wrong_at(&item.span(), &section.path(key), &message),
             }
         }
-        (patterns.len() == items.len()).then_some(patterns)
+        (values.len() == items.len()).then_some(values)
     }
 
-    /// A policy, completed from another one.
-    fn policy(&mut self, section: Section<'_, '_>, inherited: &Policy) -> Policy {
-        let keepalive = self.keepalive(section).unwrap_or(inherited.keepalive());
-        let mut policy = inherited.with_keepalive(keepalive);
-        let derives = inherited.derives_user_timeout();
-        for timer in Timer::ALL {
-            let Some(written) = self.timer(section, timer) else {
-                continue;
-            };
-            let range = match timer {
-                Timer::Idle => &mut policy.idle,
-                Timer::Interval => &mut policy.interval,
-                Timer::Probes => &mut policy.probes,
-                Timer::UserTimeout => &mut policy.user_timeout,
-            };
-            let (completed, derive) = written.complete((*range, derives));
-            *range = completed;
-            if timer == Timer::UserTimeout {
-                policy = policy.with_derived_user_timeout(derive);
+    /// Reports each of the values that means the same as an earlier one.
+    fn once_each<T, K: Eq + Hash>(
+        &mut self,
+        section: Section<'_, '_>,
+        key: &str,
+        values: &[T],
+        meaning: impl Fn(&T) -> K,
+        message: impl Fn(&T, &T) -> String,
+    ) -> bool {
+        let mut seen = HashMap::with_capacity(values.len());
+        let mut right = true;
+        let items = section.get(key).map(items).unwrap_or_default();
+        for (value, item) in values.iter().zip(items) {
+            if let Some(earlier) = seen.insert(meaning(value), value) {
+                self.wrong_at(&item.span(), &section.path(key), &message(earlier, value));
+                right = false;
             }
         }
-        self.warn_of_user_timeout(section, &policy);
-        policy
+        right
     }
 
-    fn keepalive(&mut self, section: Section<'_, '_>) -> Option<Keepalive> {
-        let value = section.get("keepalive")?;
-        match value.get_ref().as_str() {
+    fn keepalive(&mut self, section: Section<'_, '_>, key: &str) -> Option<Keepalive> {
+        match section.get(key)?.get_ref().as_str() {
             Some("on") => Some(Keepalive::On),
             Some("off") => Some(Keepalive::Off),
             Some("leave") => Some(Keepalive::Leave),
             _ => {
                 let message = "must be \"on\", \"off\" or \"leave\"";
-                self.wrong_value(section, "keepalive", message);
+                self.wrong_value(section, key, message);
                 None
             }
         }
     }
 
-    /// A timer as written, if it is mentioned and right.
-    fn timer(&mut self, section: Section<'_, '_>, timer: Timer) -> Option<Written> {
-        let key = timer.key();
+    fn enforce(&mut self, section: Section<'_, '_>, key: &str) -> Option<bool> {
+        let enforce = section.get(key)?.get_ref().as_bool();
+        if enforce.is_none() {
+            let message = "must be true or false; false: decided and counted, nothing is set";
+            self.wrong_value(section, key, message);
+        }
+        enforce
+    }
+
+    fn preset(&mut self, section: Section<'_, '_>, key: &str) -> Option<Preset> {
+        let preset = match section.get(key)?.get_ref() {
+            DeValue::String(text) => Preset::new(text),
+            _ => Err(
+                "must be the name of a path such as \"aws-nat\", or a duration such as \"350s\""
+                    .to_owned(),
+            ),
+        };
+        preset
+            .map_err(|message| self.wrong_value(section, key, &message))
+            .ok()
+    }
+
+    /// A timer as written, if it is right.
+    fn timer(&mut self, section: Section<'_, '_>, key: &str, timer: Timer) -> Option<Written> {
         let value = section.get(key)?;
         let written = if let DeValue::Table(table) = value.get_ref() {
             let name = section.path(key);
@@ -291,8 +370,8 @@ impl Reader<'_> {
         span: &Span<usize>,
     ) -> Option<Written> {
         const KEYS: [&str; 4] = ["default", "at-least", "at-most", "exactly"];
-        let before = self.errors.0.len();
-        self.unknown_keys(section, &KEYS);
+        let before = self.findings.count_of_errors();
+        self.unknown_keys(section, &[&KEYS]);
         if section.table.is_empty() {
             let message = "is empty: it needs one of default, at-least, at-most, exactly";
             self.error(span, section.name, message);
@@ -309,7 +388,7 @@ impl Reader<'_> {
             let message = "leaves nothing to the other keys of the table: remove them";
             self.wrong_value(section, "exactly", message);
         }
-        if self.errors.0.len() > before {
+        if self.findings.count_of_errors() > before {
             return None;
         }
         Some(exactly.map_or(written, Written::exactly))
@@ -341,57 +420,18 @@ impl Reader<'_> {
         self.bound(section, key, timer).map(Default::Value)
     }
 
-    /// With a user-timeout the kernel counts time, not probes
-    /// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c). The table that brings
-    /// the two together is warned of, even when it inherits one of them.
-    fn warn_of_user_timeout(&mut self, section: Section<'_, '_>, policy: &Policy) {
-        let own = Timer::UserTimeout.key();
-        let mentioned = [own, "idle", "interval", "probes", "keepalive"]
-            .into_iter()
-            .find_map(|key| Some((key, section.get(key)?.span())));
-        let Some((key, span)) = mentioned else {
-            return;
-        };
-        let wants = plan(policy, &Options::default());
-        let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
-        if policy.keepalive() == Keepalive::Off
-            || wants.user_timeout == 0
-            || wants.user_timeout == by_probes
-        {
-            return;
-        }
-        let timeout = duration::show_milliseconds(wants.user_timeout);
-        let subject = if key == own {
-            String::new()
-        } else {
-            format!("user-timeout {timeout} of [default] ")
-        };
-        let message = if u64::from(wants.user_timeout) < u64::from(wants.idle) * 1000 {
-            format!(
-                "{subject}is below idle {}: a dead peer is given up after one unanswered probe, \
-                 and unacknowledged data after {timeout}",
-                duration::show_seconds(wants.idle)
-            )
-        } else {
-            format!(
-                "{subject}cancels probes = {}: with a user-timeout the kernel gives up by time, \
-                 here after {timeout} instead of idle + interval × probes = {}; \
-                 \"derive\" makes them agree",
-                wants.probes,
-                duration::show_milliseconds(by_probes)
-            )
-        };
-        let warning = self.diagnostic(&span, &section.path(key), self.as_written(&span), &message);
-        self.warnings.0.push(warning);
-    }
-
-    fn unknown_keys(&mut self, section: Section<'_, '_>, known: &[&str]) {
+    fn unknown_keys(&mut self, section: Section<'_, '_>, known: &[&[&str]]) {
         for key in section.table.keys() {
-            if !known.contains(&key.get_ref().as_ref()) {
-                let message = format!("unknown key; known here: {}", known.join(", "));
+            let is = |known: &&str| *known == key.get_ref().as_ref();
+            if !known.iter().copied().flatten().any(is) {
+                let message = format!("unknown key; known here: {}", known.concat().join(", "));
                 // As it is written: a quoted key may hold anything.
-                let name = self.text.get(key.span()).unwrap_or_default();
-                self.error(&key.span(), &section.path(name), &message);
+                let name = self.findings.text(self.text).get(key.span());
+                self.error(
+                    &key.span(),
+                    &section.path(name.unwrap_or_default()),
+                    &message,
+                );
             }
         }
     }
@@ -404,48 +444,46 @@ impl Reader<'_> {
 
     /// The value that stands here is wrong.
     fn wrong_at(&mut self, span: &Span<usize>, key: &str, message: &str) {
-        let error = self.diagnostic(span, key, self.as_written(span), message);
-        self.errors.0.push(error);
+        let at = self.at(span);
+        self.findings.wrong(&at, key, message);
     }
 
     fn error(&mut self, span: &Span<usize>, key: &str, message: &str) {
-        let error = self.diagnostic(span, key, None, message);
-        self.errors.0.push(error);
+        let at = self.at(span);
+        self.findings.error(&at, key, message);
     }
 
-    fn diagnostic(
-        &self,
-        span: &Span<usize>,
-        key: &str,
-        value: Option<String>,
-        message: &str,
-    ) -> (usize, Diagnostic) {
-        let found = Diagnostic {
-            file: self.path.to_owned(),
-            line: self.line(span),
-            key: key.to_owned(),
-            value,
-            message: message.to_owned(),
-        };
-        (span.start, found)
-    }
-
-    /// A value as it stands in the text, on one line; none for a table that
-    /// has a header, where the key says it all.
-    fn as_written(&self, span: &Span<usize>) -> Option<String> {
-        let text = self.text.get(span.clone())?;
-        let first = text.lines().next()?;
-        let line = &self.text[..span.start + first.len()];
-        if line.rsplit('\n').next()?.trim_start() == first && first.starts_with('[') {
-            return None;
+    fn at(&self, span: &Span<usize>) -> At {
+        At {
+            text: self.text,
+            span: span.clone(),
         }
-        let rest = if first.len() < text.len() { " …" } else { "" };
-        Some(format!("{first}{rest}"))
     }
+}
 
-    /// The line that a span starts in.
-    fn line(&self, span: &Span<usize>) -> usize {
-        let before = self.text.get(..span.start).unwrap_or(self.text);
-        1 + before.bytes().filter(|&byte| byte == b'\n').count()
+/// The items of a list, or the value itself; an empty list is a wrong value.
+fn items<'a, 'i>(value: &'a Spanned<DeValue<'i>>) -> Vec<&'a Spanned<DeValue<'i>>> {
+    match value.get_ref() {
+        DeValue::Array(items) if !items.is_empty() => items.iter().collect(),
+        _ => vec![value],
     }
+}
+
+/// Whether a policy may have this name.
+pub(super) fn check_name(name: &str) -> Result<(), String> {
+    const LONGEST: usize = 64;
+    if name.is_empty() || name.chars().count() > LONGEST || name.chars().any(char::is_control) {
+        return Err(format!(
+            "must have 1 to {LONGEST} characters and no control characters"
+        ));
+    }
+    if name == DEFAULT {
+        return Err(
+            "is the name of the policy for unclaimed sockets: write it as [default]".to_owned(),
+        );
+    }
+    if name == UNCLAIMED {
+        return Err("is what reports call the connections that no policy claims".to_owned());
+    }
+    Ok(())
 }

@@ -5,6 +5,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod claims;
+mod drop_ins;
+mod paths;
+
 const EXAMPLE: &str = include_str!("../../keepalive.example.toml");
 
 fn parse(text: &str) -> Result<(Config, Diagnostics), Diagnostics> {
@@ -85,7 +89,8 @@ interval = { at-most = "10s", at-least = "40000s", at-laest = "5s" }
              1ms to 2147483647ms (24days 20h 31m 23s 647ms)",
             "11: default.probes = 128: out of range: 1 to 127",
             "12: default.keepalive = \"maybe\": must be \"on\", \"off\" or \"leave\"",
-            "14: policy: has no cgroup: add cgroup = \"/…\", or use [default] for everything",
+            "14: policy: has no cgroup, remote or port: add cgroup = \"/…\", \
+             or use [default] for everything",
             "15: policy.name = \"web\": line 6 has a policy of this name already",
             "16: policy.interval.at-least = \"40000s\": out of range: 1s to 32767s (9h 6m 7s)",
             "16: policy.interval.at-laest: unknown key; known here: \
@@ -112,12 +117,21 @@ fn the_report_counts_and_names_the_file() {
 
 #[test]
 fn unknown_keys_are_errors_at_each_level() {
-    let policy_keys = "keepalive, idle, interval, probes, user-timeout";
+    let policy_keys = "keepalive, idle, interval, probes, user-timeout, enforce, path";
     assert_eq!(
         errors("[defualt]\nidle = \"60s\"\n"),
         ["1: defualt: unknown key; known here: default, policy"]
     );
-    for key in ["kepalive", "Idle", "cgroup", "name", "lock", "\"a\\nb\""] {
+    for key in [
+        "kepalive",
+        "Idle",
+        "cgroup",
+        "name",
+        "remote",
+        "port",
+        "lock",
+        "\"a\\nb\"",
+    ] {
         assert_eq!(
             errors_of(&format!("{key} = 1")),
             [format!(
@@ -126,9 +140,9 @@ fn unknown_keys_are_errors_at_each_level() {
         );
     }
     assert_eq!(
-        errors("[[policy]]\nname = 'a'\ncgroup = '/a'\nremote = '::/0'\n"),
+        errors("[[policy]]\nname = 'a'\ncgroup = '/a'\nremotes = '::/0'\n"),
         [format!(
-            "4: policy.remote: unknown key; known here: name, cgroup, {policy_keys}"
+            "4: policy.remotes: unknown key; known here: name, cgroup, remote, port, {policy_keys}"
         )]
     );
     assert_eq!(
@@ -827,14 +841,17 @@ const PIECES: &[&str] = &[
     "nan", "true", "1979-05-27", "99999999999999999999", "60s", "\"0s\"", "\"1M\"", "\"derive\"",
     "\"leave\"", "[default]\n", "[[policy]]\n", "[policy]\n", "default", "policy", "idle = ",
     "interval = ", "probes = ", "user-timeout = ", "keepalive = ", "name = ", "cgroup = ",
-    "exactly = ", "at-least = ", "at-most = ", "/a/../b", "/[", "**", "{a,",
+    "exactly = ", "at-least = ", "at-most = ", "/a/../b", "/[", "**", "{a,", "remote = ", "port = ",
+    "enforce = ", "path = ", "\"aws-nat\"", "\"9s\"", "\"10s\"", "\"!10.0.0.0/8\"", "\"10.0.0.0/33\"",
+    "443", "\"8000-8999\"", "65536", "false",
 ];
 
 /// Another full example: every way to write a table, several lines.
 const TERSE: &str = "default.user-timeout = 'derive'\n\
     default.idle = {\n  at-most = '5m',\n}\n\
     policy = [\n  { name = 'a', cgroup = ['/a', '/b/*'] },\n  \
-    { name = 'b', cgroup = '/', probes.exactly = 3 },\n]\n";
+    { name = 'b', cgroup = '/', probes.exactly = 3, path = '350s' },\n  \
+    { name = 'c', remote = ['10.0.0.0/8', '!10.1.0.0/16'], port = [443, '8000-8999'] },\n]\n";
 
 #[derive(Clone, Debug)]
 enum Edit {
@@ -943,7 +960,8 @@ proptest! {
         };
         prop_assert!(found.0.is_sorted_by_key(|found| found.line));
         for found in &found.0 {
-            prop_assert!((1..=lines).contains(&found.line), "{found}");
+            let line = found.line.expect("it is a text");
+            prop_assert!((1..=lines).contains(&line), "{found}");
             let shown = found.to_string();
             prop_assert!(!shown.contains(['\n', '\r']), "{shown:?}");
             prop_assert!(!found.message.is_empty());

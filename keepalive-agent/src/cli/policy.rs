@@ -1,0 +1,559 @@
+//! `keepalive-agent policy`: what holds and where it is written; drop-ins by
+//! command.
+
+mod drop_in;
+mod show;
+
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{ArgGroup, Args, Subcommand};
+use keepalive_common::policy::Policy;
+use tracing::warn;
+
+use super::{ConfigFiles, output};
+use crate::{
+    config::{
+        CgroupPattern, Diagnostics, Merged, NamedPolicy, Origin, Origins, PERMANENT_DIRECTORY,
+        RUNTIME_DIRECTORY,
+    },
+    rules::{Ports, Remote, Rules},
+    state,
+};
+use drop_in::{DropIn, Key};
+
+/// How long a running agent is given to take a change over.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Args, Debug)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show the merged policy, with the file and line of every value
+    Show(Show),
+    /// Write a drop-in: a policy of its own, or keys of one that exists
+    Set(Set),
+    /// Remove the drop-in that `set` wrote
+    Unset(Unset),
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+                  keepalive-agent policy show\n  \
+                  keepalive-agent policy show --config my.toml --json")]
+struct Show {
+    #[command(flatten)]
+    files: ConfigFiles,
+
+    /// Print one JSON object per policy instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    group(ArgGroup::new("which").args(["name", "cgroup", "remote", "port"]).required(true).multiple(true)),
+    after_help = "The drop-in is gone with the boot, unless --permanent. Setting the same policy again \
+                  keeps the keys that are not mentioned. Values are written as in the config file; \
+                  a timer may be a table of bounds.\n\n\
+                  Examples:\n  \
+                  keepalive-agent policy set --cgroup /system.slice/redis.service --idle 30s\n  \
+                  keepalive-agent policy set --cgroup /kubepods.slice --remote 10.0.0.0/8 --path aws-nat\n  \
+                  keepalive-agent policy set --name database --idle '{ default = \"60s\", at-most = \"5m\" }'\n  \
+                  keepalive-agent policy set --remote 192.0.2.0/24 --port 5432 --no-enforce"
+)]
+struct Set {
+    /// The policy; without it the one for this cgroup and remote end, or a new
+    /// one that is named after them
+    #[arg(long)]
+    name: Option<String>,
+
+    /// The cgroup that it claims: a path such as /system.slice, or a glob
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<String>,
+
+    /// Network of remote ends that it is for; `!` in front excepts one. May be
+    /// given more than once
+    #[arg(long, value_name = "CIDR")]
+    remote: Vec<String>,
+
+    /// Port of the remote end, or a range such as 8000-8999. May be given more
+    /// than once
+    #[arg(long)]
+    port: Vec<String>,
+
+    /// SO_KEEPALIVE: on, off or leave
+    #[arg(long, value_name = "WISH")]
+    keepalive: Option<String>,
+
+    /// Silence before the first probe
+    #[arg(long, value_name = "TIME")]
+    idle: Option<String>,
+
+    /// Time between two unanswered probes
+    #[arg(long, value_name = "TIME")]
+    interval: Option<String>,
+
+    /// Unanswered probes after which the peer counts as dead
+    #[arg(long, value_name = "COUNT")]
+    probes: Option<String>,
+
+    /// How long sent data may stay unacknowledged: a time, derive or leave
+    #[arg(long, value_name = "TIME")]
+    user_timeout: Option<String>,
+
+    /// Path to keep open, which chooses the timers: aws-nat, 350s
+    #[arg(long, value_name = "PATH")]
+    path: Option<String>,
+
+    /// Decide and count, set nothing
+    #[arg(long)]
+    no_enforce: bool,
+
+    /// Set what is decided, after --no-enforce
+    #[arg(long, conflicts_with = "no_enforce")]
+    enforce: bool,
+
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    group(ArgGroup::new("which").args(["name", "cgroup"]).required(true)),
+    after_help = "Examples:\n  \
+                  keepalive-agent policy unset database\n  \
+                  keepalive-agent policy unset --cgroup /system.slice/redis.service"
+)]
+struct Unset {
+    /// The policy
+    name: Option<String>,
+
+    /// The cgroup that it claims
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<String>,
+
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Where drop-ins are written.
+#[derive(Args, Debug)]
+struct Place {
+    /// In /etc/keepalive/conf.d instead of /run/keepalive/conf.d
+    #[arg(long, conflicts_with_all = ["config", "drop_in_dir"])]
+    permanent: bool,
+
+    #[command(flatten)]
+    files: ConfigFiles,
+}
+
+impl Place {
+    /// The directory, and what names of drop-ins there start with: those that
+    /// are gone with the boot come after those that stay.
+    fn directory(&self) -> Result<(PathBuf, &'static str)> {
+        if self.permanent {
+            return Ok((PERMANENT_DIRECTORY.into(), drop_in::PERMANENT));
+        }
+        match (self.files.drop_in_dir.last(), &self.files.config) {
+            (Some(directory), _) => Ok((directory.clone(), drop_in::RUNTIME)),
+            (None, None) => Ok((RUNTIME_DIRECTORY.into(), drop_in::RUNTIME)),
+            (None, Some(file)) => bail!(
+                "with --config only {} is read: name a directory of drop-ins with --drop-in-dir",
+                file.display()
+            ),
+        }
+    }
+
+    fn drop_in(&self, name: &str) -> Result<DropIn> {
+        let (directory, prefix) = self.directory()?;
+        DropIn::new(&directory, prefix, name)
+    }
+
+    fn read(&self) -> Result<Merged> {
+        let read = self.files.sources().read();
+        read.context("nothing is changed, because something is wrong already")
+    }
+}
+
+pub(super) fn policy(arguments: &Arguments) -> Result<ExitCode> {
+    match &arguments.command {
+        Command::Show(arguments) => show::show(arguments),
+        Command::Set(arguments) => set(arguments),
+        Command::Unset(arguments) => unset(arguments),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn set(arguments: &Set) -> Result<()> {
+    let place = &arguments.place;
+    let before = place.read()?;
+    let name = arguments.name_in(&before)?;
+    let drop_in = place.drop_in(&name)?;
+    let mut keys = drop_in.keys()?.unwrap_or_default();
+    keys.insert(Key::Name, toml::Value::String(name.clone()));
+    keys.extend(arguments.keys()?);
+    let text = drop_in::render(&keys);
+
+    let sources = place.files.sources();
+    let after = sources
+        .read_as_if(drop_in.path(), Some(&text))
+        .map_err(|errors| drop_in.as_arguments(errors))
+        .context("nothing is written")?;
+    for warning in &after.warnings.0 {
+        warn!("{warning}");
+    }
+    let agents = Agents::find();
+    drop_in.write(&text)?;
+    output::text(format_args!("wrote {}\n", drop_in.path().display()))?;
+    let (policy, origins) = find(&after, &name).context("a policy that vanished")?;
+    for key in keys.keys() {
+        let from = key.origin(origins);
+        if let Some(other) = from.filter(|place| *place.file != *drop_in.path()) {
+            output::text(format_args!(
+                "but {}, which is read after it, has the last word on {}\n",
+                other,
+                key.name()
+            ))?;
+        }
+    }
+    agents.report(&name, Some(policy.policy), before.config != after.config)
+}
+
+fn unset(arguments: &Unset) -> Result<()> {
+    let place = &arguments.place;
+    let name = match (&arguments.name, &arguments.cgroup) {
+        (Some(name), _) => name.clone(),
+        (None, Some(cgroup)) => only_one_for(cgroup, &place.read()?)?,
+        (None, None) => bail!("name a policy"),
+    };
+    let runtime = DropIn::new(RUNTIME_DIRECTORY.as_ref(), drop_in::RUNTIME, &name)?;
+    let permanent = DropIn::new(PERMANENT_DIRECTORY.as_ref(), drop_in::PERMANENT, &name)?;
+    let mut candidates = vec![place.drop_in(&name)?];
+    if place.permanent {
+        candidates.push(runtime);
+    }
+    let mut ours = Vec::new();
+    for candidate in candidates {
+        if candidate.keys()?.is_some() {
+            ours.push(candidate);
+        }
+    }
+
+    let sources = place.files.sources();
+    let before = sources.read();
+    if ours.is_empty() {
+        let read_by_default = place.files.config.is_none() && place.files.drop_in_dir.is_empty();
+        if read_by_default && permanent.keys()?.is_some() {
+            bail!(
+                "policy {name} is set in {}: remove it with --permanent",
+                permanent.path().display()
+            );
+        }
+        let before = before.context("nothing is changed, because something is wrong already")?;
+        let (_, origins) = find(&before, &name)
+            .with_context(|| format!("there is no policy {name} in {}", files(&before)))?;
+        let lines = lines_of(origins).join(", ");
+        bail!("policy {name} is not from a drop-in of `policy set`; edit it where it is: {lines}");
+    }
+    let mut after = None;
+    let agents = Agents::find();
+    for drop_in in &ours {
+        let without = sources.read_as_if(drop_in.path(), None);
+        match (&before, without) {
+            (Ok(_), Err(errors)) => {
+                return Err(errors).with_context(|| {
+                    let path = drop_in.path().display();
+                    format!("nothing is changed: without {path} the config would be wrong")
+                });
+            }
+            (_, without) => after = without.ok(),
+        }
+        drop_in.remove()?;
+        output::text(format_args!("removed {}\n", drop_in.path().display()))?;
+    }
+    let Some(after) = after else {
+        warn!("something else is wrong in the config; see `keepalive-agent policy show`");
+        return Ok(());
+    };
+    let left = find(&after, &name);
+    if let Some((_, origins)) = left {
+        let lines = lines_of(origins).join(", ");
+        output::text(format_args!("policy {name} is still in {lines}\n"))?;
+    }
+    let changed = before.is_ok_and(|before| before.config != after.config);
+    agents.report(&name, left.map(|(named, _)| named.policy), changed)
+}
+
+impl Set {
+    /// What is mentioned.
+    fn keys(&self) -> Result<Vec<(Key, toml::Value)>> {
+        let text = |text: &String| Ok(toml::Value::String(text.clone()));
+        let mut keys = Vec::new();
+        let mut add = |key, value: Option<Result<toml::Value>>| {
+            keys.extend(value.transpose()?.map(|value| (key, value)));
+            anyhow::Ok(())
+        };
+        let list =
+            |values: Vec<toml::Value>| (!values.is_empty()).then(|| Ok(toml::Value::Array(values)));
+        let remotes = self.remote.iter().map(String::as_str);
+        let ports = self.port.iter().map(|port| drop_in::number_or_text(port));
+        add(Key::Cgroup, self.cgroup.as_ref().map(text))?;
+        add(Key::Remote, list(remotes.map(toml::Value::from).collect()))?;
+        add(Key::Port, list(ports.collect()))?;
+        add(Key::Keepalive, self.keepalive.as_ref().map(text))?;
+        for (key, value) in [
+            (Key::Idle, &self.idle),
+            (Key::Interval, &self.interval),
+            (Key::Probes, &self.probes),
+            (Key::UserTimeout, &self.user_timeout),
+        ] {
+            let value = value.as_ref().map(|value| drop_in::timer(key, value));
+            add(key, value)?;
+        }
+        let enforce = (self.enforce || self.no_enforce).then_some(self.enforce);
+        add(
+            Key::Enforce,
+            enforce.map(|enforce| Ok(toml::Value::Boolean(enforce))),
+        )?;
+        add(Key::Path, self.path.as_ref().map(text))?;
+        Ok(keys)
+    }
+
+    /// The policy that is meant: by its name, or by what it is for.
+    fn name_in(&self, merged: &Merged) -> Result<String> {
+        if let Some(name) = &self.name {
+            return Ok(name.clone());
+        }
+        let rules = Rules {
+            remotes: parsed::<Remote>("--remote", &self.remote)?,
+            ports: parsed::<Ports>("--port", &self.port)?,
+        };
+        let cgroup = self.cgroup.as_deref().map(pattern).transpose()?;
+        let same: Vec<_> = named(merged)
+            .filter(|(named, _)| {
+                same_rules(&named.rules, &rules)
+                    && match &cgroup {
+                        Some(cgroup) => named.cgroups.contains(cgroup),
+                        None => named.cgroups.is_empty(),
+                    }
+            })
+            .collect();
+        if let Some((named, origins)) = same.first() {
+            if named.cgroups.len() <= 1 {
+                return Ok(named.name.clone());
+            }
+            bail!(
+                "policy {name} ({at}) claims this cgroup together with others, and the first policy \
+                 of a cgroup counts; change it for all of them with --name {quoted}, or take the \
+                 cgroup out there",
+                name = named.name,
+                at = origins.table,
+                quoted = quoted(&named.name),
+            );
+        }
+        let name = derived_name(self.cgroup.as_deref(), &self.remote, &self.port);
+        if let Some((_, origins)) = find(merged, &name) {
+            bail!(
+                "there is a policy {name} for something else ({}); choose a name with --name",
+                origins.table
+            );
+        }
+        Ok(name)
+    }
+}
+
+/// What a policy is called that nobody named: by what it is for.
+fn derived_name(cgroup: Option<&str>, remotes: &[String], ports: &[String]) -> String {
+    let cgroup = cgroup.map(|path| match path.trim_matches('/') {
+        "" => "/",
+        path => path,
+    });
+    let remote_ends = remotes.iter().chain(ports).map(String::as_str);
+    let words: Vec<_> = cgroup.into_iter().chain(remote_ends).collect();
+    words.join(" ")
+}
+
+fn parsed<T: std::str::FromStr<Err = String>>(option: &str, texts: &[String]) -> Result<Vec<T>> {
+    let parse = |text: &String| {
+        let value = text.parse().map_err(anyhow::Error::msg);
+        value.with_context(|| format!("{option} {text}"))
+    };
+    texts.iter().map(parse).collect()
+}
+
+fn pattern(text: &str) -> Result<CgroupPattern> {
+    CgroupPattern::new(text)
+        .map_err(anyhow::Error::msg)
+        .with_context(|| format!("--cgroup {text}"))
+}
+
+/// Whether rules are for the same remote ends, in whatever order.
+fn same_rules(one: &Rules, other: &Rules) -> bool {
+    fn same<T: PartialEq>(one: &[T], other: &[T]) -> bool {
+        one.len() == other.len() && one.iter().all(|item| other.contains(item))
+    }
+    same(&one.remotes, &other.remotes) && same(&one.ports, &other.ports)
+}
+
+/// The one policy for a cgroup.
+fn only_one_for(cgroup: &str, merged: &Merged) -> Result<String> {
+    let pattern = [pattern(cgroup)?];
+    let names: Vec<_> = named(merged)
+        .filter(|(named, _)| named.cgroups == pattern)
+        .map(|(named, _)| named.name.as_str())
+        .collect();
+    match names[..] {
+        [] => bail!(
+            "there is no policy for cgroup {cgroup} in {}",
+            files(merged)
+        ),
+        [name] => Ok(name.to_owned()),
+        _ => bail!(
+            "there are several policies for cgroup {cgroup}; name one of them: {}",
+            names.join(", ")
+        ),
+    }
+}
+
+fn named(merged: &Merged) -> impl Iterator<Item = (&NamedPolicy, &Origins)> {
+    merged.config.policies.iter().zip(&merged.origins.policies)
+}
+
+fn find<'a>(merged: &'a Merged, name: &str) -> Option<(&'a NamedPolicy, &'a Origins)> {
+    named(merged).find(|(named, _)| named.name == name)
+}
+
+/// Every line that a policy is made of, in no more than one place per file.
+fn lines_of(origins: &Origins) -> Vec<String> {
+    let mut places: Vec<_> = Key::ALL
+        .iter()
+        .filter_map(|key| key.origin(origins))
+        .chain(origins.table.place())
+        .collect();
+    places.sort_by_key(|place| (&place.file, place.line));
+    places.dedup_by_key(|place| &place.file);
+    places.iter().map(ToString::to_string).collect()
+}
+
+/// The files of a config, for a message.
+fn files(merged: &Merged) -> String {
+    let main = merged.main.iter();
+    let files: Vec<_> = main
+        .chain(&merged.drop_ins)
+        .map(|file| file.display().to_string())
+        .collect();
+    if files.is_empty() {
+        "the built-in policy".to_owned()
+    } else {
+        files.join(", ")
+    }
+}
+
+/// A word of a shell command.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
+    if word.chars().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// The agents that run, and what they enforced before a change.
+struct Agents {
+    before: Result<Vec<state::Running>>,
+}
+
+impl Agents {
+    fn find() -> Self {
+        Self {
+            before: state::running(),
+        }
+    }
+
+    /// Waits for the agents to take a change over, and says which of them do.
+    /// `policy` is what is to hold under that name.
+    fn report(self, name: &str, policy: Option<Policy>, changed: bool) -> Result<()> {
+        let before = match self.before {
+            Ok(before) => before,
+            Err(error) => {
+                warn!("cannot tell which agents run: {error:#}");
+                return Ok(());
+            }
+        };
+        if before.is_empty() {
+            return output::text("no agent is running\n");
+        }
+        let end = Instant::now() + PATIENCE;
+        let late = loop {
+            let now = state::running()?;
+            let late: Vec<_> = before
+                .iter()
+                .filter(|before| {
+                    let now = now.iter().find(|now| now.pid == before.pid);
+                    now.is_some_and(|now| {
+                        now.config.policy(name) != policy || changed && now.config == before.config
+                    })
+                })
+                .collect();
+            if late.is_empty() || Instant::now() > end {
+                break late.iter().map(|late| late.pid).collect::<Vec<_>>();
+            }
+            thread::sleep(PATIENCE / 100);
+        };
+        let mut text = String::new();
+        for agent in &before {
+            let (pid, root) = (agent.pid, &agent.root.path);
+            if late.contains(&pid) {
+                writeln!(
+                    text,
+                    "agent {pid} on {root} has not taken it over: it reads other files, or its log \
+                     says why"
+                )?;
+            } else {
+                writeln!(text, "agent {pid} on {root} has taken it over")?;
+            }
+        }
+        output::text(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_come_from_what_a_policy_is_for() {
+        let name = |cgroup, remotes: &[&str], ports: &[&str]| {
+            let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
+            derived_name(cgroup, &owned(remotes), &owned(ports))
+        };
+        assert_eq!(
+            name(Some("/a.slice/b.service/"), &[], &[]),
+            "a.slice/b.service"
+        );
+        assert_eq!(name(Some("/"), &[], &[]), "/");
+        assert_eq!(
+            name(Some("/a"), &["10.0.0.0/8", "!10.1.0.0/16"], &["443"]),
+            "a 10.0.0.0/8 !10.1.0.0/16 443"
+        );
+        assert_eq!(name(None, &[], &["8000-8999"]), "8000-8999");
+    }
+
+    #[test]
+    fn what_a_person_is_to_copy_is_quoted() {
+        assert_eq!(quoted("a.slice/b-1"), "a.slice/b-1");
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+    }
+}

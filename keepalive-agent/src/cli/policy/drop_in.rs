@@ -1,0 +1,403 @@
+//! Drop-ins that `policy set` writes: one file per policy.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs::{self, DirBuilder, File},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Error, Result, anyhow, bail};
+
+use super::{Diagnostics, Origins};
+use crate::config::{Place, RUNTIME_DIRECTORY};
+
+/// What the names of drop-ins start with that stay.
+pub(super) const PERMANENT: &str = "80-";
+
+/// And of those that are gone with the boot: another name, so that they add to
+/// the ones that stay, and a later one.
+pub(super) const RUNTIME: &str = "90-";
+
+const HEAD: &str = "# Written by `keepalive-agent policy set`, which writes it anew each time.\n";
+
+/// The longest name of a file, with room for what a temporary one is called
+/// (`NAME_MAX` in include/uapi/linux/limits.h is 255).
+const LONGEST: usize = 240;
+
+/// The keys of a `[[policy]]`, in the order in which they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Key {
+    Name,
+    Cgroup,
+    Remote,
+    Port,
+    Keepalive,
+    Idle,
+    Interval,
+    Probes,
+    UserTimeout,
+    Enforce,
+    Path,
+}
+
+pub(super) type Keys = BTreeMap<Key, toml::Value>;
+
+impl Key {
+    pub(super) const ALL: [Self; 11] = [
+        Self::Name,
+        Self::Cgroup,
+        Self::Remote,
+        Self::Port,
+        Self::Keepalive,
+        Self::Idle,
+        Self::Interval,
+        Self::Probes,
+        Self::UserTimeout,
+        Self::Enforce,
+        Self::Path,
+    ];
+
+    /// In the order of [`Origins::timers`].
+    pub(super) const TIMERS: [Self; 4] =
+        [Self::Idle, Self::Interval, Self::Probes, Self::UserTimeout];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Name => "name",
+            Self::Cgroup => "cgroup",
+            Self::Remote => "remote",
+            Self::Port => "port",
+            Self::Keepalive => "keepalive",
+            Self::Idle => "idle",
+            Self::Interval => "interval",
+            Self::Probes => "probes",
+            Self::UserTimeout => "user-timeout",
+            Self::Enforce => "enforce",
+            Self::Path => "path",
+        }
+    }
+
+    /// Where the policy has the value of this key from, if anybody wrote it. The
+    /// name has no say of its own.
+    pub(super) fn origin(self, origins: &Origins) -> Option<&Place> {
+        let [idle, interval, probes, user_timeout] = &origins.timers;
+        match self {
+            Self::Name => None,
+            Self::Cgroup => origins.cgroup.as_ref(),
+            Self::Remote => origins.remote.as_ref(),
+            Self::Port => origins.port.as_ref(),
+            Self::Keepalive => origins.keepalive.place(),
+            Self::Idle => idle.from.place(),
+            Self::Interval => interval.from.place(),
+            Self::Probes => probes.from.place(),
+            Self::UserTimeout => user_timeout.from.place(),
+            Self::Enforce => origins.enforce.place(),
+            Self::Path => origins.path.as_ref().map(|(_, place)| place),
+        }
+    }
+}
+
+/// A timer as it stands on the command line: a value, or a table as in the file.
+pub(super) fn timer(key: Key, text: &str) -> Result<toml::Value> {
+    if !text.starts_with('{') {
+        return Ok(match key {
+            Key::Probes => number_or_text(text),
+            _ => toml::Value::String(text.to_owned()),
+        });
+    }
+    text.parse().map_err(|error: toml::de::Error| {
+        anyhow!(
+            "--{} {text}: not a table as in the config file: {}",
+            key.name(),
+            error.message()
+        )
+    })
+}
+
+/// Digits are a number, as a person means them.
+pub(super) fn number_or_text(text: &str) -> toml::Value {
+    let digits = Some(text).filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    match digits.and_then(|digits| digits.parse().ok()) {
+        Some(number) => toml::Value::Integer(number),
+        None => toml::Value::String(text.to_owned()),
+    }
+}
+
+/// The text of a drop-in with these keys.
+pub(super) fn render(keys: &Keys) -> String {
+    let mut text = format!("{HEAD}[[policy]]\n");
+    for (key, value) in keys {
+        let value = match value {
+            toml::Value::Array(items) if items.len() == 1 => &items[0],
+            value => value,
+        };
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{} = {value}", key.name());
+    }
+    text
+}
+
+/// The file of one policy.
+#[derive(Debug)]
+pub(super) struct DropIn {
+    path: PathBuf,
+    policy: String,
+}
+
+impl DropIn {
+    pub(super) fn new(directory: &Path, prefix: &str, policy: &str) -> Result<Self> {
+        let file = format!("{prefix}{}.toml", file_name(policy));
+        if file.len() > LONGEST {
+            bail!("the policy's name is too long for a file: choose a shorter one with --name");
+        }
+        let directory = std::path::absolute(directory)?;
+        Ok(Self {
+            path: directory.join(file),
+            policy: policy.to_owned(),
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is written in it; none where it does not exist.
+    pub(super) fn keys(&self) -> Result<Option<Keys>> {
+        let text = match fs::read_to_string(&self.path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| self.path.display().to_string()),
+        };
+        if text.is_empty() {
+            return Ok(None);
+        }
+        self.parse(&text).map(Some).with_context(|| {
+            format!(
+                "{} is not as `policy set` writes it; edit it by hand, or remove it",
+                self.path.display()
+            )
+        })
+    }
+
+    fn parse(&self, text: &str) -> Result<Keys> {
+        let mut document: toml::Table = text.parse()?;
+        let policies = document.remove("policy");
+        let policy = match policies.as_ref().and_then(toml::Value::as_array) {
+            Some(policies) if policies.len() == 1 && document.is_empty() => policies[0].as_table(),
+            _ => None,
+        };
+        let policy = policy.context("one [[policy]] is expected, and nothing else")?;
+        let name = policy.get("name").and_then(toml::Value::as_str);
+        if name != Some(&self.policy) {
+            bail!("its policy is not called {}", self.policy);
+        }
+        let key = |(name, value): (&String, &toml::Value)| {
+            let key = Key::ALL.into_iter().find(|key| key.name() == name);
+            let key = key.with_context(|| format!("`{name}` is unknown"))?;
+            Ok((key, value.clone()))
+        };
+        policy.iter().map(key).collect()
+    }
+
+    /// Errors about what would be written, by the arguments that they are about.
+    pub(super) fn as_arguments(&self, errors: Diagnostics) -> Error {
+        if errors.0.iter().any(|error| error.file != self.path) {
+            return errors.into();
+        }
+        let lines = errors.0.iter().map(|error| {
+            let key = error.key.strip_prefix("policy.");
+            let key = key.map(|key| format!("--{key} ")).unwrap_or_default();
+            let value = error.value.as_ref().map(|value| format!("{value}: "));
+            format!("{key}{}{}", value.unwrap_or_default(), error.message)
+        });
+        Error::msg(lines.collect::<Vec<_>>().join("\n  "))
+    }
+
+    /// Writes it; readers see the old text or the new one.
+    pub(super) fn write(&self, text: &str) -> Result<()> {
+        let writing = || format!("writing {}", self.path.display());
+        let (directory, name) = self
+            .path
+            .parent()
+            .zip(self.path.file_name())
+            .with_context(writing)?;
+        make(directory).with_context(|| format!("making {}", directory.display()))?;
+        // Hidden, so no drop-in.
+        let temporary = directory.join(format!(
+            ".{}.{}",
+            name.to_string_lossy(),
+            std::process::id()
+        ));
+        let write = || {
+            let mut file = File::options()
+                .create(true)
+                .write(true)
+                .truncate(true)
+                .mode(0o644)
+                .open(&temporary)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&temporary, &self.path)
+        };
+        write()
+            .inspect_err(|_| {
+                // What it was made for has failed, and that is what is told.
+                let _ = fs::remove_file(&temporary);
+            })
+            .with_context(writing)
+    }
+
+    pub(super) fn remove(&self) -> Result<()> {
+        fs::remove_file(&self.path).with_context(|| format!("removing {}", self.path.display()))
+    }
+}
+
+/// Makes a directory of drop-ins. What is above the runtime one is the agent's
+/// own and not for others to look into.
+fn make(directory: &Path) -> io::Result<()> {
+    if directory == Path::new(RUNTIME_DIRECTORY)
+        && let Some(above) = directory.parent()
+    {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(above)?;
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(directory)
+}
+
+/// A policy's name in a file's: no two names become the same.
+fn file_name(policy: &str) -> String {
+    let mut name = String::new();
+    for c in policy.chars() {
+        if c.is_alphanumeric() || matches!(c, '.' | '_' | '-') {
+            name.push(c);
+        } else {
+            for byte in c.encode_utf8(&mut [0; 4]).bytes() {
+                // Writing to a string cannot fail.
+                let _ = write!(name, "%{byte:02x}");
+            }
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn drop_in(directory: &Path, policy: &str) -> DropIn {
+        DropIn::new(directory, RUNTIME, policy).unwrap()
+    }
+
+    fn keys(name: &str) -> Keys {
+        Keys::from([
+            (Key::Name, toml::Value::String(name.to_owned())),
+            (Key::Cgroup, toml::Value::String("/a".to_owned())),
+        ])
+    }
+
+    #[test]
+    fn names_of_files_are_safe_and_differ() {
+        for (policy, expected) in [
+            ("redis", "90-redis.toml"),
+            (
+                "system.slice/redis.service",
+                "90-system.slice%2fredis.service.toml",
+            ),
+            ("../../etc/passwd", "90-..%2f..%2fetc%2fpasswd.toml"),
+            ("a b", "90-a%20b.toml"),
+            ("a%20b", "90-a%2520b.toml"),
+            ("bücher", "90-bücher.toml"),
+        ] {
+            let drop_in = drop_in("/d".as_ref(), policy);
+            assert_eq!(drop_in.path(), Path::new("/d").join(expected));
+        }
+        let longest = "😀".repeat(64);
+        assert!(DropIn::new("/d".as_ref(), RUNTIME, &longest).is_err());
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let below = directory.path().join("conf.d");
+        let drop_in = drop_in(&below, "it's \"a\"");
+        assert_eq!(drop_in.keys().unwrap(), None);
+        let mut keys = keys("it's \"a\"");
+        let bounds = "{ default = \"60s\", at-most = \"5m\" }";
+        keys.insert(Key::Idle, timer(Key::Idle, bounds).unwrap());
+        keys.insert(Key::Probes, timer(Key::Probes, "5").unwrap());
+        keys.insert(Key::Port, toml::Value::Array(vec![number_or_text("443")]));
+        keys.insert(Key::Enforce, toml::Value::Boolean(false));
+        let text = render(&keys);
+        assert_eq!(
+            text,
+            format!(
+                "{HEAD}[[policy]]\nname = 'it''s \"a\"'\ncgroup = \"/a\"\nport = 443\n\
+                 idle = {{ at-most = \"5m\", default = \"60s\" }}\nprobes = 5\nenforce = false\n"
+            )
+            .replace("'it''s \"a\"'", "\"\"\"it's \"a\"\"\"\"")
+        );
+        drop_in.write(&text).unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(drop_in.path()), 0o644);
+        assert_eq!(mode(&below), 0o755);
+        keys.insert(Key::Port, toml::Value::Integer(443));
+        assert_eq!(drop_in.keys().unwrap(), Some(keys));
+        let left: Vec<_> = fs::read_dir(&below).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+        drop_in.remove().unwrap();
+        assert_eq!(drop_in.keys().unwrap(), None);
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_is_not_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let drop_in = drop_in(directory.path(), "a");
+        for text in [
+            "= no TOML",
+            "[default]\n",
+            "[[policy]]\nname = 'b'\ncgroup = '/a'\n",
+            "[[policy]]\nname = 'a'\n[[policy]]\nname = 'c'\n",
+            "[[policy]]\nname = 'a'\n[default]\n",
+            "[[policy]]\nname = 'a'\nidel = '60s'\n",
+        ] {
+            fs::write(drop_in.path(), text).unwrap();
+            assert!(drop_in.keys().is_err(), "{text}");
+        }
+        // It only takes another one out.
+        fs::write(drop_in.path(), "").unwrap();
+        assert_eq!(drop_in.keys().unwrap(), None);
+    }
+
+    #[test]
+    fn errors_name_arguments() {
+        let directory = tempfile::tempdir().unwrap();
+        let drop_in = drop_in(directory.path(), "a");
+        let sources = crate::config::Sources::new(
+            Some(Path::new("/dev/null")),
+            &[directory.path().to_owned()],
+        );
+        let mut keys = keys("a");
+        keys.insert(Key::Idle, timer(Key::Idle, "60").unwrap());
+        keys.insert(
+            Key::Probes,
+            timer(Key::Probes, "{ at-most = 200 }").unwrap(),
+        );
+        let errors = sources.read_as_if(drop_in.path(), Some(&render(&keys)));
+        assert_eq!(
+            drop_in.as_arguments(errors.unwrap_err()).to_string(),
+            "--idle \"60\": not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"\n  \
+             --probes.at-most 200: out of range: 1 to 127"
+        );
+        assert!(timer(Key::Idle, "{ at-most").is_err());
+    }
+}

@@ -1,0 +1,378 @@
+//! From what several texts say to one [`Config`]: later ones override earlier
+//! ones key by key, and each policy is completed.
+
+use std::{collections::HashMap, mem};
+
+use keepalive_common::{
+    plan::{Options, plan},
+    policy::{Keepalive, MAX_SECONDS, Policy, Range, time_to_notice},
+};
+
+use super::{
+    Config, NamedPolicy,
+    document::{Document, Entry, Table},
+    origin::{ConfigOrigins, Origin, Origins, TimerOrigin},
+    preset::{PROBES, Preset},
+    text::{At, Findings},
+    timer::{Timer, Written},
+};
+use crate::{duration, paths, rules::Rules};
+
+/// What holds before the first text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Base {
+    /// The built-in policy for everyone.
+    BuiltIn,
+    /// Nothing: what no text claims is left alone.
+    Nothing,
+}
+
+/// Merges the documents in this order. What is wrong goes to the findings, and
+/// the result is worth nothing then.
+pub(super) fn merge(
+    findings: &mut Findings<'_>,
+    base: Base,
+    documents: impl IntoIterator<Item = Document>,
+) -> (Config, ConfigOrigins) {
+    let mut layers = Layers::default();
+    for document in documents {
+        layers.add(document);
+    }
+    let mut completing = Completing { findings };
+    let built_in = (Policy::BUILT_IN, Origins::BUILT_IN);
+    let default = match &layers.default {
+        Some(table) => Some(completing.policy(table, &built_in)),
+        None => (base == Base::BuiltIn).then(|| built_in.clone()),
+    };
+    let inherited = default.as_ref().unwrap_or(&built_in);
+    let mut policies = Vec::with_capacity(layers.policies.len());
+    let mut origins = Vec::with_capacity(layers.policies.len());
+    for table in layers.policies {
+        let (policy, origin) = completing.named(table, inherited);
+        policies.push(policy);
+        origins.push(origin);
+    }
+    let (default, default_origins) = default.unzip();
+    let origins = ConfigOrigins {
+        default: default_origins,
+        policies: origins,
+    };
+    (Config { default, policies }, origins)
+}
+
+/// What the texts so far say.
+#[derive(Default)]
+struct Layers {
+    default: Option<Table>,
+    policies: Vec<Table>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Layers {
+    fn add(&mut self, document: Document) {
+        if let Some(later) = document.default {
+            match &mut self.default {
+                Some(table) => table.override_with(later),
+                None => self.default = Some(later),
+            }
+        }
+        for later in document.policies {
+            // One without a right name is completed by itself, to find out
+            // whether it is right otherwise.
+            let name = later.name.as_ref().and_then(|name| name.value.clone());
+            let known = name.as_ref().and_then(|name| self.by_name.get(name));
+            if let Some(index) = known {
+                self.policies[*index].override_with(later);
+                continue;
+            }
+            self.by_name
+                .extend(name.map(|name| (name, self.policies.len())));
+            self.policies.push(later);
+        }
+    }
+}
+
+impl Table {
+    /// Each key that the later table mentions is taken from there. The table
+    /// keeps its own place.
+    fn override_with(&mut self, later: Self) {
+        fn key<T>(of: &mut Option<T>, later: Option<T>) {
+            if later.is_some() {
+                *of = later;
+            }
+        }
+        let Self {
+            section: _,
+            at: _,
+            name: _,
+            cgroup,
+            remote,
+            port,
+            keepalive,
+            timers,
+            enforce,
+            path,
+        } = later;
+        key(&mut self.cgroup, cgroup);
+        key(&mut self.remote, remote);
+        key(&mut self.port, port);
+        key(&mut self.keepalive, keepalive);
+        for (timer, later) in self.timers.iter_mut().zip(timers) {
+            key(timer, later);
+        }
+        key(&mut self.enforce, enforce);
+        key(&mut self.path, path);
+    }
+
+    fn path(&self) -> Option<(&Preset, &At)> {
+        let entry = self.path.as_ref()?;
+        Some((entry.value.as_ref()?, &entry.at))
+    }
+
+    /// The first of the keys that is written, and where its value stands.
+    fn first_of(&self, keys: &[Key]) -> Option<(Key, &At)> {
+        keys.iter().find_map(|key| {
+            let at = match key {
+                Key::Keepalive => self.keepalive.as_ref().map(|entry| &entry.at),
+                Key::Path => self.path.as_ref().map(|entry| &entry.at),
+                Key::Timer(timer) => {
+                    let entry = self.timers[*timer as usize].as_ref();
+                    entry.map(|entry| &entry.at)
+                }
+            };
+            Some((*key, at?))
+        })
+    }
+}
+
+/// A key that a warning can be about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Key {
+    Keepalive,
+    Path,
+    Timer(Timer),
+}
+
+impl Key {
+    fn of(self, table: &Table) -> String {
+        let key = match self {
+            Self::Keepalive => "keepalive",
+            Self::Path => "path",
+            Self::Timer(timer) => timer.key(),
+        };
+        format!("{}.{key}", table.section)
+    }
+}
+
+/// Completes policies, with the findings of that.
+struct Completing<'f, 't> {
+    findings: &'f mut Findings<'t>,
+}
+
+impl Completing<'_, '_> {
+    /// A policy for some cgroups or remote ends, completed from another one.
+    fn named(&mut self, mut table: Table, inherited: &(Policy, Origins)) -> (NamedPolicy, Origins) {
+        let claims = table.cgroup.is_some() || table.remote.is_some() || table.port.is_some();
+        if !claims {
+            let message = "has no cgroup, remote or port: add cgroup = \"/…\", \
+                           or use [default] for everything";
+            self.findings.error(&table.at, table.section, message);
+        }
+        let (policy, mut origins) = self.policy(&table, inherited);
+        let place = |at: &At| self.findings.place(at);
+        origins.cgroup = table.cgroup.as_ref().map(|entry| place(&entry.at));
+        origins.remote = table.remote.as_ref().map(|entry| place(&entry.at));
+        origins.port = table.port.as_ref().map(|entry| place(&entry.at));
+        let named = NamedPolicy {
+            name: take(&mut table.name),
+            cgroups: take(&mut table.cgroup),
+            rules: Rules {
+                remotes: take(&mut table.remote),
+                ports: take(&mut table.port),
+            },
+            policy,
+        };
+        (named, origins)
+    }
+
+    fn policy(&mut self, table: &Table, inherited: &(Policy, Origins)) -> (Policy, Origins) {
+        let (mut policy, mut origins) = inherited.clone();
+        origins.table = self.written(&table.at);
+        origins.path = table
+            .path()
+            .map(|(preset, at)| (preset.path.clone(), self.findings.place(at)));
+        if let Some((keepalive, at)) = value(table.keepalive.as_ref()) {
+            policy = policy.with_keepalive(*keepalive);
+            origins.keepalive = self.written(at);
+        }
+        if let Some((enforce, at)) = value(table.enforce.as_ref()) {
+            policy = policy.with_enforcement(*enforce);
+            origins.enforce = self.written(at);
+        }
+        for timer in Timer::ALL {
+            let layers = [
+                table.path().and_then(|(preset, at)| {
+                    let path = preset.path.clone();
+                    let place = self.findings.place(at);
+                    Some((preset.timer(timer)?, Origin::Preset { path, place }))
+                }),
+                value(table.timers[timer as usize].as_ref())
+                    .map(|(written, at)| (*written, self.written(at))),
+            ];
+            let origin = &mut origins.timers[timer as usize];
+            for (written, from) in layers.into_iter().flatten() {
+                set(&mut policy, timer, written);
+                let before = mem::replace(origin, TimerOrigin::new(from));
+                if written.default.is_none() {
+                    origin.default_from = Some(before.default_from.unwrap_or(before.from));
+                }
+            }
+        }
+        self.warn_of_user_timeout(table, &policy);
+        self.warn_of_path(table, &policy);
+        (policy, origins)
+    }
+
+    fn written(&self, at: &At) -> Origin {
+        Origin::Written(self.findings.place(at))
+    }
+
+    /// With a user-timeout the kernel counts time, not probes
+    /// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c). The table that brings
+    /// the two together is warned of, even when it inherits one of them.
+    fn warn_of_user_timeout(&mut self, table: &Table, policy: &Policy) {
+        let own = Key::Timer(Timer::UserTimeout);
+        let keys = [
+            own,
+            Key::Timer(Timer::Idle),
+            Key::Timer(Timer::Interval),
+            Key::Timer(Timer::Probes),
+            Key::Path,
+            Key::Keepalive,
+        ];
+        let Some((key, at)) = table.first_of(&keys) else {
+            return;
+        };
+        let wants = plan(policy, &Options::default());
+        let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
+        if policy.keepalive() == Keepalive::Off
+            || wants.user_timeout == 0
+            || wants.user_timeout == by_probes
+        {
+            return;
+        }
+        let timeout = duration::show_milliseconds(wants.user_timeout);
+        let subject = if key == own {
+            String::new()
+        } else {
+            format!("user-timeout {timeout} of [default] ")
+        };
+        let message = if u64::from(wants.user_timeout) < u64::from(wants.idle) * 1000 {
+            format!(
+                "{subject}is below idle {}: a dead peer is given up after one unanswered probe, \
+                 and unacknowledged data after {timeout}",
+                duration::show_seconds(wants.idle)
+            )
+        } else {
+            format!(
+                "{subject}cancels probes = {}: with a user-timeout the kernel gives up by time, \
+                 here after {timeout} instead of idle + interval × probes = {}; \
+                 \"derive\" makes them agree",
+                wants.probes,
+                duration::show_milliseconds(by_probes)
+            )
+        };
+        self.findings.warning(at, &key.of(table), &message);
+    }
+
+    /// A path that the other keys of its table do not keep open.
+    fn warn_of_path(&mut self, table: &Table, policy: &Policy) {
+        let Some((preset, path_at)) = table.path() else {
+            return;
+        };
+        let Some(message) = not_kept_open(preset, policy) else {
+            return;
+        };
+        // With what a preset chooses alone, keepalive is all that can be amiss.
+        let keys = if policy.keepalive() == Keepalive::Off {
+            [Key::Keepalive, Key::Path, Key::Path]
+        } else {
+            [Timer::Idle, Timer::Interval, Timer::Probes].map(Key::Timer)
+        };
+        let (key, at) = table.first_of(&keys).unwrap_or((Key::Path, path_at));
+        self.findings.warning(at, &key.of(table), &message);
+    }
+}
+
+/// Why a policy does not keep a path open, with two probes lost.
+fn not_kept_open(preset: &Preset, policy: &Policy) -> Option<String> {
+    let Preset { path, timeout } = preset;
+    let path = if paths::ALL.iter().any(|known| known.name == path) {
+        format!("path {path} ({timeout})")
+    } else {
+        format!("path {path}")
+    };
+    if policy.keepalive() == Keepalive::Off {
+        return Some(format!(
+            "{path} is not kept open: keepalive is off, no probe goes out"
+        ));
+    }
+    let wants = plan(policy, &Options::default());
+    let show = duration::show_seconds;
+    if !timeout.is_kept_open_by(wants.idle, wants.interval) {
+        return Some(format!(
+            "{path} is not kept open with two probes lost: idle {} + 2 × interval {} is not below \
+             it",
+            show(wants.idle),
+            show(wants.interval)
+        ));
+    }
+    if wants.probes < PROBES {
+        return Some(format!(
+            "{path} is not kept open with two probes lost: after probes = {} the connection ends",
+            wants.probes
+        ));
+    }
+    let most = |range: &Range| range.at_most.min(MAX_SECONDS);
+    let (idle, interval) = (most(&policy.idle), most(&policy.interval));
+    if !timeout.is_kept_open_by(idle, interval) {
+        return Some(format!(
+            "{path} is not kept open where an application sets more: idle up to {} and interval up \
+             to {} are let through; lower at-most",
+            show(idle),
+            show(interval)
+        ));
+    }
+    (policy.probes.at_least < PROBES).then(|| {
+        format!(
+            "{path} is not kept open with two probes lost where an application sets fewer probes; \
+             add at-least = {PROBES}"
+        )
+    })
+}
+
+fn set(policy: &mut Policy, timer: Timer, written: Written) {
+    let derives = policy.derives_user_timeout();
+    let range = match timer {
+        Timer::Idle => &mut policy.idle,
+        Timer::Interval => &mut policy.interval,
+        Timer::Probes => &mut policy.probes,
+        Timer::UserTimeout => &mut policy.user_timeout,
+    };
+    let (completed, derive) = written.complete((*range, derives));
+    *range = completed;
+    if timer == Timer::UserTimeout {
+        *policy = policy.with_derived_user_timeout(derive);
+    }
+}
+
+/// A value that is written and right, and where.
+fn value<T>(entry: Option<&Entry<T>>) -> Option<(&T, &At)> {
+    let entry = entry?;
+    Some((entry.value.as_ref()?, &entry.at))
+}
+
+fn take<T: Default>(entry: &mut Option<Entry<T>>) -> T {
+    let value = entry.as_mut().and_then(|entry| entry.value.take());
+    value.unwrap_or_default()
+}

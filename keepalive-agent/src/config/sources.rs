@@ -1,0 +1,350 @@
+//! Sources: the files that a config is made of.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
+    fs::{self, File},
+    io::{self, Read as _},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Config, ConfigOrigins, Diagnostic, Diagnostics, document,
+    merge::{self, Base},
+    text::{Findings, Text},
+};
+
+/// The main file, where no other one is named.
+pub const DEFAULT_FILE: &str = "/etc/keepalive/keepalive.toml";
+
+/// Drop-ins that stay.
+pub const PERMANENT_DIRECTORY: &str = "/etc/keepalive/conf.d";
+
+/// Drop-ins that are gone with the boot.
+pub const RUNTIME_DIRECTORY: &str = "/run/keepalive/conf.d";
+
+/// Larger files are none that a person or a tool wrote as a config. 100,000
+/// policies have some 10 MB.
+const LARGEST: u64 = 64 << 20;
+
+/// Where a config is read from: a main file, then drop-ins.
+///
+/// The drop-ins of all directories are read in the order of their names. One
+/// replaces those of the same name in earlier directories, so an empty file, or
+/// a symbolic link to /dev/null, takes them out.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Sources {
+    main: PathBuf,
+    /// Whether the built-in policy stands in for a main file that does not exist.
+    has_base: bool,
+    directories: Vec<PathBuf>,
+}
+
+/// A config with what is known about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// The config.
+    pub config: Config,
+    /// What is worth a warning.
+    pub warnings: Diagnostics,
+    /// Which file and line each value came from.
+    pub origins: ConfigOrigins,
+    /// The main file, unless the built-in policy stands in for it.
+    pub main: Option<PathBuf>,
+    /// The drop-ins that were read, in the order in which they were merged.
+    pub drop_ins: Vec<PathBuf>,
+}
+
+/// A file as it could be.
+#[derive(Clone, Copy, Debug)]
+struct Supposed<'a> {
+    path: &'a Path,
+    /// None when it does not exist.
+    text: Option<&'a str>,
+}
+
+impl Sources {
+    /// The main file and drop-in directories that are named, or those of every
+    /// machine: [`DEFAULT_FILE`] with [`PERMANENT_DIRECTORY`] and
+    /// [`RUNTIME_DIRECTORY`]. Directories that are named come after those.
+    #[must_use]
+    pub fn new(main: Option<&Path>, directories: &[PathBuf]) -> Self {
+        let of_every_machine = match main {
+            Some(_) => &[][..],
+            None => &[PERMANENT_DIRECTORY, RUNTIME_DIRECTORY],
+        };
+        Self {
+            main: main.unwrap_or(DEFAULT_FILE.as_ref()).to_owned(),
+            has_base: main.is_none(),
+            directories: of_every_machine
+                .iter()
+                .map(PathBuf::from)
+                .chain(directories.iter().cloned())
+                .collect(),
+        }
+    }
+
+    /// Those of every machine, as if its root were there; `etc` and `run` are the
+    /// directories.
+    #[cfg(test)]
+    pub(crate) fn below(root: &Path) -> Self {
+        Self {
+            main: root.join("main.toml"),
+            has_base: true,
+            directories: vec![root.join("etc"), root.join("run")],
+        }
+    }
+
+    /// The main file, whether it exists or not.
+    #[must_use]
+    pub fn main(&self) -> &Path {
+        &self.main
+    }
+
+    /// The directories of drop-ins, whether they exist or not; later ones win.
+    #[must_use]
+    pub fn directories(&self) -> &[PathBuf] {
+        &self.directories
+    }
+
+    /// Reads and merges all of it.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong in any of the files; none of them is used then.
+    pub fn read(&self) -> Result<Merged, Diagnostics> {
+        self.read_supposing(None)
+    }
+
+    /// The same as if a file had this text, or none and did not exist.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sources::read`].
+    pub fn read_as_if(&self, path: &Path, text: Option<&str>) -> Result<Merged, Diagnostics> {
+        self.read_supposing(Some(Supposed { path, text }))
+    }
+
+    fn read_supposing(&self, supposed: Option<Supposed<'_>>) -> Result<Merged, Diagnostics> {
+        let mut unreadable = Vec::new();
+        let mut texts = Vec::new();
+        let mut has_main = true;
+        match read(&self.main) {
+            Ok(text) => texts.push(Text::new(&self.main, text)),
+            Err(Failure {
+                kind: Some(io::ErrorKind::NotFound),
+                ..
+            }) if self.has_base && !is_link(&self.main) => has_main = false,
+            Err(failure) => unreadable.push(failure.of(&self.main)),
+        }
+        let mut drop_ins = Vec::new();
+        for path in self.drop_ins(supposed, &mut unreadable) {
+            let text = match supposed {
+                Some(Supposed { path: same, text }) if path == same => {
+                    Ok(text.unwrap_or_default().to_owned())
+                }
+                _ => read(&path),
+            };
+            match text {
+                // Empty, it is there only to take another one out.
+                Ok(text) if text.is_empty() => {}
+                Ok(text) => {
+                    texts.push(Text::new(&path, text));
+                    drop_ins.push(path);
+                }
+                // Removed after the directory was read.
+                Err(Failure {
+                    kind: Some(io::ErrorKind::NotFound),
+                    ..
+                }) if !is_link(&path) => {}
+                Err(failure) => unreadable.push(failure.of(&path)),
+            }
+        }
+        let base = if has_main {
+            Base::Nothing
+        } else {
+            Base::BuiltIn
+        };
+        let (config, warnings, origins) = parse_all(&texts, base, unreadable)?;
+        Ok(Merged {
+            config,
+            warnings,
+            origins,
+            main: has_main.then(|| self.main.clone()),
+            drop_ins,
+        })
+    }
+
+    /// The drop-ins in the order of their names.
+    fn drop_ins(
+        &self,
+        supposed: Option<Supposed<'_>>,
+        unreadable: &mut Vec<Diagnostic>,
+    ) -> Vec<PathBuf> {
+        let mut by_name = BTreeMap::<OsString, PathBuf>::new();
+        for directory in &self.directories {
+            let mut names = names_in(directory).unwrap_or_else(|error| {
+                unreadable.push(Failure::from(error).of(directory));
+                Vec::new()
+            });
+            if let Some(Supposed { path, text }) = supposed
+                && path.parent() == Some(directory)
+                && let Some(name) = path.file_name()
+            {
+                names.retain(|other| other != name);
+                names.extend(text.map(|_| name.to_owned()));
+            }
+            for name in names {
+                let path = directory.join(&name);
+                by_name.insert(name, path);
+            }
+        }
+        by_name.into_values().collect()
+    }
+}
+
+/// Whether a file of this name in a directory of drop-ins is one. Hidden files
+/// are those of editors and of Kubernetes.
+#[must_use]
+pub fn is_drop_in_name(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    name.ends_with(b".toml") && !name.starts_with(b".")
+}
+
+/// Reads one text as all there is.
+pub(super) fn parse(path: &Path, text: &str) -> Result<Merged, Diagnostics> {
+    let texts = [Text::new(path, text.to_owned())];
+    let (config, warnings, origins) = parse_all(&texts, Base::Nothing, Vec::new())?;
+    Ok(Merged {
+        config,
+        warnings,
+        origins,
+        main: Some(path.to_owned()),
+        drop_ins: Vec::new(),
+    })
+}
+
+/// `unreadable` is what is wrong already.
+fn parse_all(
+    texts: &[Text],
+    base: Base,
+    unreadable: Vec<Diagnostic>,
+) -> Result<(Config, Diagnostics, ConfigOrigins), Diagnostics> {
+    let mut findings = Findings::about(texts);
+    let documents: Vec<_> = (0..texts.len())
+        .map(|text| document::read(&mut findings, text))
+        .collect();
+    // What is missing may be in a file that cannot be read.
+    let all_there = unreadable.is_empty() && documents.iter().all(Option::is_some);
+    let merged =
+        all_there.then(|| merge::merge(&mut findings, base, documents.into_iter().flatten()));
+    let (errors, warnings) = findings.into_order();
+    match merged {
+        Some((config, origins)) if errors.0.is_empty() => Ok((config, warnings, origins)),
+        _ => Err(Diagnostics([unreadable, errors.0].concat())),
+    }
+}
+
+/// Names of the drop-ins in a directory; none where it does not exist.
+fn names_in(directory: &Path) -> io::Result<Vec<OsString>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !is_link(directory) => {
+            return Ok(Vec::new());
+        }
+        entries => entries?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name();
+        if is_drop_in_name(&name) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// Why a file cannot be read.
+struct Failure {
+    kind: Option<io::ErrorKind>,
+    line: Option<usize>,
+    message: String,
+}
+
+impl Failure {
+    fn new(message: &str) -> Self {
+        Self {
+            kind: None,
+            line: None,
+            message: message.to_owned(),
+        }
+    }
+
+    fn of(self, path: &Path) -> Diagnostic {
+        let dangling = self.kind == Some(io::ErrorKind::NotFound) && is_link(path);
+        let message = match fs::read_link(path) {
+            Ok(target) if dangling => format!(
+                "a symbolic link to {}, which does not exist",
+                target.display()
+            ),
+            _ => self.message,
+        };
+        Diagnostic {
+            file: path.to_owned(),
+            line: self.line,
+            key: String::new(),
+            value: None,
+            message,
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self {
+            kind: Some(error.kind()),
+            line: None,
+            message: format!("cannot be read: {error}"),
+        }
+    }
+}
+
+/// The text of a file. What /dev/null stands for is empty.
+fn read(path: &Path) -> Result<String, Failure> {
+    let file = File::options()
+        .read(true)
+        // A pipe without a writer would wait for one.
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    let metadata = file.metadata()?;
+    let kind = metadata.file_type();
+    if kind.is_char_device() && metadata.rdev() == fs::metadata("/dev/null")?.rdev() {
+        return Ok(String::new());
+    }
+    if !kind.is_file() {
+        return Err(Failure::new("not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(LARGEST + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST {
+        return Err(Failure::new("larger than 64 MiB, so not a config"));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = before.split(|byte| *byte == b'\n').count();
+        Failure {
+            line: Some(line),
+            ..Failure::new("not UTF-8, so not TOML")
+        }
+    })
+}
+
+fn is_link(path: &Path) -> bool {
+    path.is_symlink()
+}

@@ -1,0 +1,430 @@
+//! Watch: notices when the files of a config change, without ever looking.
+//!
+//! A file is found by way of directories and symbolic links, and any of them can
+//! be swapped: Kubernetes changes a mounted config map by renaming one link over
+//! another. So each name on the way is watched in the directory that has it, and
+//! each directory for its own end; below the first name that does not exist there
+//! is nothing to watch until it does. After a change the way is found again.
+//!
+//! A write counts when the file is closed, never when it is truncated: the empty
+//! text in between is a config too, one that says nothing.
+//!
+//! Not noticed: a file system that is mounted over a directory on the way, and
+//! what another machine changes on a network file system.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ffi::{OsStr, OsString},
+    fs, io,
+    mem::MaybeUninit,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt as _, unix::fs::MetadataExt as _},
+    path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use rustix::{
+    fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
+    io::Errno,
+    time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::config::{Sources, is_drop_in_name};
+
+/// How long nothing may change before a change is told: an editor makes several
+/// at once.
+const QUIET: Duration = Duration::from_millis(100);
+
+/// A change is told after this time even when others keep coming.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Symbolic links that are followed (`MAXSYMLINKS` in include/linux/namei.h).
+const MOST_LINKS: usize = 40;
+
+/// Events that are read before others have a turn.
+const MOST_EVENTS: usize = 1024;
+
+/// The directory itself goes, or is called something else.
+const OWN_END: WatchFlags = WatchFlags::DELETE_SELF.union(WatchFlags::MOVE_SELF);
+
+/// What is behind a name in a directory changes.
+const NAMES: WatchFlags = WatchFlags::CREATE
+    .union(WatchFlags::DELETE)
+    .union(WatchFlags::MOVED_FROM)
+    .union(WatchFlags::MOVED_TO);
+
+/// Waits for changes of the files that make up a config.
+#[derive(Debug)]
+pub struct Watch {
+    sources: Sources,
+    inotify: AsyncFd<OwnedFd>,
+    /// What each watch is for, by its descriptor.
+    watched: HashMap<i32, Watched>,
+    timer: AsyncFd<OwnedFd>,
+    /// When the first of the changes came that were not told yet.
+    noticed: Option<Instant>,
+}
+
+impl Watch {
+    /// Watches from here on. What is read after this cannot be out of date
+    /// unnoticed.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's limit of watches is reached, or a directory cannot be
+    /// read.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn on(sources: &Sources) -> Result<Self> {
+        let timer = rustix::time::timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+        )
+        .context("making a timer")?;
+        let armed = Armed::new(sources)?;
+        let mut watch = Self {
+            sources: sources.clone(),
+            inotify: armed.inotify,
+            watched: armed.watched,
+            timer: readable(timer).context("watching a timer")?,
+            noticed: None,
+        };
+        if armed.is_outdated {
+            watch.notice()?;
+        }
+        Ok(watch)
+    }
+
+    /// Waits until something has changed that the config may depend on. Read it
+    /// then, and compare: it may be the same.
+    ///
+    /// Nothing is lost when this future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::on`]. What was watched before is watched still.
+    pub async fn changed(&mut self) -> Result<()> {
+        loop {
+            tokio::select! {
+                ready = self.inotify.readable() => {
+                    let mut ready = ready.context("waiting for changes of the config")?;
+                    let events = read(ready.get_inner(), &self.watched)?;
+                    if events.is_all {
+                        ready.clear_ready();
+                    }
+                    if events.is_change {
+                        self.notice()?;
+                    }
+                }
+                ready = self.timer.readable() => {
+                    let mut ready = ready.context("waiting for a timer")?;
+                    ready.clear_ready();
+                    match rustix::io::read(ready.get_inner(), &mut [0_u8; 8]) {
+                        Ok(_) => break,
+                        Err(Errno::AGAIN) => {}
+                        Err(error) => return Err(error).context("reading a timer"),
+                    }
+                }
+            }
+        }
+        self.noticed = None;
+        let armed = Armed::new(&self.sources)?;
+        self.inotify = armed.inotify;
+        self.watched = armed.watched;
+        if armed.is_outdated {
+            self.notice()?;
+        }
+        Ok(())
+    }
+
+    /// Tells of a change as soon as it is quiet.
+    fn notice(&mut self) -> Result<()> {
+        let first = *self.noticed.get_or_insert_with(Instant::now);
+        let left = LONGEST_WAIT.saturating_sub(first.elapsed());
+        // Zero would stop the timer.
+        let wait = QUIET.min(left).max(Duration::from_millis(1));
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: wait.try_into().context("setting a timer")?,
+        };
+        rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)
+            .context("setting a timer")?;
+        Ok(())
+    }
+}
+
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe; an OwnedFd keeps its descriptor open"
+)]
+fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(descriptor, Interest::READABLE)
+}
+
+/// A set of watches.
+struct Armed {
+    inotify: AsyncFd<OwnedFd>,
+    watched: HashMap<i32, Watched>,
+    /// Whether something changed while the watches were made.
+    is_outdated: bool,
+}
+
+/// What a watch is for.
+#[derive(Debug)]
+struct Watched {
+    path: PathBuf,
+    want: Want,
+}
+
+impl Armed {
+    fn new(sources: &Sources) -> Result<Self> {
+        let way = Way::to(sources);
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)
+            .context("making an inotify instance (fs.inotify.max_user_instances)")?;
+        let mut watched = HashMap::<_, Watched>::new();
+        let mut is_outdated = false;
+        for (path, want) in &way.wants {
+            // Two paths can lead to one directory.
+            let flags = want.flags() | WatchFlags::MASK_ADD;
+            match inotify::add_watch(&inotify, path, flags) {
+                Ok(descriptor) => watched
+                    .entry(descriptor)
+                    .or_insert_with(|| Watched {
+                        path: path.clone(),
+                        want: Want::default(),
+                    })
+                    .want
+                    .add(want),
+                Err(Errno::NOENT | Errno::NOTDIR) => is_outdated = true,
+                // A directory that may be passed but not read.
+                Err(Errno::ACCESS) if want.is_only_for_the_end() => {}
+                Err(error) => {
+                    let limit = match error {
+                        Errno::NOSPC => " (fs.inotify.max_user_watches)",
+                        _ => "",
+                    };
+                    return Err(error)
+                        .with_context(|| format!("watching {}{limit}", path.display()));
+                }
+            }
+        }
+        is_outdated |= Way::to(sources) != way;
+        let inotify = readable(inotify).context("watching the files of the config")?;
+        Ok(Self {
+            inotify,
+            watched,
+            is_outdated,
+        })
+    }
+}
+
+/// What is passed on the way to all files of a config.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Way {
+    wants: BTreeMap<PathBuf, Want>,
+}
+
+/// What is to be noticed about a directory or file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Want {
+    /// These names in it.
+    names: BTreeSet<OsString>,
+    /// The names of drop-ins in it.
+    drop_ins: bool,
+    /// Writes too: to these names, or to the file.
+    writes: bool,
+    /// Whether it is a file.
+    is_file: bool,
+}
+
+impl Want {
+    fn flags(&self) -> WatchFlags {
+        let mut flags = WatchFlags::empty();
+        if self.writes {
+            flags |= WatchFlags::CLOSE_WRITE;
+        }
+        if self.is_file {
+            return flags;
+        }
+        flags |= OWN_END | WatchFlags::ONLYDIR;
+        if !self.names.is_empty() || self.drop_ins {
+            flags |= NAMES;
+        }
+        flags
+    }
+
+    fn is_only_for_the_end(&self) -> bool {
+        self.names.is_empty() && !self.drop_ins && !self.is_file
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.names.extend(other.names.iter().cloned());
+        self.drop_ins |= other.drop_ins;
+        self.writes |= other.writes;
+        self.is_file |= other.is_file;
+    }
+
+    fn has(&self, name: &OsStr) -> bool {
+        self.names.contains(name) || self.drop_ins && is_drop_in_name(name)
+    }
+}
+
+impl Way {
+    fn to(sources: &Sources) -> Self {
+        let mut way = Self::default();
+        way.follow(sources.main());
+        for directory in sources.directories() {
+            let Some(directory) = way.follow(directory) else {
+                continue;
+            };
+            let want = way.want(&directory);
+            want.drop_ins = true;
+            want.writes = true;
+            // Drop-ins that are elsewhere.
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+            for entry in entries {
+                let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+                if is_link && is_drop_in_name(&entry.file_name()) {
+                    way.follow(&entry.path());
+                }
+            }
+        }
+        way
+    }
+
+    fn want(&mut self, path: &Path) -> &mut Want {
+        self.wants.entry(path.to_owned()).or_default()
+    }
+
+    fn name(&mut self, directory: &Path, name: &OsStr) -> &mut Want {
+        let want = self.want(directory);
+        want.names.insert(name.to_owned());
+        want
+    }
+
+    /// Passes the names of a path one by one, as the kernel does. Gives the
+    /// directory that it leads to, if it leads to one.
+    fn follow(&mut self, path: &Path) -> Option<PathBuf> {
+        let path = std::path::absolute(path).ok()?;
+        let mut here = PathBuf::from("/");
+        let mut ahead = Vec::new();
+        put_ahead(&mut ahead, &path);
+        let mut links = 0;
+        while let Some(name) = ahead.pop() {
+            if name == ".." {
+                here.pop();
+                continue;
+            }
+            let next = here.join(&name);
+            let kind = next.symlink_metadata().map(|metadata| metadata.file_type());
+            match kind {
+                Ok(kind) if kind.is_symlink() => {
+                    self.name(&here, &name);
+                    links += 1;
+                    let target = fs::read_link(&next).ok()?;
+                    if links > MOST_LINKS {
+                        return None;
+                    }
+                    if target.is_absolute() {
+                        here = PathBuf::from("/");
+                    }
+                    put_ahead(&mut ahead, &target);
+                }
+                Ok(kind) if kind.is_dir() => {
+                    self.want(&next);
+                    if ahead.is_empty() {
+                        // Its own end can be late: not before the last process
+                        // that is in it has left.
+                        self.name(&here, &name);
+                    }
+                    here = next;
+                }
+                found => {
+                    let is_last = ahead.is_empty();
+                    self.name(&here, &name).writes |= is_last;
+                    // A file that is bind-mounted here is written elsewhere.
+                    if found.is_ok_and(|kind| kind.is_file()) && is_last {
+                        let want = self.want(&next);
+                        want.is_file = true;
+                        want.writes = true;
+                    }
+                    return None;
+                }
+            }
+        }
+        Some(here)
+    }
+}
+
+/// Puts the names of a path on top of those that are ahead, the first one last.
+fn put_ahead(ahead: &mut Vec<OsString>, path: &Path) {
+    let names = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    });
+    ahead.extend(names);
+}
+
+/// What came of reading events.
+struct Events {
+    /// One of them may have changed the config.
+    is_change: bool,
+    /// There are no more for now.
+    is_all: bool,
+}
+
+fn read(inotify: &OwnedFd, watched: &HashMap<i32, Watched>) -> Result<Events> {
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut reader = inotify::Reader::new(inotify, &mut buffer);
+    let mut is_change = false;
+    for _ in 0..MOST_EVENTS {
+        match reader.next() {
+            Ok(event) => is_change |= is_relevant(&event, watched),
+            Err(Errno::AGAIN) => {
+                return Ok(Events {
+                    is_change,
+                    is_all: true,
+                });
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("reading changes of the config's files"),
+        }
+    }
+    // Those that were read into the buffer are lost with it.
+    Ok(Events {
+        is_change: true,
+        is_all: false,
+    })
+}
+
+fn is_relevant(event: &inotify::Event<'_>, watched: &HashMap<i32, Watched>) -> bool {
+    let kind = event.events();
+    let end = ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::UNMOUNT;
+    if kind.intersects(end | ReadFlags::QUEUE_OVERFLOW) {
+        return true;
+    }
+    let Some(watched) = watched.get(&event.wd()) else {
+        return false;
+    };
+    let Some(name) = event.file_name() else {
+        return kind.contains(ReadFlags::CLOSE_WRITE);
+    };
+    let name = OsStr::from_bytes(name.to_bytes());
+    if !watched.want.has(name) {
+        return false;
+    }
+    // Whoever makes a file has it open still; what has two names was complete
+    // under the other one.
+    let is_being_written = || {
+        let made = watched.path.join(name).symlink_metadata();
+        made.is_ok_and(|made| made.is_file() && made.nlink() == 1)
+    };
+    !kind.contains(ReadFlags::CREATE) || !is_being_written()
+}
+
+#[cfg(test)]
+mod tests;
