@@ -437,8 +437,7 @@ pub(crate) fn copy_string<const SIZE: usize>(
     let size = const { SIZE as u32 };
     // SAFETY: the helper checks the address and never faults; the destination
     // is ours and that long.
-    let copied =
-        unsafe { bpf_probe_read_kernel_str(to.as_mut_ptr().cast(), size, from.cast()) };
+    let copied = unsafe { bpf_probe_read_kernel_str(to.as_mut_ptr().cast(), size, from.cast()) };
     usize::try_from(copied).ok()
 }
 
