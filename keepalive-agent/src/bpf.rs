@@ -3,6 +3,7 @@
 //! The names of its maps, programs and globals stand here and nowhere else.
 
 mod enforcer;
+mod events;
 mod files;
 mod lister;
 mod slots;
@@ -21,6 +22,7 @@ use aya::{
 use keepalive_common::layout::Layout;
 
 pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
+pub use events::{Change, Events};
 pub use files::Files;
 pub use lister::Lister;
 use slots::Room;
@@ -32,6 +34,8 @@ mod program {
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
+    pub(super) const CGROUP_MADE: &str = "cgroup_made";
+    pub(super) const CGROUP_REMOVED: &str = "cgroup_removed";
 }
 
 /// The maps.
@@ -47,6 +51,8 @@ mod map {
     pub(super) const PASS: &str = "PASS";
     pub(super) const LOGGER: &str = "LOGGER";
     pub(super) const ORIGINALS: &str = "ORIGINALS";
+    pub(super) const EVENTS: &str = "EVENTS";
+    pub(super) const LOST: &str = "LOST";
 }
 
 /// The global that tells the programs where the kernel keeps its fields.
@@ -58,18 +64,31 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ke
 /// Creates the maps, with room for this many records and cgroups. Programs are
 /// loaded one by one afterwards.
 fn create(layout: &Layout, room: Room, cgroups: u32) -> Result<Ebpf> {
+    let sizes = [
+        (map::CGROUPS, cgroups),
+        (map::POLICIES, room.slots),
+        (map::COUNTERS, room.slots),
+        (map::SWEPT, room.slots),
+        (map::STEPS, room.steps),
+        // The least there can be: nobody reads it here.
+        (map::EVENTS, 1),
+    ];
+    load(layout, &sizes)
+}
+
+/// The same, with sizes for some of the maps.
+fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
     ensure!(
         !OBJECT.is_empty(),
         "this agent was built without its BPF object and can neither enforce nor list anything: \
          build it with `cargo xtask build`"
     );
-    EbpfLoader::new()
-        .override_global(LAYOUT, layout, true)
-        .map_max_entries(map::CGROUPS, cgroups)
-        .map_max_entries(map::POLICIES, room.slots)
-        .map_max_entries(map::COUNTERS, room.slots)
-        .map_max_entries(map::SWEPT, room.slots)
-        .map_max_entries(map::STEPS, room.steps)
+    let mut loader = EbpfLoader::new();
+    loader.override_global(LAYOUT, layout, true);
+    for (map, entries) in sizes {
+        loader.map_max_entries(map, *entries);
+    }
+    loader
         .load(OBJECT)
         .context("creating the BPF maps: without them nothing works")
 }

@@ -39,6 +39,10 @@ pub struct Layout {
     pub cgroup_kn: Field,
     /// `kernfs_node.id`, the cgroup's id and inode number.
     pub kernfs_id: Field,
+    /// `cgroup.root`, the hierarchy.
+    pub cgroup_root: Field,
+    /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
+    pub hierarchy_id: Field,
     /// `tcp_sock` → `sock_common.skc_state`.
     pub state: Field,
     /// `tcp_sock` → `sock_common.skc_family`.
@@ -108,6 +112,8 @@ impl Layout {
             css_cgroup: NOWHERE,
             cgroup_kn: NOWHERE,
             kernfs_id: NOWHERE,
+            cgroup_root: NOWHERE,
+            hierarchy_id: NOWHERE,
             state: NOWHERE,
             family: NOWHERE,
             local_port: NOWHERE,
@@ -141,6 +147,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 29 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 31 * size_of::<Field>() + 4 * 4);
     }
 }

@@ -6,6 +6,7 @@
 //! * [`policy`]: what should hold for a socket,
 //! * [`plan`]: what has to be set on a socket so that it does,
 //! * [`history`]: what the application set, where a policy has written before,
+//! * [`cgroup_event`]: that a cgroup was made or removed,
 //! * [`counters`]: what was done, counted,
 //! * [`layout`]: where the running kernel keeps the fields that the plan reads,
 //! * [`slot`]: how a cgroup points to its policy,
@@ -17,6 +18,7 @@
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
 
+pub mod cgroup_event;
 pub mod counters;
 pub mod descriptor;
 pub mod history;

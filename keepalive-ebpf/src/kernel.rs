@@ -15,9 +15,10 @@ use aya_ebpf::{
     Global,
     bindings::{seq_file, tcp_sock},
     helpers::generated::{
-        bpf_jiffies64, bpf_probe_read_kernel, bpf_seq_write, bpf_skc_to_tcp_sock,
+        bpf_jiffies64, bpf_probe_read_kernel, bpf_probe_read_kernel_str, bpf_seq_write,
+        bpf_skc_to_tcp_sock,
     },
-    programs::SockOpsContext,
+    programs::{BtfTracePointContext, SockOpsContext},
 };
 use keepalive_common::{
     descriptor::DescriptorRecord,
@@ -333,11 +334,18 @@ fn typed(base: *const u8, offset: u32) -> *const u8 {
     }
 }
 
-/// A cgroup of the v2 hierarchy.
+/// A cgroup.
 #[derive(Clone, Copy)]
 pub(crate) struct Cgroup(*const u8);
 
 impl Cgroup {
+    /// The cgroup that a tracepoint about cgroups is about, of whichever
+    /// hierarchy.
+    #[inline(always)]
+    pub(crate) fn of(ctx: &BtfTracePointContext) -> Option<Self> {
+        Self::new(ctx.arg(0))
+    }
+
     #[inline(always)]
     fn new(cgroup: *const u8) -> Option<Self> {
         (!cgroup.is_null()).then_some(Self(cgroup))
@@ -352,6 +360,20 @@ impl Cgroup {
         } else {
             probe(kn, layout!(kernfs_id.offset))
         }
+    }
+
+    /// Whether it is of the v2 hierarchy (`cgrp_dfl_root`, which has the first
+    /// id). Of those that a socket refers to, all are.
+    #[inline(always)]
+    pub(crate) fn is_v2(self) -> bool {
+        let root = follow(self.0, layout!(cgroup_root.offset));
+        let id = if layout!(typed_cgroup) == 1 {
+            number(read_field!(root, hierarchy_id))
+        } else {
+            let bytes = probe_bytes::<4>(root, layout!(hierarchy_id.offset));
+            u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        };
+        id == 0
     }
 
     /// The cgroup above, none for the root.
@@ -420,6 +442,21 @@ fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; 16] {
         );
     }
     bytes
+}
+
+/// Copies a NUL-terminated string; returns how many bytes that were, the NUL
+/// included. What does not fit is cut off.
+#[inline(always)]
+pub(crate) fn copy_string<const SIZE: usize>(
+    from: *const u8,
+    to: &mut [u8; SIZE],
+) -> Option<usize> {
+    #[expect(clippy::cast_possible_truncation, reason = "strings are small")]
+    let size = const { SIZE as u32 };
+    // SAFETY: the helper checks the address and never faults; the destination
+    // is ours and that long.
+    let copied = unsafe { bpf_probe_read_kernel_str(to.as_mut_ptr().cast(), size, from.cast()) };
+    usize::try_from(copied).ok()
 }
 
 /// Ticks of the kernel's clock.

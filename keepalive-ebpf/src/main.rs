@@ -7,6 +7,7 @@
 mod claim;
 mod enforce;
 mod files;
+mod hierarchy;
 mod kernel;
 mod list;
 mod refusal;
@@ -14,9 +15,10 @@ mod sweep;
 
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
-    macros::sock_ops,
-    programs::SockOpsContext,
+    macros::{btf_tracepoint, sock_ops},
+    programs::{BtfTracePointContext, SockOpsContext},
 };
+use keepalive_common::cgroup_event::Kind;
 
 use crate::kernel::{FileIterator, TcpIterator, TcpSock};
 
@@ -100,6 +102,30 @@ extern "C" fn list(iterator: &TcpIterator) -> i32 {
 extern "C" fn files(iterator: &FileIterator) -> i32 {
     files::write(iterator);
     NEXT
+}
+
+/// Runs for every cgroup that is made: tells the agent. The kernel calls it when
+/// nothing can fail any more, and shows the directory just after that
+/// (`cgroup_mkdir()` in kernel/cgroup/cgroup.c).
+///
+/// # Minimum kernel version
+///
+/// 5.8, for ring buffers.
+#[btf_tracepoint(function = "cgroup_mkdir")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn cgroup_made(ctx: BtfTracePointContext) {
+    hierarchy::tell(&ctx, Kind::Made);
+}
+
+/// Runs for every cgroup that is removed: tells the agent.
+///
+/// # Minimum kernel version
+///
+/// As [`cgroup_made`].
+#[btf_tracepoint(function = "cgroup_rmdir")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn cgroup_removed(ctx: BtfTracePointContext) {
+    hierarchy::tell(&ctx, Kind::Removed);
 }
 
 #[cfg(target_arch = "bpf")]

@@ -50,12 +50,14 @@ impl fmt::Display for Answer {
     }
 }
 
-/// A feature that is needed, and what came of trying it.
+/// A feature, and what came of trying it.
 #[derive(Debug, Serialize)]
 struct Finding {
     feature: &'static str,
     answer: Answer,
     detail: String,
+    /// Whether nothing can be enforced without it.
+    needed: bool,
 }
 
 impl Finding {
@@ -76,6 +78,14 @@ impl Finding {
             feature,
             answer,
             detail: detail.to_string(),
+            needed: true,
+        }
+    }
+
+    fn not_needed(self) -> Self {
+        Self {
+            needed: false,
+            ..self
         }
     }
 }
@@ -92,7 +102,9 @@ struct Report<'a> {
 pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
     let mut findings = kernel_findings(target);
-    let able = findings.iter().all(|finding| finding.answer == Answer::Yes);
+    let able = findings
+        .iter()
+        .all(|finding| finding.answer == Answer::Yes || !finding.needed);
     let config_errors = config_finding(target, &mut findings);
     let config_is_right = findings
         .last()
@@ -114,7 +126,7 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
                 detail.to_owned(),
             ]
         });
-        output::table(["NEEDED", "WORKS", "DETAIL"], rows)?;
+        output::table(["FEATURE", "WORKS", "DETAIL"], rows)?;
         for more in findings
             .iter()
             .filter_map(|finding| finding.detail.split_once('\n'))
@@ -144,6 +156,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     const PROGRAM: &str = "new connections";
     const SWEEP: &str = "existing connections";
     const EFFECT: &str = "options are set";
+    const CGROUPS: &str = "new cgroups";
 
     let mut findings = Vec::new();
     let root = target.root();
@@ -169,11 +182,12 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
     });
     let (Ok((hierarchy, root)), Ok(()), Ok(layout)) = (root, capable, layout) else {
-        for feature in [PROGRAM, SWEEP, EFFECT] {
+        for feature in [PROGRAM, SWEEP, EFFECT, CGROUPS] {
             findings.push(Finding::inconclusive(feature, "not tried: see above"));
         }
         return findings;
     };
+    let cgroups = new_cgroups(CGROUPS, trial::new_cgroup(&layout, &hierarchy, &root));
     let mut loaded = match Loaded::load(&layout, 1) {
         Ok(loaded) => loaded,
         Err(error) => {
@@ -181,6 +195,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
             for feature in [SWEEP, EFFECT] {
                 findings.push(Finding::inconclusive(feature, "not tried: see above"));
             }
+            findings.push(cgroups);
             return findings;
         }
     };
@@ -202,7 +217,22 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
             Finding::inconclusive(EFFECT, format_args!("{error:#}"))
         }
     });
+    findings.push(cgroups);
     findings
+}
+
+/// Whether the kernel tells of new cgroups. An agent does without, with less.
+fn new_cgroups(feature: &'static str, told: Result<(), trial::Failure>) -> Finding {
+    let finding = match told {
+        Ok(()) => Finding::yes(feature, "get their own policy at once"),
+        Err(failure) => Finding::no(
+            feature,
+            format_args!(
+                "they follow their nearest ancestor until the agent is sent SIGHUP: {failure}"
+            ),
+        ),
+    };
+    finding.not_needed()
 }
 
 /// What the verifier said to a program.

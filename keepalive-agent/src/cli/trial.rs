@@ -5,7 +5,7 @@
 //! both ends have.
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
     path::PathBuf,
@@ -14,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use keepalive_common::{
+    layout::Layout,
     plan::{Options, plan},
     policy::{Policy, Range},
 };
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     assignment::{Assigned, Assignment, Claim},
-    bpf::Loaded,
+    bpf::{Change, Events, Loaded},
     hierarchy::{Cgroup, Hierarchy},
     rules::Rules,
 };
@@ -47,6 +48,15 @@ pub(super) enum Failure {
     NoEffect(String),
     /// The trial itself could not be made.
     NotTried(anyhow::Error),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoEffect(what) => f.write_str(what),
+            Self::NotTried(error) => write!(f, "{error:#}"),
+        }
+    }
 }
 
 /// Makes the connection below `root` and looks at both ends.
@@ -84,6 +94,35 @@ fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) ->
     let mut trial = Trial::start()?;
     scratch.take_in(trial.0.id())?;
     trial.ends()
+}
+
+/// Makes and removes a cgroup below `root`, and looks whether the kernel tells
+/// of both.
+pub(super) fn new_cgroup(
+    layout: &Layout,
+    hierarchy: &Hierarchy,
+    root: &Cgroup,
+) -> Result<(), Failure> {
+    let (cgroup, changes) = changes(layout, hierarchy, root).map_err(Failure::NotTried)?;
+    for change in [Change::Made(cgroup.clone()), Change::Removed(cgroup)] {
+        if !changes.contains(&change) {
+            return Err(Failure::NoEffect(format!(
+                "the kernel did not tell of {change:?}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn changes(layout: &Layout, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Cgroup, Vec<Change>)> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("starting the runtime")?;
+    let _inside = runtime.enter();
+    let mut events = Events::load(layout, hierarchy)?;
+    let cgroup = Scratch::new(hierarchy, root)?.cgroup.clone();
+    Ok((cgroup, events.now()))
 }
 
 /// A cgroup for the trial, removed in the end.

@@ -81,6 +81,8 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,
         cgroup_kn: cgroup.number("kn")?,
         kernfs_id: Structure::named(btf, "kernfs_node")?.number("id")?,
+        cgroup_root: cgroup.number("root")?,
+        hierarchy_id: Structure::named(btf, "cgroup_root")?.number("hierarchy_id")?,
         state: common("skc_state")?,
         family: common("skc_family")?,
         local_port: common("skc_num")?,

@@ -24,7 +24,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 19] = [
+    let fields: [Expected; 21] = [
         ("flags", |l| l.flags, [(96, 8); 5]),
         ("state", |l| l.state, [(18, 1); 5]),
         (
@@ -69,6 +69,12 @@ fn every_field_stands_where_the_kernel_has_it() {
             |l| l.kernfs_id,
             [(104, 8), (104, 8), (104, 8), (96, 8), (96, 8)],
         ),
+        (
+            "cgroup_root",
+            |l| l.cgroup_root,
+            [(480, 8), (480, 8), (656, 8), (720, 8), (808, 8)],
+        ),
+        ("hierarchy_id", |l| l.hierarchy_id, [(12, 4); 5]),
         (
             "timer_expires",
             |l| l.timer_expires,
@@ -146,6 +152,10 @@ fn a_field_that_is_not_there_is_fatal_and_named() {
             "no field inet_conn.icsk_inet.sk.__sk_common.skc_flags",
         ),
         ("kn", "struct cgroup of this kernel has no field kn"),
+        (
+            "hierarchy_id",
+            "struct cgroup_root of this kernel has no field hierarchy_id",
+        ),
         ("tcp_sock", "tcp_sock"),
         ("kernfs_node", "kernfs_node"),
         ("SOCK_KEEPOPEN", "no SOCK_KEEPOPEN in enum sock_flags"),
