@@ -63,6 +63,18 @@ pub struct CgroupPattern {
 }
 
 impl Config {
+    /// The same config, or one that is only counted.
+    #[must_use]
+    pub fn in_dry_run(mut self, dry_run: bool) -> Self {
+        if dry_run {
+            let named = self.policies.iter_mut().map(|named| &mut named.policy);
+            for policy in self.default.iter_mut().chain(named) {
+                *policy = policy.with_enforcement(false);
+            }
+        }
+        self
+    }
+
     /// The policy of this name; [`DEFAULT`] is the one for unclaimed sockets.
     #[must_use]
     pub fn policy(&self, name: &str) -> Option<Policy> {

@@ -158,6 +158,15 @@ impl Hierarchy {
         Ok(found)
     }
 
+    /// Whether any process is in a cgroup or below it. Where that cannot be found
+    /// out, because it is not there yet or not any more, none is.
+    #[must_use]
+    pub fn has_processes(&self, cgroup: &Cgroup) -> bool {
+        let events = self.directory(&cgroup.path).join("cgroup.events");
+        fs::read_to_string(events)
+            .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+    }
+
     /// Opens a cgroup to attach programs to it.
     ///
     /// # Errors

@@ -310,14 +310,17 @@ impl Enforcer {
     }
 
     /// Tells the kernel of a cgroup that was made after the last
-    /// [`Self::switch`] and that these policies claim, by index.
+    /// [`Self::switch`] and that these policies claim, by index; whether it did
+    /// not know of it yet.
     ///
     /// # Errors
     ///
     /// When a map takes no more: the cgroup goes by the policy above it then.
-    pub fn appear(&mut self, made: &Cgroup, policies: &[usize]) -> Result<()> {
+    pub fn appear(&mut self, made: &Cgroup, policies: &[usize]) -> Result<bool> {
         let switch = self.slots.appear(made, policies)?;
-        self.write(switch)
+        let is_new = !switch.claims.is_empty();
+        self.write(switch)?;
+        Ok(is_new)
     }
 
     /// Forgets a cgroup that is gone.

@@ -238,7 +238,7 @@ impl Slots {
     }
 
     /// A cgroup has been made that these policies of the assignment in force
-    /// claim, by index: what is to be written.
+    /// claim, by index: what is to be written, nothing if it is known already.
     ///
     /// # Errors
     ///
@@ -259,7 +259,9 @@ impl Slots {
             id: made.id,
             target,
         };
-        self.now.insert(made.path.clone(), claimed);
+        if self.now.insert(made.path.clone(), claimed) == Some(claimed) {
+            return Ok(Switch::default());
+        }
         Ok(Switch {
             records,
             claims: vec![(made.clone(), claim)],
@@ -887,6 +889,7 @@ mod tests {
         let mut again = at("/a");
         again.id += 1;
         let switch = slots.appear(&again, &[0]).unwrap();
+        assert_eq!(slots.appear(&again, &[0]).unwrap(), Switch::default());
         assert_eq!(switch.claims.len(), 1);
         assert_eq!(switch.claims[0].0.id, again.id);
         // The event of the first one's end may come late.
