@@ -1,5 +1,6 @@
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +40,31 @@ impl Cgroup {
     /// It exists already, or this cgroup is gone.
     pub fn child(&self, name: &str) -> Result<Self> {
         Self::make(&self.directory, &self.path, name)
+    }
+
+    /// Makes a cgroup some levels below this one, and those between them that do
+    /// not exist, as `mkdir -p` does. Those go with this one.
+    ///
+    /// # Errors
+    ///
+    /// This cgroup is gone.
+    pub fn descendant(&self, path: &str) -> Result<Self> {
+        let directory = self.directory.join(path);
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot make the cgroup {}", directory.display()))?;
+        Ok(Self {
+            directory,
+            path: format!("{}/{path}", self.path),
+        })
+    }
+
+    /// The number by which the kernel knows it.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub fn id(&self) -> Result<u64> {
+        Ok(fs::metadata(&self.directory)?.ino())
     }
 
     fn make(parent: &Path, parent_path: &str, name: &str) -> Result<Self> {

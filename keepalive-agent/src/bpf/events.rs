@@ -33,8 +33,8 @@ pub enum Change {
     Made(Cgroup),
     /// A cgroup was removed.
     Removed(Cgroup),
-    /// Changes that nobody will be told of: what exists must be looked up again.
-    /// Whatever was made up to now can be.
+    /// There were changes that nobody will be told of: what exists must be looked
+    /// up anew, and whatever was made up to now can be. Comes alone.
     Lost,
 }
 
@@ -131,6 +131,7 @@ impl Events {
             }
             if changes.contains(&Change::Lost) {
                 catch_up();
+                changes = vec![Change::Lost];
             }
             if !changes.is_empty() {
                 return Ok(changes);

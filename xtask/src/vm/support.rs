@@ -44,6 +44,7 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[
     (
         "a race or a crowd, for which an emulated processor is too slow",
         &[
+            "cgroup_events::ten_thousand_come_and_go",
             "namespaces::that_vanish_meanwhile",
             "reload::under_churn_every_connection_has_one_of_two_policies",
             "sockets::namespaces_vanish_meanwhile",
