@@ -5,6 +5,8 @@
 //!
 //! * where a policy moved a value of the application, the original is kept
 //!   beside the socket ([`Originals`]; rare, so the memory is paid rarely);
+//! * so it is where a value of an earlier policy has to stay for a while, because
+//!   the change waits for its turn: another policy may come before that;
 //! * everything else that a policy wrote is what it gives to an unset timer, so
 //!   the earlier policy is all that is needed to recognise it.
 
@@ -17,36 +19,45 @@ use crate::{
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replaced {
-    /// What the application had set.
+    /// What the application had set; [`UNSET`] if it had set nothing.
     pub original: u32,
     /// What was written over it.
     pub written: u32,
 }
+
+/// The original of a value that an earlier policy gave and that waits to be
+/// changed. No timer can be set to this.
+pub const UNSET: u32 = u32::MAX;
 
 impl Replaced {
     /// What the application wants now: its original, unless it has set
     /// something else since.
     #[inline(always)]
     const fn application(self, has: u32) -> Option<u32> {
-        if self.original != 0 && self.written == has {
-            Some(self.original)
-        } else {
+        if self.original == 0 || self.written != has {
             None
+        } else if self.original == UNSET {
+            Some(0)
+        } else {
+            Some(self.original)
         }
     }
 
     #[inline(always)]
-    const fn new(application: u32, wants: u32) -> Self {
-        if application == 0 || application == wants {
-            Self {
-                original: 0,
-                written: 0,
-            }
+    const fn new(application: u32, now: u32, wants: u32) -> Self {
+        let original = if application == now {
+            0
+        } else if application != 0 {
+            application
+        } else if now != wants {
+            UNSET
         } else {
-            Self {
-                original: application,
-                written: wants,
-            }
+            // The policy of now gives it, so that is all to know it by.
+            0
+        };
+        Self {
+            original,
+            written: if original == 0 { 0 } else { now },
         }
     }
 }
@@ -66,16 +77,21 @@ pub struct Originals {
 }
 
 impl Originals {
-    /// What is to be kept once `wants` has been set for an `application` that
-    /// wanted something else.
+    /// What is to be kept once a socket has what is set `now`, for an
+    /// `application` that wanted something else, where the policy `wants`
+    /// something else still.
     #[must_use]
     #[inline(always)]
-    pub const fn of(application: &Options, wants: &Options) -> Self {
+    pub const fn of(application: &Options, now: &Options, wants: &Options) -> Self {
         Self {
-            idle: Replaced::new(application.idle, wants.idle),
-            interval: Replaced::new(application.interval, wants.interval),
-            probes: Replaced::new(application.probes, wants.probes),
-            user_timeout: Replaced::new(application.user_timeout, wants.user_timeout),
+            idle: Replaced::new(application.idle, now.idle, wants.idle),
+            interval: Replaced::new(application.interval, now.interval, wants.interval),
+            probes: Replaced::new(application.probes, now.probes, wants.probes),
+            user_timeout: Replaced::new(
+                application.user_timeout,
+                now.user_timeout,
+                wants.user_timeout,
+            ),
         }
     }
 
@@ -205,7 +221,7 @@ mod tests {
         fn sweep(&mut self, policy: Policy) -> u32 {
             let application = application(&self.has, &self.originals, self.before.as_ref());
             self.has = replan(&policy, &self.has, &application);
-            self.originals = Originals::of(&application, &self.has);
+            self.originals = Originals::of(&application, &self.has, &self.has);
             self.before = Some(policy);
             self.has.idle
         }
@@ -236,6 +252,22 @@ mod tests {
             [7200, 300, 45, 7200, 45, 300, 7200]
         );
         assert!(socket.originals.is_empty());
+    }
+
+    #[test]
+    fn a_value_that_waits_to_be_changed_is_still_known() {
+        for (application_idle, expected) in [(0, 20), (7200, 7200)] {
+            let mut socket = Socket::new(application_idle);
+            let policies = [60, 30, 20].map(|idle| policy(Range::default_only(idle)));
+            socket.sweep(policies[0]);
+            // The second one is for later, and the third comes before that.
+            let application = application(&socket.has, &socket.originals, Some(&policies[0]));
+            let wants = replan(&policies[1], &socket.has, &application);
+            socket.originals = Originals::of(&application, &socket.has, &wants);
+            socket.before = Some(policies[1]);
+            assert_eq!(socket.sweep(policies[2]), expected);
+            assert!(socket.originals.is_empty());
+        }
     }
 
     #[test]

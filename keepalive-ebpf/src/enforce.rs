@@ -48,7 +48,7 @@ pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
     if !setter.enforced {
         return;
     }
-    let replaced = Originals::of(&has, &wants);
+    let replaced = Originals::of(&has, &wants, &wants);
     if !replaced.is_empty() {
         sweep::remember(sock, &replaced);
     }

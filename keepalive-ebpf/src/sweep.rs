@@ -31,7 +31,8 @@ static PASS: Array<Pass, 1> = Array::new();
 static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
 /// Socket → the application's values that a policy replaced. Rare: only where
-/// the application set a timer and a bound moved it.
+/// the application set a timer and a bound moved it, or where a change of policy
+/// waits for its turn.
 #[btf_map]
 static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
@@ -62,7 +63,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     let wants = enforce::forget_options(replan(policy, &has, &application));
     let may_probe = pass.batch != 0;
     let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = now(&has, &wants, silence, may_probe);
+    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
@@ -81,6 +82,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if now != wants {
         pass.waiting += 1;
     }
+    keep_originals(sock, &application, &now, &wants, &originals);
     if now == has {
         return;
     }
@@ -97,16 +99,29 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     } else {
         setter.set(&application, &has, &now);
     }
-    let replaces = Originals::of(&application, &now);
-    if replaces != originals {
-        remember(sock, &replaces);
-    }
     if silence.is_due && arms(&has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
             pass.in_batch = 0;
             iterator.pause();
         }
+    }
+}
+
+/// Keeps what is replaced on the socket, if that is another thing than before.
+/// Out of line: what the verifier concludes here ends here, or it would follow
+/// each combination of timers to the end of the caller.
+#[inline(never)]
+fn keep_originals(
+    sock: TcpSock,
+    application: &Options,
+    now: &Options,
+    wants: &Options,
+    before: &Originals,
+) {
+    let replaces = Originals::of(application, now, wants);
+    if replaces != *before {
+        remember(sock, &replaces);
     }
 }
 

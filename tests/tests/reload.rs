@@ -534,26 +534,6 @@ fn a_cgroup_is_let_go() -> Result<()> {
     Ok(())
 }
 
-/// Cgroups that appear are found by a reload: a glob is read anew.
-#[test]
-fn a_glob_finds_new_cgroups() -> Result<()> {
-    require!();
-    let root = Cgroup::new()?;
-    let config = format!(
-        "[default]\nidle = \"70s\"\n\
-         [[policy]]\nname = \"web\"\ncgroup = \"{}/web-*\"\nidle = \"71s\"\n",
-        root.path()
-    );
-    let mut agent = Agent::start(&root, &config)?;
-    let web = root.child("web-1")?;
-    let mut probe = Probe::start(Program::Static, &web)?;
-    let socket = probe.connection()?.0;
-    assert_eq!(probe.options(socket)?.idle, 70);
-    agent.reload(&config)?;
-    assert_eq!(probe.options(socket)?.idle, 71);
-    Ok(())
-}
-
 /// Every connection has the old policy or the new one from its first moment, also
 /// when its claim and the default change places.
 #[test]

@@ -161,17 +161,17 @@ impl Hand {
         let silence = Silence::new(record.silent_ms, 1000, &wants);
         let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
-        if now == has {
-            return false;
-        }
-        self.by_hand
-            .count(claimed.slot, &set(Some(socket), &application, &has, &now));
-        let replaces = Originals::of(&application, &now);
+        let replaces = Originals::of(&application, &now, &wants);
         if replaces != originals
             && let Err(error) = self.by_hand.remember(socket, &replaces)
         {
             debug!("keeping what a policy replaced: {error:#}");
         }
+        if now == has {
+            return false;
+        }
+        self.by_hand
+            .count(claimed.slot, &set(Some(socket), &application, &has, &now));
         silence.is_due && arms(&has, &now)
     }
 }
