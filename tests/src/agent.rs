@@ -1,3 +1,4 @@
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -102,6 +103,25 @@ impl Agent {
         Self::start_command(command, Some(file))
     }
 
+    /// Starts it with the files that these arguments name, by way of a command
+    /// that becomes what is named behind it. Nothing of them is written here.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_on<A: AsRef<OsStr>>(
+        cgroup: &Cgroup,
+        arguments: &[A],
+        by: &[&str],
+    ) -> Result<Self> {
+        let mut command = Command::new(by[0]);
+        command.args(&by[1..]).arg(agent_binary());
+        command.stdin(Stdio::null());
+        command.arg("run").args(arguments);
+        command.args(["--cgroup", cgroup.path()]);
+        Self::start_command(command, None)
+    }
+
     /// Starts it with its built-in policy.
     ///
     /// # Errors
@@ -169,9 +189,45 @@ impl Agent {
     /// It does not take it, or does not sweep in time.
     pub fn reload(&mut self, config: &str) -> Result<Value> {
         self.hang_up(config)?;
+        self.reloaded()
+    }
+
+    /// Waits until it has taken another configuration, and returns its report of
+    /// the sweep that follows.
+    ///
+    /// # Errors
+    ///
+    /// It does not take one in time.
+    pub fn reloaded(&mut self) -> Result<Value> {
         self.record("reloaded", SWEEP)
             .with_context(|| self.stderr.so_far())?;
         self.swept()
+    }
+
+    /// Makes sure that it takes no other configuration in this time.
+    ///
+    /// # Errors
+    ///
+    /// It does.
+    pub fn not_reloaded(&mut self, time: Duration) -> Result<()> {
+        match self.record("reloaded", time) {
+            Ok(record) => bail!("it went over to {record}"),
+            Err(error) if self.is_alive()? => {
+                drop(error);
+                Ok(())
+            }
+            Err(error) => Err(error).with_context(|| self.stderr.so_far()),
+        }
+    }
+
+    fn is_alive(&mut self) -> Result<bool> {
+        Ok(self.process.child().try_wait()?.is_none())
+    }
+
+    /// What it has said on standard error so far.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.stderr.so_far()
     }
 
     /// Writes another configuration that the agent is not to take, and returns

@@ -14,14 +14,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args, Subcommand};
-use keepalive_common::policy::Policy;
 use tracing::warn;
 
 use super::{ConfigFiles, output};
 use crate::{
     config::{
-        CgroupPattern, Diagnostics, Merged, NamedPolicy, Origin, Origins, PERMANENT_DIRECTORY,
-        RUNTIME_DIRECTORY,
+        CgroupPattern, Config, Diagnostics, Merged, NamedPolicy, Origin, Origins,
+        PERMANENT_DIRECTORY, RUNTIME_DIRECTORY,
     },
     rules::{Ports, Remote, Rules},
     state,
@@ -213,10 +212,11 @@ fn set(arguments: &Set) -> Result<()> {
     for warning in &after.warnings.0 {
         warn!("{warning}");
     }
+    let written = find(&after, &name);
+    let (_, origins) = written.context("another file takes this drop-in out")?;
     let agents = Agents::find();
     drop_in.write(&text)?;
     output::text(format_args!("wrote {}\n", drop_in.path().display()))?;
-    let (policy, origins) = find(&after, &name).context("a policy that vanished")?;
     for key in keys.keys() {
         let from = key.origin(origins);
         if let Some(other) = from.filter(|place| *place.file != *drop_in.path()) {
@@ -227,7 +227,7 @@ fn set(arguments: &Set) -> Result<()> {
             ))?;
         }
     }
-    agents.report(&name, Some(policy.policy), before.config != after.config)
+    agents.report(Some(&before.config), &after.config)
 }
 
 fn unset(arguments: &Unset) -> Result<()> {
@@ -286,13 +286,12 @@ fn unset(arguments: &Unset) -> Result<()> {
         warn!("something else is wrong in the config; see `keepalive-agent policy show`");
         return Ok(());
     };
-    let left = find(&after, &name);
-    if let Some((_, origins)) = left {
+    if let Some((_, origins)) = find(&after, &name) {
         let lines = lines_of(origins).join(", ");
         output::text(format_args!("policy {name} is still in {lines}\n"))?;
     }
-    let changed = before.is_ok_and(|before| before.config != after.config);
-    agents.report(&name, left.map(|(named, _)| named.policy), changed)
+    let before = before.as_ref().ok().map(|before| &before.config);
+    agents.report(before, &after.config)
 }
 
 impl Set {
@@ -482,51 +481,48 @@ impl Agents {
         }
     }
 
-    /// Waits for the agents to take a change over, and says which of them do.
-    /// `policy` is what is to hold under that name.
-    fn report(self, name: &str, policy: Option<Policy>, changed: bool) -> Result<()> {
-        let before = match self.before {
-            Ok(before) => before,
+    /// Waits for those to take a change over that went by the config before it,
+    /// and says what became of each.
+    fn report(self, before: Option<&Config>, after: &Config) -> Result<()> {
+        let agents = match self.before {
+            Ok(agents) => agents,
             Err(error) => {
                 warn!("cannot tell which agents run: {error:#}");
                 return Ok(());
             }
         };
-        if before.is_empty() {
-            return output::text("no agent is running\n");
-        }
         let end = Instant::now() + PATIENCE;
-        let late = loop {
-            let now = state::running()?;
-            let late: Vec<_> = before
-                .iter()
-                .filter(|before| {
-                    let now = now.iter().find(|now| now.pid == before.pid);
-                    now.is_some_and(|now| {
-                        now.config.policy(name) != policy || changed && now.config == before.config
-                    })
-                })
-                .collect();
-            if late.is_empty() || Instant::now() > end {
-                break late.iter().map(|late| late.pid).collect::<Vec<_>>();
+        let now = loop {
+            let mut now = state::running()?;
+            now.retain(|now| agents.iter().any(|agent| agent.pid == now.pid));
+            let waits = |now: &state::Running| before.is_some_and(|before| goes_by(now, before));
+            let waiting = now.iter().any(|now| waits(now) && !goes_by(now, after));
+            if !waiting || Instant::now() > end {
+                break now;
             }
             thread::sleep(PATIENCE / 100);
         };
+        if now.is_empty() {
+            return output::text("no agent is running\n");
+        }
         let mut text = String::new();
-        for agent in &before {
-            let (pid, root) = (agent.pid, &agent.root.path);
-            if late.contains(&pid) {
-                writeln!(
-                    text,
-                    "agent {pid} on {root} has not taken it over: it reads other files, or its log \
-                     says why"
-                )?;
+        for agent in now {
+            let what = if goes_by(&agent, after) {
+                "has taken it over"
+            } else if before.is_some_and(|before| goes_by(&agent, before)) {
+                "has not taken it over: its log says why"
             } else {
-                writeln!(text, "agent {pid} on {root} has taken it over")?;
-            }
+                "goes by another config"
+            };
+            writeln!(text, "agent {} on {} {what}", agent.pid, agent.root.path)?;
         }
         output::text(text)
     }
+}
+
+/// Whether an agent enforces a config, or counts what it would do.
+fn goes_by(agent: &state::Running, config: &Config) -> bool {
+    agent.config == *config || agent.config == config.clone().in_dry_run(true)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What a config says, to the policy and to the word.
 
 use keepalive_common::policy::{Keepalive, MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, Range};
-use proptest::prelude::*;
+use proptest::{prelude::*, strategy::ValueTree as _};
 
 use super::*;
 
@@ -932,6 +932,33 @@ fn within_the_kernels_bounds(policy: &Policy) -> bool {
             && (range.at_most == u32::MAX || (1..=*max).contains(&range.at_most))
             && range.at_least <= range.at_most
     })
+}
+
+#[test]
+fn a_thousand_broken_configs_are_refused_with_a_line() {
+    // The same ones in every run.
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let edits = prop::collection::vec(edit(), 1..4);
+    let mut refused = 0;
+    for tried in 0.. {
+        assert!(tried < 4_000, "only {refused} of {tried} were refused");
+        let good = [bare_example(), TERSE.to_owned()][tried % 2].clone();
+        let edits = edits.new_tree(&mut runner).expect("edits").current();
+        let text = edits.iter().fold(good, |text, edit| apply(&text, edit));
+        let Err(errors) = parse(&text) else {
+            continue;
+        };
+        let lines = 1 + text.matches('\n').count();
+        for error in &errors.0 {
+            let line = error.line.expect("it is a text");
+            assert!((1..=lines).contains(&line), "{error}\n{text}");
+        }
+        assert!(!errors.0.is_empty(), "{text}");
+        refused += 1;
+        if refused == 1_000 {
+            return;
+        }
+    }
 }
 
 proptest! {

@@ -153,7 +153,6 @@ impl DropIn {
         if file.len() > LONGEST {
             bail!("the policy's name is too long for a file: choose a shorter one with --name");
         }
-        let directory = std::path::absolute(directory)?;
         Ok(Self {
             path: directory.join(file),
             policy: policy.to_owned(),
