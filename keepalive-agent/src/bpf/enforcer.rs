@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
     maps::{
@@ -51,7 +51,7 @@ const STEPS: u32 = 16_384;
 pub struct Loaded {
     ebpf: Ebpf,
     slots: Slots,
-    can_sweep: bool,
+    can_sweep: Option<bool>,
 }
 
 /// Knows every policy; attached to nothing yet.
@@ -67,7 +67,8 @@ pub struct Enforcer {
     /// What was done to existing connections from outside the kernel, by slot.
     by_hand: Arc<Mutex<BTreeMap<u32, Counters>>>,
     originals: Option<Arc<Mutex<SocketOriginals>>>,
-    can_sweep: bool,
+    /// Whether the kernel takes the sweeping program, once that was tried.
+    can_sweep: Option<bool>,
 }
 
 /// What a policy did.
@@ -208,7 +209,7 @@ impl Loaded {
         Ok(Self {
             ebpf: create(layout, room, CGROUPS)?,
             slots: Slots::new(room),
-            can_sweep: false,
+            can_sweep: None,
         })
     }
 
@@ -232,7 +233,7 @@ impl Loaded {
     pub fn load_sweep(&mut self) -> Result<Option<u32>> {
         load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
         let info = iterator(&mut self.ebpf, program::SWEEP)?.info()?;
-        self.can_sweep = true;
+        self.can_sweep = Some(true);
         Ok(info.verified_instruction_count())
     }
 
@@ -545,21 +546,25 @@ impl Enforcer {
         }
     }
 
-    /// Loads the sweeping program, if that has not been done.
+    /// Loads the sweeping program, if that has not been tried.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses it, with its reason.
+    /// When the kernel refuses it, with its reason the first time.
     ///
     /// # Minimum kernel version
     ///
     /// 5.15, for bpf_setsockopt in iterators.
     pub fn load_sweep(&mut self) -> Result<()> {
-        if !self.can_sweep {
-            load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
-            self.can_sweep = true;
+        match self.can_sweep {
+            Some(true) => Ok(()),
+            Some(false) => bail!("the kernel refused program {}", program::SWEEP),
+            None => {
+                let loaded = load_iterator(&mut self.ebpf, program::SWEEP, "tcp");
+                self.can_sweep = Some(loaded.is_ok());
+                loaded
+            }
         }
-        Ok(())
     }
 
     /// What a sweep needs that does not run in the kernel: who claims the
