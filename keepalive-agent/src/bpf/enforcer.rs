@@ -31,13 +31,14 @@ use keepalive_common::{
 use tracing::debug;
 
 use super::{
-    Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program, refused,
-    run_iterator,
+    Lister, Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program,
+    refused, run_iterator,
     slots::{Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
+    kernel::layout,
     netns::Namespace,
 };
 
@@ -67,6 +68,7 @@ pub struct Enforcer {
     /// What was done to existing connections from outside the kernel, by slot.
     by_hand: Arc<Mutex<BTreeMap<u32, Counters>>>,
     originals: Option<Arc<Mutex<SocketOriginals>>>,
+    lister: Option<Arc<Mutex<Lister>>>,
     /// Whether the kernel takes the sweeping program, once that was tried.
     can_sweep: Option<bool>,
 }
@@ -102,6 +104,7 @@ pub struct ByHand {
     claims: std::collections::HashMap<u64, Claim>,
     rules: Index,
     policies: BTreeMap<u32, Policy>,
+    lister: Arc<Mutex<Lister>>,
     /// The application's values that policies replaced.
     originals: Arc<Mutex<SocketOriginals>>,
     counters: Arc<Mutex<BTreeMap<u32, Counters>>>,
@@ -119,6 +122,15 @@ pub struct Claimed {
 }
 
 impl ByHand {
+    /// Hands on every connection of the calling thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the listing breaks off, or `each` fails.
+    pub fn list(&self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
+        locked(&self.lister).list(each)
+    }
+
     /// The policies of a connection; none if its cgroup is not known.
     #[must_use]
     pub fn claimed(&self, record: &SocketRecord) -> Option<Claimed> {
@@ -251,6 +263,7 @@ impl Loaded {
             retired_failures: Vec::new(),
             by_hand: Arc::default(),
             originals: None,
+            lister: None,
             can_sweep: self.can_sweep,
         };
         if let Some(before) = before {
@@ -572,7 +585,7 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// When the object lacks a map.
+    /// When the object lacks a map, or the kernel refuses the listing program.
     pub fn by_hand(&mut self, cgroups: Vec<Cgroup>) -> Result<ByHand> {
         let policies = self.slots.held().map(|(slot, held)| (slot, held.policy));
         let policies = policies.collect();
@@ -591,10 +604,17 @@ impl Enforcer {
             let originals = Arc::new(Mutex::new(map.try_into()?));
             self.originals.insert(originals).clone()
         };
+        let lister = if let Some(lister) = &self.lister {
+            lister.clone()
+        } else {
+            let lister = Lister::load(&layout::running()?)?;
+            self.lister.insert(Arc::new(Mutex::new(lister))).clone()
+        };
         Ok(ByHand {
             claims,
             rules: Index::of(&self.slots),
             policies,
+            lister,
             originals,
             counters: self.by_hand.clone(),
         })
