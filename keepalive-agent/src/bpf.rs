@@ -203,7 +203,8 @@ fn run_records<T: bytemuck::AnyBitPattern>(
     mut each: impl FnMut(&T) -> Result<()>,
 ) -> Result<u64> {
     let size = size_of::<T>();
-    // Larger than the kernel's own buffer of eight pages.
+    // The kernel's own buffer has eight pages, whatever their size; a smaller one
+    // here only takes more reads.
     let mut buffer = vec![0; 64 * 1024];
     let mut rest = Vec::new();
     let mut count = 0;
