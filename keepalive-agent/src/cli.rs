@@ -196,7 +196,9 @@ fn log_to_stderr(verbose: bool) {
     // What libraries do step by step helps nobody who runs the agent.
     let levels = Targets::new()
         .with_default(Level::WARN)
-        .with_target(env!("CARGO_CRATE_NAME"), own);
+        .with_target(env!("CARGO_CRATE_NAME"), own)
+        // Warns of the limit for locked memory when an error is about to tell of it.
+        .with_target("aya::sys::bpf", Level::ERROR);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(colour)

@@ -5,6 +5,18 @@
 //! subcommand.
 #![forbid(unsafe_code)]
 
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
+compile_error!(
+    "keepalive-agent is for 64-bit little-endian machines: its BPF object is little-endian, and \
+     it takes the kernel's pointers for 8 bytes"
+);
+
+#[cfg(any(target_arch = "mips64", target_arch = "mips64r6"))]
+compile_error!(
+    "keepalive-agent is not for MIPS: the numbers of SO_KEEPALIVE and its like in \
+     keepalive-common are those of all other machines"
+);
+
 pub mod assignment;
 pub mod bpf;
 pub mod cli;

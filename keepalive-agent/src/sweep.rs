@@ -19,9 +19,8 @@ use tokio::sync::oneshot;
 use tracing::debug;
 
 use crate::{
-    bpf::{Enforcer, Lister, SlowPass},
+    bpf::{Enforcer, SlowPass},
     hierarchy::Hierarchy,
-    kernel::layout,
     netns::{self, Namespace},
 };
 use by_hand::Hand;
@@ -113,8 +112,7 @@ impl Road {
         let hierarchy = Hierarchy::find()?;
         let root = hierarchy.existing("/".as_ref())?;
         let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
-        let lister = Lister::load(&layout::running()?)?;
-        let hand = Hand::new(lister, enforcer.by_hand(cgroups)?);
+        let hand = Hand::new(enforcer.by_hand(cgroups)?);
         Ok(Self::ByHand(Box::new(hand)))
     }
 }
@@ -142,7 +140,7 @@ impl Slow {
     fn run(self, pause: &mut (dyn FnMut() -> bool + Send)) {
         match self {
             Self::Kernel(pass) => pass.run(pause),
-            Self::ByHand(mut hand, namespaces) => {
+            Self::ByHand(hand, namespaces) => {
                 for namespace in namespaces {
                     if let Err(error) = hand.pass(&namespace, false, Some(pause)) {
                         debug!("namespace {}: {error:#}", namespace.name);

@@ -1,6 +1,6 @@
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -364,13 +364,13 @@ impl Growing {
         let text = Arc::new(Mutex::new(String::new()));
         let into = Arc::clone(&text);
         let reader = std::thread::spawn(move || {
-            let lines = pipe
-                .into_iter()
-                .flat_map(|pipe| BufReader::new(pipe).lines());
-            for line in lines.map_while(Result::ok) {
+            let Some(mut pipe) = pipe else { return };
+            // Not line by line: a message of several lines is seen whole, as it
+            // was written, or not yet.
+            let mut written = vec![0; 64 * 1024];
+            while let Ok(length @ 1..) = pipe.read(&mut written) {
                 let mut text = into.lock().unwrap_or_else(PoisonError::into_inner);
-                text.push_str(&line);
-                text.push('\n');
+                text.push_str(&String::from_utf8_lossy(&written[..length]));
             }
         });
         Self {

@@ -36,11 +36,7 @@ pub(crate) fn bench_object() -> Result<()> {
 
 /// Builds one object of the BPF crate and leaves it at `to`.
 fn build_object(toolchain: &setup::Toolchain, name: &str, to: &Path) -> Result<()> {
-    let target = if cfg!(target_endian = "big") {
-        "bpfeb-unknown-none"
-    } else {
-        "bpfel-unknown-none"
-    };
+    let target = "bpfel-unknown-none";
     // Its own directory: another compiler with other flags would throw the
     // host's build away, and the other way round.
     let target_dir = workspace::target_dir().join("bpf-build");

@@ -230,7 +230,11 @@ impl Built {
         tests.args(["--no-run", "--message-format=json-render-diagnostics"]);
         exec::announce(&tests);
         let mut programs = Vec::new();
-        for (name, path) in executables(&exec::output(&mut tests)?) {
+        // Cargo names them in the order in which they were ready.
+        let executables: BTreeMap<_, _> = executables(&exec::output(&mut tests)?)
+            .into_iter()
+            .collect();
+        for (name, path) in executables {
             let listed = exec::output(
                 Command::new(&path)
                     .args(["--list", "--format", "terse"])

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
     maps::{
@@ -31,13 +31,14 @@ use keepalive_common::{
 use tracing::debug;
 
 use super::{
-    Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program, refused,
-    run_iterator,
+    Lister, Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program,
+    refused, run_iterator,
     slots::{Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
+    kernel::layout,
     netns::Namespace,
 };
 
@@ -51,7 +52,7 @@ const STEPS: u32 = 16_384;
 pub struct Loaded {
     ebpf: Ebpf,
     slots: Slots,
-    can_sweep: bool,
+    can_sweep: Option<bool>,
 }
 
 /// Knows every policy; attached to nothing yet.
@@ -67,7 +68,9 @@ pub struct Enforcer {
     /// What was done to existing connections from outside the kernel, by slot.
     by_hand: Arc<Mutex<BTreeMap<u32, Counters>>>,
     originals: Option<Arc<Mutex<SocketOriginals>>>,
-    can_sweep: bool,
+    lister: Option<Arc<Mutex<Lister>>>,
+    /// Whether the kernel takes the sweeping program, once that was tried.
+    can_sweep: Option<bool>,
 }
 
 /// What a policy did.
@@ -101,6 +104,7 @@ pub struct ByHand {
     claims: std::collections::HashMap<u64, Claim>,
     rules: Index,
     policies: BTreeMap<u32, Policy>,
+    lister: Arc<Mutex<Lister>>,
     /// The application's values that policies replaced.
     originals: Arc<Mutex<SocketOriginals>>,
     counters: Arc<Mutex<BTreeMap<u32, Counters>>>,
@@ -118,6 +122,15 @@ pub struct Claimed {
 }
 
 impl ByHand {
+    /// Hands on every connection of the calling thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the listing breaks off, or `each` fails.
+    pub fn list(&self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
+        locked(&self.lister).list(each)
+    }
+
     /// The policies of a connection; none if its cgroup is not known.
     #[must_use]
     pub fn claimed(&self, record: &SocketRecord) -> Option<Claimed> {
@@ -208,7 +221,7 @@ impl Loaded {
         Ok(Self {
             ebpf: create(layout, room, CGROUPS)?,
             slots: Slots::new(room),
-            can_sweep: false,
+            can_sweep: None,
         })
     }
 
@@ -232,7 +245,7 @@ impl Loaded {
     pub fn load_sweep(&mut self) -> Result<Option<u32>> {
         load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
         let info = iterator(&mut self.ebpf, program::SWEEP)?.info()?;
-        self.can_sweep = true;
+        self.can_sweep = Some(true);
         Ok(info.verified_instruction_count())
     }
 
@@ -250,6 +263,7 @@ impl Loaded {
             retired_failures: Vec::new(),
             by_hand: Arc::default(),
             originals: None,
+            lister: None,
             can_sweep: self.can_sweep,
         };
         if let Some(before) = before {
@@ -545,21 +559,25 @@ impl Enforcer {
         }
     }
 
-    /// Loads the sweeping program, if that has not been done.
+    /// Loads the sweeping program, if that has not been tried.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses it, with its reason.
+    /// When the kernel refuses it, with its reason the first time.
     ///
     /// # Minimum kernel version
     ///
     /// 5.15, for bpf_setsockopt in iterators.
     pub fn load_sweep(&mut self) -> Result<()> {
-        if !self.can_sweep {
-            load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
-            self.can_sweep = true;
+        match self.can_sweep {
+            Some(true) => Ok(()),
+            Some(false) => bail!("the kernel refused program {}", program::SWEEP),
+            None => {
+                let loaded = load_iterator(&mut self.ebpf, program::SWEEP, "tcp");
+                self.can_sweep = Some(loaded.is_ok());
+                loaded
+            }
         }
-        Ok(())
     }
 
     /// What a sweep needs that does not run in the kernel: who claims the
@@ -567,7 +585,7 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// When the object lacks a map.
+    /// When the object lacks a map, or the kernel refuses the listing program.
     pub fn by_hand(&mut self, cgroups: Vec<Cgroup>) -> Result<ByHand> {
         let policies = self.slots.held().map(|(slot, held)| (slot, held.policy));
         let policies = policies.collect();
@@ -586,10 +604,17 @@ impl Enforcer {
             let originals = Arc::new(Mutex::new(map.try_into()?));
             self.originals.insert(originals).clone()
         };
+        let lister = if let Some(lister) = &self.lister {
+            lister.clone()
+        } else {
+            let lister = Lister::load(&layout::running()?)?;
+            self.lister.insert(Arc::new(Mutex::new(lister))).clone()
+        };
         Ok(ByHand {
             claims,
             rules: Index::of(&self.slots),
             policies,
+            lister,
             originals,
             counters: self.by_hand.clone(),
         })

@@ -29,14 +29,13 @@ use tracing::debug;
 
 use super::BATCH;
 use crate::{
-    bpf::{ByHand, Claimed, Lister},
+    bpf::{ByHand, Claimed},
     netns::Namespace,
     sockets::holders::each_socket,
 };
 
 /// Lists connections in the kernel and changes them from outside.
 pub(super) struct Hand {
-    lister: Lister,
     by_hand: ByHand,
 }
 
@@ -47,14 +46,14 @@ struct Candidate {
 }
 
 impl Hand {
-    pub(super) const fn new(lister: Lister, by_hand: ByHand) -> Self {
-        Self { lister, by_hand }
+    pub(super) const fn new(by_hand: ByHand) -> Self {
+        Self { by_hand }
     }
 
     /// Makes a pass over the connections of a namespace, unless it is gone. With a `pause` the
     /// connections that probe at once are changed too, a batch at a time.
     pub(super) fn pass(
-        &mut self,
+        &self,
         namespace: &Namespace,
         counts: bool,
         mut pause: Option<&mut (dyn FnMut() -> bool + Send)>,
@@ -96,15 +95,15 @@ impl Hand {
 
     /// The connections whose policy may want something, by inode number.
     fn candidates(
-        &mut self,
+        &self,
         namespace: &Namespace,
         counts: bool,
         pass: &mut Pass,
     ) -> Result<Option<HashMap<u64, Candidate>>> {
         let mut candidates = HashMap::new();
-        let Self { lister, by_hand } = self;
+        let by_hand = &self.by_hand;
         let listed = namespace.enter(|| {
-            lister.list(&mut |record| {
+            by_hand.list(&mut |record| {
                 pass.seen += 1;
                 let Some(claimed) = by_hand.claimed(record) else {
                     return Ok(());

@@ -134,7 +134,7 @@ impl Emulator {
         command.arg("-kernel").arg(kernel);
         command.arg("-initrd").arg(initramfs);
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet mitigations=off {arguments}"
+            "console=ttyS0 panic=-1 loglevel=5 mitigations=off {arguments}"
         ));
         let errors = directory.join("emulator.log");
         command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -167,7 +167,77 @@ fn major(version: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
+    use crate::vm::{support, transcript::Transcript};
+
+    /// A boot of a machine that a shell script stands in for; `$console` and
+    /// `$transcript` are where it writes.
+    fn boot(name: &str, script: &str) -> Boot {
+        let own = format!("keepalive-{name}-{}", std::process::id());
+        let directory = std::env::temp_dir().join(own);
+        fs::create_dir_all(&directory).unwrap();
+        let program = directory.join("qemu");
+        let lines = format!(
+            "#!/bin/sh\nconsole={0}/console\ntranscript={0}/transcript\n{script}\n",
+            directory.display()
+        );
+        fs::write(&program, lines).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let emulator = Emulator {
+            program,
+            root: None,
+            version: String::new(),
+        };
+        let nothing = Path::new("/dev/null");
+        let limit = Duration::from_secs(2);
+        let boot = emulator.boot(nothing, nothing, "", &directory, limit);
+        fs::remove_dir_all(&directory).unwrap();
+        boot.unwrap()
+    }
+
+    /// What is wrong with it, where one test program was to run.
+    fn faults(boot: &Boot) -> Vec<String> {
+        let transcript = Transcript::parse(&boot.transcript);
+        support::faults(1, &transcript, &boot.console, boot.timed_out)
+    }
+
+    const BEGIN: &str = "printf '@ begin a\\ntest b ... ok\\n@ end a 0 1\\n' >>$transcript";
+    const END: &str = "echo '@ finished 1' >>$transcript";
+
+    #[test]
+    fn a_guest_that_goes_through_its_plan_is_without_fault() {
+        let boot = boot("good", &format!("{BEGIN}\n{END}"));
+        assert!(!boot.timed_out);
+        assert_eq!(faults(&boot), [""; 0]);
+    }
+
+    /// The emulator ends with 0 all the same.
+    #[test]
+    fn a_guest_that_panics_is_at_fault() {
+        let panic = "echo '[  9.1] Kernel panic - not syncing' >>$console";
+        let boot = boot("panic", &format!("{BEGIN}\n{panic}"));
+        let faults = faults(&boot);
+        assert!(faults[0].contains("last line is missing"), "{faults:?}");
+        assert!(faults[1].contains("Kernel panic"), "{faults:?}");
+    }
+
+    #[test]
+    fn a_guest_that_hangs_is_ended_and_at_fault() {
+        let boot = boot("hang", &format!("{BEGIN}\nexec sleep 60"));
+        assert!(boot.timed_out && boot.took < Duration::from_secs(30));
+        let faults = faults(&boot);
+        assert!(faults[0].contains("did not stop in time"), "{faults:?}");
+        assert!(faults[1].contains("last line is missing"), "{faults:?}");
+    }
+
+    #[test]
+    fn a_guest_that_stops_in_the_midst_is_at_fault() {
+        let faults = faults(&boot("stop", BEGIN));
+        assert!(faults[0].contains("last line is missing"), "{faults:?}");
+        assert_eq!(faults.len(), 1);
+    }
 
     #[test]
     fn the_major_version_decides_whether_an_emulator_will_do() {

@@ -59,20 +59,19 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[
 const OLD: &[&str] = &["5.10.223", "5.10"];
 
 /// What a kernel does not have: the tests that need it skip with this reason.
-const MISSING: &[Missing] = &[Missing {
-    series: OLD,
-    reason: "/proc/sys/net/mptcp/enabled does not exist",
-    means: "MPTCP is not built into this kernel",
-}];
-
-/// What a kernel cannot do, so that a test fails there. A test that passes all
-/// the same is a fault of this table.
-const GAPS: &[Gap] = &[Gap {
-    series: OLD,
-    test: "sweep::waiting_to_be_accepted",
-    means: "below Linux 5.15, existing connections that wait to be accepted are missed: \
-            no process holds them yet",
-}];
+const MISSING: &[Missing] = &[
+    Missing {
+        series: OLD,
+        reason: "/proc/sys/net/mptcp/enabled does not exist",
+        means: "MPTCP is not built into this kernel",
+    },
+    Missing {
+        series: OLD,
+        reason: "existing connections are changed from outside the kernel here",
+        means: "below Linux 5.15, existing connections that wait to be accepted are missed: \
+                no process holds them yet",
+    },
+];
 
 /// Where the agent works in another way than usual, and how `check` says so.
 const FALLBACKS: &[Fallback] = &[Fallback {
@@ -84,12 +83,6 @@ const FALLBACKS: &[Fallback] = &[Fallback {
 struct Missing {
     series: &'static [&'static str],
     reason: &'static str,
-    means: &'static str,
-}
-
-struct Gap {
-    series: &'static [&'static str],
-    test: &'static str,
     means: &'static str,
 }
 
@@ -142,7 +135,6 @@ pub(super) fn unknown(programs: &[Program]) -> Vec<&'static str> {
         .iter()
         .flat_map(|(_, tests)| *tests)
         .copied()
-        .chain(GAPS.iter().map(|gap| gap.test))
         .filter(|title| !is_there(title))
         .collect()
 }
@@ -174,7 +166,7 @@ pub(super) fn judge(
             } else if let Some(result) = ran.and_then(|ran| ran.results.get(test)) {
                 let skip = ran.and_then(|ran| ran.skip(test));
                 let words = || ran.map(|ran| ran.words_of(test)).unwrap_or_default();
-                with_gaps(series, &title, of_result(series, result, skip, words))
+                of_result(series, result, skip, words)
             } else {
                 Verdict::Failed(match ran.map(|ran| ran.code) {
                     None => "the guest did not get to it".to_owned(),
@@ -190,20 +182,6 @@ pub(super) fn judge(
         }
     }
     verdicts
-}
-
-fn with_gaps(series: Series, test: &str, verdict: Verdict) -> Verdict {
-    let gap = GAPS
-        .iter()
-        .find(|gap| gap.test == test && gap.series.contains(&series.name));
-    match (gap, verdict) {
-        (Some(gap), Verdict::Failed(_)) => Verdict::NotSupported(gap.means.to_owned()),
-        (Some(gap), Verdict::Passed) => Verdict::Failed(format!(
-            "passed, though the support table says: {}",
-            gap.means
-        )),
-        (_, verdict) => verdict,
-    }
 }
 
 fn of_finding(series: Series, finding: &Finding) -> Verdict {
@@ -271,13 +249,6 @@ pub(super) fn faults(
     console: &str,
     timed_out: bool,
 ) -> Vec<String> {
-    const SIGNS: [&str; 4] = [
-        "Kernel panic",
-        "BUG:",
-        "Oops:",
-        // The kernel's own assertions.
-        "WARNING: CPU:",
-    ];
     let mut faults = transcript.broken.clone();
     if timed_out {
         faults.push("the guest did not stop in time".to_owned());
@@ -289,11 +260,27 @@ pub(super) fn faults(
         )),
         Some(_) => {}
     }
-    let signs = console
-        .lines()
-        .filter(|line| SIGNS.iter().any(|sign| line.contains(sign)));
+    // A program may also end badly when its tests are over.
+    for ran in &transcript.programs {
+        let failed = ran.results.values().any(|result| result == "FAILED");
+        if let Some(code) = ran.code.filter(|code| *code != 0 && !failed) {
+            let name = &ran.name;
+            faults.push(format!("{name} ended with {code}, and no test says why"));
+        }
+    }
+    let signs = console.lines().filter(|line| is_trouble(line));
     faults.extend(signs.map(|line| line.trim().to_owned()));
     faults
+}
+
+/// Whether the kernel is in trouble when it writes this.
+fn is_trouble(line: &str) -> bool {
+    // The kernel's own assertions: with `CPU: 1` before 6.18, with `CPU#1` since.
+    let asserts = line.contains("WARNING: ") && (line.contains("CPU: ") || line.contains("CPU#"));
+    asserts
+        || ["Kernel panic", "BUG:", "Oops:"]
+            .iter()
+            .any(|sign| line.contains(sign))
 }
 
 /// What the support table says is missing on a kernel where nothing missed it:
@@ -362,36 +349,25 @@ mod tests {
             let verdicts = judge(series, &programs(), &Transcript::parse(text));
             not_missed(series, &verdicts).len()
         };
-        assert_eq!(run(old, SKIPPED), 0);
         let all_pass = "@ begin families\ntest ipv6 ... ok\ntest mptcp ... ok\n@ end families 0 1";
-        assert_eq!(run(old, all_pass), 1);
+        assert_eq!(run(old, all_pass), MISSING.len());
+        assert_eq!(run(old, SKIPPED), MISSING.len() - 1);
         assert_eq!(run(new, all_pass), 0);
     }
 
     #[test]
-    fn a_gap_is_one_on_its_kernels_only_and_only_while_the_test_fails() {
-        let [old, .., new] = ALL;
-        let test = "sweep::waiting_to_be_accepted";
-        let failed = || Verdict::Failed("not swept".to_owned());
-        let verdict = with_gaps(old, test, failed());
-        assert!(matches!(verdict, Verdict::NotSupported(_)));
-        let verdict = with_gaps(old, test, Verdict::Passed);
-        assert!(matches!(verdict, Verdict::Failed(_)));
-        assert_eq!(with_gaps(new, test, failed()), failed());
-        assert_eq!(with_gaps(new, test, Verdict::Passed), Verdict::Passed);
-        assert_eq!(with_gaps(old, "sweep::other", failed()), failed());
-    }
-
-    #[test]
     fn what_the_table_names_must_exist() {
-        let (program, test) = GAPS[0].test.split_once("::").unwrap();
+        let [first, second, ..] = NOT_IN_GUESTS[0].1 else {
+            panic!("a table that is all but empty");
+        };
+        let (program, test) = first.split_once("::").unwrap();
         let known = [Program {
             name: program.to_owned(),
             tests: vec![test.to_owned()],
         }];
         let unknown = unknown(&known);
-        assert!(!unknown.contains(&GAPS[0].test));
-        assert!(unknown.contains(&NOT_IN_GUESTS[0].1[0]));
+        assert!(!unknown.contains(first));
+        assert!(unknown.contains(second));
     }
 
     #[test]
@@ -425,9 +401,24 @@ mod tests {
         assert!(faults_of(&cut, "", false)[0].contains("last line"));
         let less = SKIPPED.replace("@ finished 1\n", "@ finished 0\n");
         assert!(faults_of(&less, "", false)[0].contains("not 1"));
-        let panic = "[    1.2] Kernel panic - not syncing: no init";
-        assert_eq!(faults_of(SKIPPED, panic, false), [panic]);
         assert_eq!(faults_of(SKIPPED, "", true).len(), 1);
+        let crashed = SKIPPED.replace("families 0 1", "families 139 1");
+        assert!(faults_of(&crashed, "", false)[0].contains("139"));
+    }
+
+    #[test]
+    fn a_kernel_in_trouble_is_a_fault() {
+        for trouble in [
+            "[    1.2] Kernel panic - not syncing: no init",
+            "[    1.2] BUG: kernel NULL pointer dereference, address: 0000000000000008",
+            "[    1.2] WARNING: CPU: 1 PID: 9 at net/ipv4/tcp_timer.c:9 tcp_x+0x1/0x2",
+            "[    1.2] WARNING: net/ipv4/tcp_timer.c:9 at tcp_x+0x1/0x2, CPU#1: curl/9",
+        ] {
+            let console = format!("[    0.1] fine\n{trouble}\n[   9.1] reboot: System halted\n");
+            let found = faults(1, &Transcript::parse(SKIPPED), &console, false);
+            assert_eq!(found, [trouble]);
+        }
+        assert!(!is_trouble("[    0.1] smpboot: CPU: 1 is up"));
     }
 
     #[test]
