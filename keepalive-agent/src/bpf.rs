@@ -11,12 +11,13 @@ mod slots;
 use std::{
     fs::File,
     io::{self, Read as _},
+    sync::atomic::{Ordering, fence},
 };
 
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Map, MapData},
+    maps::{Array, Map, MapData},
     programs::{Iter, ProgramError, iter::IterLink},
 };
 use keepalive_common::layout::Layout;
@@ -48,6 +49,7 @@ mod map {
     pub(super) const COUNTERS: &str = "COUNTERS";
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
+    pub(super) const GENERATION: &str = "GENERATION";
     pub(super) const PASS: &str = "PASS";
     pub(super) const LOGGER: &str = "LOGGER";
     pub(super) const ORIGINALS: &str = "ORIGINALS";
@@ -113,6 +115,21 @@ where
         .map_mut(name)
         .with_context(|| format!("the BPF object has no map {name}"))?;
     Ok(T::try_from(found)?)
+}
+
+/// Makes new connections look for their claim again: until here they may go by
+/// what was found for their cgroup before the last writes. To be called after
+/// whatever changes where a cgroup's sockets belong.
+fn begin_generation(ebpf: &mut Ebpf) -> Result<()> {
+    /// Odd, so that no number comes twice, and without a pattern, so that two
+    /// numbers do not differ like two claims.
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut map: Array<Writable<'_>, u64> = map_mut(ebpf, map::GENERATION)?;
+    let generation = map.get(&0, 0)?.wrapping_add(STEP);
+    // Whoever sees the new number sees what was written before it.
+    fence(Ordering::SeqCst);
+    map.set(0, generation, 0)
+        .context("telling the programs that claims have changed")
 }
 
 /// Names the type of maps that are borrowed for writing.

@@ -64,6 +64,20 @@ impl Target {
         Self(number | STEP)
     }
 
+    /// As one number, to be kept.
+    #[must_use]
+    #[inline(always)]
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// From the number that [`Self::bits`] told.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
+
     /// What it leads to.
     #[must_use]
     #[inline(always)]

@@ -12,7 +12,7 @@ use keepalive_common::{
     plan::{Options, plan},
 };
 
-use crate::{claim, kernel::TcpSock, refusal, sweep};
+use crate::{claim, kernel::TcpSock, recent, refusal, sweep};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -21,7 +21,7 @@ static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 /// A connection has been established, on either end.
 #[inline(always)]
 pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
-    let slot = claim::slot(claim::nearest(sock.cgroup()).now, sock);
+    let slot = claim::slot(recent::target(sock.cgroup()), sock);
     let Some(counters) = COUNTERS.get_ptr(slot) else {
         return;
     };

@@ -10,6 +10,7 @@ mod files;
 mod hierarchy;
 mod kernel;
 mod list;
+mod recent;
 mod refusal;
 mod sweep;
 

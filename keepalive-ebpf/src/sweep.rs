@@ -45,7 +45,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     // run at the same time.
     let pass = unsafe { &mut *pass };
     pass.seen += 1;
-    let claim = claim::nearest(sock.cgroup());
+    let claim = claim::nearest(sock.cgroup(), 0);
     let slot = claim::slot(claim.now, sock);
     let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
         return;

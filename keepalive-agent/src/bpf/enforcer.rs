@@ -31,8 +31,8 @@ use keepalive_common::{
 use tracing::debug;
 
 use super::{
-    Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program, refused,
-    run_iterator,
+    Writable, begin_generation, create, iterator, load_iterator, map, map_mut, prepare_iterator,
+    program, refused, run_iterator,
     slots::{Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
@@ -337,6 +337,9 @@ impl Enforcer {
 
     fn write(&mut self, Switch { records, claims }: Switch) -> Result<()> {
         self.write_records(records)?;
+        if claims.is_empty() {
+            return Ok(());
+        }
         let mut map: HashMap<Writable<'_>, u64, Claim> =
             map_mut(&mut self.ebpf, super::map::CGROUPS)?;
         for (cgroup, claim) in claims {
@@ -344,7 +347,7 @@ impl Enforcer {
                 format!("telling the kernel the policy of cgroup {}", cgroup.path)
             })?;
         }
-        Ok(())
+        begin_generation(&mut self.ebpf)
     }
 
     /// Writes what claims are going to lead to.
