@@ -31,7 +31,6 @@ use slots::Room;
 /// The programs.
 mod program {
     pub(super) const ESTABLISHED: &str = "established";
-    pub(super) const LOG_REFUSAL: &str = "log_refusal";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
@@ -51,7 +50,6 @@ mod map {
     pub(super) const FAILURES: &str = "FAILURES";
     pub(super) const GENERATION: &str = "GENERATION";
     pub(super) const PASS: &str = "PASS";
-    pub(super) const LOGGER: &str = "LOGGER";
     pub(super) const ORIGINALS: &str = "ORIGINALS";
     pub(super) const EVENTS: &str = "EVENTS";
     pub(super) const LOST: &str = "LOST";

@@ -64,9 +64,16 @@ pub(crate) fn nearest(own: Option<Cgroup>, generation: u64) -> Claim {
 pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
     let slot = match target.lead() {
         Lead::Slot(slot) => slot,
-        Lead::Step(_) => resolve(&Maps, target, &sock.remote()),
+        Lead::Step(_) => by_remote(target, sock),
     };
     forget(slot)
+}
+
+/// Out of line, to keep its registers and branches out of the way of cgroups
+/// without rules.
+#[inline(never)]
+fn by_remote(target: Target, sock: TcpSock) -> u32 {
+    resolve(&Maps, target, &sock.remote())
 }
 
 /// The maps above.

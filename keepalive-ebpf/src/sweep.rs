@@ -66,15 +66,11 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
-    let setter = Setter {
-        target: sock.target(),
-        slot,
-        counters,
-        enforced: policy.is_enforced(),
-    };
+    let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
     if !setter.enforced {
         if pass.counts != 0 {
             setter.set(&application, &has, &wants);
+            setter.count();
         }
         return;
     }
@@ -97,6 +93,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     } else {
         setter.set(&application, &has, &now);
     }
+    setter.count();
     let replaces = Originals::of(&application, &now);
     if replaces != originals {
         remember(sock, &replaces);

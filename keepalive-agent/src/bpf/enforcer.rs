@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
+        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, SkStorage,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{CgroupAttachMode, SockOps, iter::IterLink},
@@ -194,7 +194,9 @@ impl Loaded {
     /// When the kernel refuses the program or a map, with its reason.
     pub fn load(layout: &Layout, policies: usize) -> Result<Self> {
         let mut loaded = Self::without_hook(layout, policies)?;
-        load_hook(&mut loaded.ebpf)?;
+        established(&mut loaded.ebpf)?
+            .load()
+            .map_err(|error| refused(program::ESTABLISHED, error))?;
         Ok(loaded)
     }
 
@@ -692,25 +694,8 @@ fn room(policies: usize) -> Result<Room> {
     })
 }
 
-/// Loads the program for new connections, and the one that logs for it.
-fn load_hook(ebpf: &mut Ebpf) -> Result<()> {
-    for name in [program::ESTABLISHED, program::LOG_REFUSAL] {
-        sock_ops(ebpf, name)?
-            .load()
-            .map_err(|error| refused(name, error))?;
-    }
-    let logger = sock_ops(ebpf, program::LOG_REFUSAL)?.fd()?.try_clone()?;
-    let mut callable: ProgramArray<Writable<'_>> = map_mut(ebpf, super::map::LOGGER)?;
-    callable
-        .set(0, &logger, 0)
-        .context("making the logging program callable")
-}
-
 fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps> {
-    sock_ops(ebpf, program::ESTABLISHED)
-}
-
-fn sock_ops<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SockOps> {
+    let name = program::ESTABLISHED;
     Ok(ebpf
         .program_mut(name)
         .with_context(|| format!("the BPF object has no program {name}"))?
