@@ -16,11 +16,13 @@ use std::{
 
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use aya::{
-    Btf, Ebpf, EbpfLoader,
+    Btf, Ebpf, EbpfLoader, Endianness,
     maps::{Array, Map, MapData},
     programs::{Iter, ProgramError, iter::IterLink},
 };
 use keepalive_common::layout::Layout;
+
+use crate::kernel::layout;
 
 pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
@@ -136,10 +138,47 @@ type Writable<'a> = &'a mut MapData;
 /// Loads one of the iterating programs; `over` is what the kernel calls what it
 /// iterates over, such as `tcp`.
 fn load_iterator(ebpf: &mut Ebpf, name: &str, over: &str) -> Result<()> {
-    let types = Btf::from_sys_fs().context("reading the kernel's types")?;
+    let types = types_of_iterator(&format!("bpf_iter_{over}"))?;
     iterator(ebpf, name)?
         .load(over, &types)
         .map_err(|error| refused(name, error))
+}
+
+/// Types with a function that has the number it has in the kernel, and nothing
+/// else of interest: all that loading an iterator looks up is this number, and
+/// to parse the hundred thousand types of the kernel takes longer than anything
+/// else at the start (layout: include/uapi/linux/btf.h).
+fn types_of_iterator(function: &str) -> Result<Btf> {
+    const MAGIC: u16 = 0xeb9f;
+    const VERSION: u8 = 1;
+    const HEADER: u32 = 24;
+    const TYPE: u32 = 12;
+    const FORWARD: u32 = 7 << 24;
+    const FUNCTION: u32 = 12 << 24;
+    let number = layout::function(function)?;
+    let names = [b"\0", function.as_bytes(), b"\0"].concat();
+    let types = number * TYPE;
+    let mut bytes = Vec::with_capacity((HEADER + types) as usize + names.len());
+    bytes.extend(MAGIC.to_ne_bytes());
+    bytes.extend([VERSION, 0]);
+    let lengths = [HEADER, 0, types, types, u32::try_from(names.len())?];
+    bytes.extend(lengths.iter().flat_map(|length| length.to_ne_bytes()));
+    // Number 0 is no type at all, and the function comes last. Each has a name,
+    // a kind, and what it is of.
+    for _ in 1..number {
+        bytes.extend(
+            [0, FORWARD, 0]
+                .iter()
+                .flat_map(|word: &u32| word.to_ne_bytes()),
+        );
+    }
+    bytes.extend(
+        [1, FUNCTION, 0]
+            .iter()
+            .flat_map(|word: &u32| word.to_ne_bytes()),
+    );
+    bytes.extend(names);
+    Btf::parse(&bytes, Endianness::default()).context("describing the iterator")
 }
 
 /// Makes a loaded iterator ready to be run once, on whichever thread.
