@@ -11,12 +11,13 @@ mod slots;
 use std::{
     fs::File,
     io::{self, Read as _},
+    sync::atomic::{Ordering, fence},
 };
 
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use aya::{
-    Btf, Ebpf, EbpfLoader,
-    maps::{Map, MapData},
+    Btf, Ebpf, EbpfLoader, Endianness,
+    maps::{Array, Map, MapData},
     programs::{Iter, ProgramError, iter::IterLink},
     util::KernelVersion,
 };
@@ -25,6 +26,8 @@ use rustix::{
     io::Errno,
     process::{Resource, getrlimit},
 };
+
+use crate::kernel::layout;
 
 pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
@@ -35,7 +38,6 @@ use slots::Room;
 /// The programs.
 mod program {
     pub(super) const ESTABLISHED: &str = "established";
-    pub(super) const LOG_REFUSAL: &str = "log_refusal";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
@@ -53,8 +55,8 @@ mod map {
     pub(super) const COUNTERS: &str = "COUNTERS";
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
+    pub(super) const GENERATION: &str = "GENERATION";
     pub(super) const PASS: &str = "PASS";
-    pub(super) const LOGGER: &str = "LOGGER";
     pub(super) const ORIGINALS: &str = "ORIGINALS";
     pub(super) const EVENTS: &str = "EVENTS";
     pub(super) const LOST: &str = "LOST";
@@ -145,16 +147,68 @@ where
     Ok(T::try_from(found)?)
 }
 
+/// Makes new connections look for their claim again: until here they may go by
+/// what was found for their cgroup before the last writes. To be called after
+/// whatever changes where a cgroup's sockets belong.
+fn begin_generation(ebpf: &mut Ebpf) -> Result<()> {
+    /// Odd, so that no number comes twice, and without a pattern, so that two
+    /// numbers do not differ like two claims.
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut map: Array<Writable<'_>, u64> = map_mut(ebpf, map::GENERATION)?;
+    let generation = map.get(&0, 0)?.wrapping_add(STEP);
+    // Whoever sees the new number sees what was written before it.
+    fence(Ordering::SeqCst);
+    map.set(0, generation, 0)
+        .context("telling the programs that claims have changed")
+}
+
 /// Names the type of maps that are borrowed for writing.
 type Writable<'a> = &'a mut MapData;
 
 /// Loads one of the iterating programs; `over` is what the kernel calls what it
 /// iterates over, such as `tcp`.
 fn load_iterator(ebpf: &mut Ebpf, name: &str, over: &str) -> Result<()> {
-    let types = Btf::from_sys_fs().context("reading the kernel's types")?;
+    let types = types_of_iterator(&format!("bpf_iter_{over}"))?;
     iterator(ebpf, name)?
         .load(over, &types)
         .map_err(|error| refused(name, error))
+}
+
+/// Types with a function that has the number it has in the kernel, and nothing
+/// else of interest: all that loading an iterator looks up is this number, and
+/// to parse the hundred thousand types of the kernel takes longer than anything
+/// else at the start (layout: include/uapi/linux/btf.h).
+fn types_of_iterator(function: &str) -> Result<Btf> {
+    const MAGIC: u16 = 0xeb9f;
+    const VERSION: u8 = 1;
+    const HEADER: u32 = 24;
+    const TYPE: u32 = 12;
+    const FORWARD: u32 = 7 << 24;
+    const FUNCTION: u32 = 12 << 24;
+    let number = layout::function(function)?;
+    let names = [b"\0", function.as_bytes(), b"\0"].concat();
+    let types = number * TYPE;
+    let mut bytes = Vec::with_capacity((HEADER + types) as usize + names.len());
+    bytes.extend(MAGIC.to_ne_bytes());
+    bytes.extend([VERSION, 0]);
+    let lengths = [HEADER, 0, types, types, u32::try_from(names.len())?];
+    bytes.extend(lengths.iter().flat_map(|length| length.to_ne_bytes()));
+    // Number 0 is no type at all, and the function comes last. Each has a name,
+    // a kind, and what it is of.
+    for _ in 1..number {
+        bytes.extend(
+            [0, FORWARD, 0]
+                .iter()
+                .flat_map(|word: &u32| word.to_ne_bytes()),
+        );
+    }
+    bytes.extend(
+        [1, FUNCTION, 0]
+            .iter()
+            .flat_map(|word: &u32| word.to_ne_bytes()),
+    );
+    bytes.extend(names);
+    Btf::parse(&bytes, Endianness::default()).context("describing the iterator")
 }
 
 /// Makes a loaded iterator ready to be run once, on whichever thread.

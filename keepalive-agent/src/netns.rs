@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use rustix::{
+    fs::{Dir, Mode, OFlags, open, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
@@ -131,15 +132,37 @@ impl Found {
             return;
         }
         for process in &processes {
-            let Ok(descriptors) = fs::read_dir(format!("/proc/{process}/fd")) else {
+            // What vanishes meanwhile, or is not ours to see, is passed over.
+            let _ = self.held_open(*process);
+        }
+    }
+
+    /// Namespaces that a process holds open.
+    fn held_open(&mut self, process: u32) -> rustix::io::Result<()> {
+        let path = format!("/proc/{process}/fd");
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = open(&path, flags, Mode::empty())?;
+        let mut target = Vec::new();
+        for entry in Dir::read_from(&directory)?.take(Self::DESCRIPTORS) {
+            let name = entry?;
+            let name = name.file_name();
+            // From here on the kernel need not find the process each time.
+            let Ok(link) = readlinkat(&directory, name, target) else {
+                target = Vec::new();
                 continue;
             };
-            for descriptor in descriptors.flatten().take(Self::DESCRIPTORS) {
-                if let Some(path) = descriptor.path().to_str() {
-                    self.linked(*process, path);
-                }
+            if let (Some(id), Ok(name)) =
+                (namespace_of_link(&link.to_string_lossy()), name.to_str())
+            {
+                self.add(
+                    id,
+                    format!("pid {process}"),
+                    PathBuf::from(&path).join(name),
+                );
             }
+            target = link.into_bytes();
         }
+        Ok(())
     }
 
     /// A link in /proc that may lead to a network namespace.

@@ -14,7 +14,7 @@ use core::net::{IpAddr, SocketAddr};
 /// What a cgroup claims for its sockets, and for those below it that have no
 /// nearer claim. The first claim on the way up decides.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Claim {
     /// Where the policy is found.
     pub now: Target,
@@ -33,7 +33,7 @@ impl Claim {
 
 /// Where a policy is found: in a slot, or by taking a step.
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Target(u32);
 
 /// What a [`Target`] leads to.
@@ -62,6 +62,20 @@ impl Target {
     #[must_use]
     pub const fn step(number: u32) -> Self {
         Self(number | STEP)
+    }
+
+    /// As one number, to be kept.
+    #[must_use]
+    #[inline(always)]
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// From the number that [`Self::bits`] told.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_bits(bits: u32) -> Self {
+        Self(bits)
     }
 
     /// What it leads to.

@@ -6,7 +6,7 @@
 //! all in step, until the kernel takes living peers for dead. So the first pass
 //! does everything but that, and a second, slow one does that, batch by batch.
 
-use crate::plan::Options;
+use crate::{plan::Options, slot::Claim};
 
 /// What a pass is to do, and what it has done so far.
 #[repr(C)]
@@ -25,6 +25,10 @@ pub struct Pass {
     pub seen: u64,
     /// Connections that a change is still waiting for.
     pub waiting: u64,
+    /// Id of the cgroup of the last connection; 0 where there is none.
+    pub cgroup: u64,
+    /// What claims its sockets.
+    pub claim: Claim,
 }
 
 /// How long a connection has been silent, for what it wants.
@@ -183,6 +187,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Pass>(), 4 * 4 + 2 * 8);
+        assert_eq!(size_of::<Pass>(), 4 * 4 + 3 * 8 + size_of::<Claim>());
     }
 }

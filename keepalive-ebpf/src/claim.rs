@@ -15,6 +15,7 @@ use keepalive_common::{
 use crate::{
     enforce::forget,
     kernel::{Cgroup, TcpSock},
+    recent::after,
 };
 
 /// Cgroup id → what it claims. Elements are allocated as they come, so an
@@ -39,15 +40,15 @@ static REMOTES: LpmTrie<RemoteKey, Found, 1_048_576> = LpmTrie::new();
 static PORTS: LpmTrie<PortKey, u32, 1_048_576> = LpmTrie::new();
 
 /// What the nearest cgroup claims that claims anything, from the socket's own
-/// upward to the root.
+/// upward to the root: as written before this generation, or since.
 #[inline(always)]
-pub(crate) fn nearest(own: Option<Cgroup>) -> Claim {
+pub(crate) fn nearest(own: Option<Cgroup>, generation: u64) -> Claim {
     let mut next = own;
     for _ in 0..MAX_DEPTH {
         let Some(cgroup) = next else {
             return Claim::NONE;
         };
-        if let Some(claim) = CGROUPS.get_ptr(cgroup.id()) {
+        if let Some(claim) = CGROUPS.get_ptr(after(cgroup.id(), generation)) {
             // SAFETY: eight aligned bytes, read at once; an agent that replaces
             // them meanwhile leaves the old or the new claim to be seen.
             return unsafe { *claim };
@@ -63,9 +64,16 @@ pub(crate) fn nearest(own: Option<Cgroup>) -> Claim {
 pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
     let slot = match target.lead() {
         Lead::Slot(slot) => slot,
-        Lead::Step(_) => resolve(&Maps, target, &sock.remote()),
+        Lead::Step(_) => by_remote(target, sock),
     };
     forget(slot)
+}
+
+/// Out of line, to keep its registers and branches out of the way of cgroups
+/// without rules.
+#[inline(never)]
+fn by_remote(target: Target, sock: TcpSock) -> u32 {
+    resolve(&Maps, target, &sock.remote())
 }
 
 /// The maps above.

@@ -7,21 +7,30 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use keepalive_common::{
-    counters::{Counters, FailureKey, SocketOption},
+    counters::{Counters, SocketOption},
     history::Originals,
     plan::{Options, plan},
+    policy::Policy,
 };
 
-use crate::{claim, kernel::TcpSock, refusal, sweep};
+use crate::{claim, kernel::TcpSock, recent, refusal, sweep};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
 static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
-/// A connection has been established, on either end.
-#[inline(always)]
-pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
-    let slot = claim::slot(claim::nearest(sock.cgroup()).now, sock);
+/// A connection has been established, on either end. Out of line: the callbacks
+/// that are about something else need not save its registers.
+#[inline(never)]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a reference would be one to the stack of the caller"
+)]
+pub(crate) fn new_connection(ctx: SockOpsContext) {
+    let Some(sock) = TcpSock::of(&ctx) else {
+        return;
+    };
+    let slot = claim::slot(recent::target(sock.cgroup()), sock);
     let Some(counters) = COUNTERS.get_ptr(slot) else {
         return;
     };
@@ -30,21 +39,45 @@ pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
         count(unsafe { &raw const (*counters).seen });
         return;
     };
+    if sock.is_touched() || !policy.is_enforced() {
+        touched(ctx.as_ptr(), sock, slot, counters, policy);
+        return;
+    }
+    // Most applications leave everything to the system: little is left of the
+    // plan when the compiler knows that.
+    let has = Options::default();
+    let wants = forget_options(plan(policy, &has));
+    let left_alone = !wants.keepalive && !wants.has_timers();
+    count_seen(counters, left_alone);
+    if left_alone {
+        return;
+    }
+    let mut setter = Setter::new(ctx.as_ptr(), slot, counters, true);
+    setter.set(&has, &has, &wants);
+    setter.count_filled();
+    setter.tell();
+}
+
+/// The same where the application has set something, or where a policy is only
+/// counted. Out of line, to keep its registers and branches out of the way of
+/// most connections.
+#[inline(never)]
+fn touched(
+    target: *mut c_void,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
     let has = forget_options(sock.options());
     let wants = forget_options(plan(policy, &has));
     count_seen(counters, wants == has);
     if wants == has {
         return;
     }
-    // SAFETY: a live element of a per-CPU map.
-    let failed = unsafe { (&raw const (*counters).failed).read_volatile() };
-    let setter = Setter {
-        target: ctx.as_ptr(),
-        slot,
-        counters,
-        enforced: policy.is_enforced(),
-    };
+    let mut setter = Setter::new(target, slot, counters, policy.is_enforced());
     setter.set(&has, &has, &wants);
+    setter.count();
     if !setter.enforced {
         return;
     }
@@ -52,10 +85,7 @@ pub(crate) fn new_connection(ctx: &SockOpsContext, sock: TcpSock) {
     if !replaced.is_empty() {
         sweep::remember(sock, &replaced);
     }
-    // SAFETY: as above.
-    if failed != unsafe { (&raw const (*counters).failed).read_volatile() } {
-        refusal::tell(ctx);
-    }
+    setter.tell();
 }
 
 /// Counts a socket, and whether it was left alone.
@@ -116,48 +146,90 @@ pub(crate) fn forget(value: u32) -> u32 {
     }
 }
 
-/// Adds one. The program can be interrupted on its CPU by another run of
-/// itself, so being per CPU is not enough.
+/// Adds one.
 #[inline(always)]
 pub(crate) fn count(counter: *const u64) {
+    add(counter, 1);
+}
+
+/// Adds to a counter. The program can be interrupted on its CPU by another run
+/// of itself, so being per CPU is not enough.
+#[inline(always)]
+fn add(counter: *const u64, number: u64) {
     // The BPF target has no compare-and-swap, so core offers no `fetch_add`.
     #[cfg(target_arch = "bpf")]
     // SAFETY: points to an aligned 8-byte counter of a map element.
     unsafe {
         core::arch::asm!(
-            "lock *(u64 *)({counter} + 0) += {one}",
+            "lock *(u64 *)({counter} + 0) += {number}",
             counter = in(reg) counter,
-            one = in(reg) 1_u64,
+            number = in(reg) number,
             options(nostack),
         );
     }
     #[cfg(not(target_arch = "bpf"))]
-    let _ = counter;
+    let _ = (counter, number);
 }
 
 /// Sets options on one socket, under one policy.
 ///
-/// What happens is counted where it happens: a verifier that had to follow every
-/// combination of outcomes to the end would give up.
-#[derive(Clone, Copy)]
+/// What happens is counted without a branch that depends on the number: a
+/// verifier that had to follow every combination of outcomes to the end would
+/// give up.
 pub(crate) struct Setter {
     /// What bpf_setsockopt takes on the hook: the context of sock_ops, the
     /// socket of an iterator.
-    pub(crate) target: *mut c_void,
+    target: *mut c_void,
     /// The policy's slot.
-    pub(crate) slot: u32,
+    slot: u32,
     /// Where to count.
-    pub(crate) counters: *const Counters,
+    counters: *const Counters,
+    /// Timers that the application had left unset.
+    filled: u64,
+    /// Timers that the application had set.
+    clamped: u64,
+    /// Refusals before.
+    failed: u64,
     /// Whether anything is set, or only counted as if it were.
     pub(crate) enforced: bool,
 }
 
 impl Setter {
+    /// `target` is what bpf_setsockopt takes on the hook: the context of
+    /// sock_ops, the socket of an iterator.
+    #[inline(always)]
+    pub(crate) fn new(
+        target: *mut c_void,
+        slot: u32,
+        counters: *const Counters,
+        enforced: bool,
+    ) -> Self {
+        Self {
+            target,
+            slot,
+            counters,
+            enforced,
+            filled: 0,
+            clamped: 0,
+            // SAFETY: a live element of a per-CPU map.
+            failed: unsafe { (&raw const (*counters).failed).read_volatile() },
+        }
+    }
+
+    /// Lets a refusal be logged, if there was one.
+    #[inline(always)]
+    pub(crate) fn tell(&self) {
+        // SAFETY: a live element of a per-CPU map.
+        if self.failed != unsafe { (&raw const (*self.counters).failed).read_volatile() } {
+            refusal::tell_refusal();
+        }
+    }
+
     /// Sets what differs. The timers come first, so that SO_KEEPALIVE arms the
     /// first probe with the new idle time, once. What the application wants
     /// tells a timer that is filled in from one that is moved.
     #[inline(always)]
-    pub(crate) fn set(self, application: &Options, has: &Options, wants: &Options) {
+    pub(crate) fn set(&mut self, application: &Options, has: &Options, wants: &Options) {
         self.set_timer(SocketOption::Idle, application.idle, has.idle, wants.idle);
         self.set_timer(
             SocketOption::Interval,
@@ -190,10 +262,26 @@ impl Setter {
         }
     }
 
+    /// Counts the timers that were set on an untouched connection: none of them
+    /// was moved.
+    #[inline(always)]
+    pub(crate) fn count_filled(&self) {
+        // SAFETY: only the address of the counter is used.
+        add(unsafe { &raw const (*self.counters).filled }, self.filled);
+    }
+
+    /// Counts the timers that were set.
+    #[inline(always)]
+    pub(crate) fn count(&self) {
+        self.count_filled();
+        // SAFETY: only the address of the counter is used.
+        add(unsafe { &raw const (*self.counters).clamped }, self.clamped);
+    }
+
     /// Sets the idle time although it may be the same: with keepalive on, that
     /// arms the timer from the last activity.
     #[inline(always)]
-    pub(crate) fn arm(self, application: u32, has: u32, wants: u32) {
+    pub(crate) fn arm(&mut self, application: u32, has: u32, wants: u32) {
         if has == wants {
             self.set_option(SocketOption::Idle, wants);
         } else {
@@ -202,23 +290,21 @@ impl Setter {
     }
 
     #[inline(always)]
-    fn set_timer(self, option: SocketOption, application: u32, has: u32, wants: u32) {
+    fn set_timer(&mut self, option: SocketOption, application: u32, has: u32, wants: u32) {
         if has == wants || !self.set_option(option, wants) {
             return;
         }
-        // SAFETY: only addresses of counters are used.
-        let counters = unsafe { &*self.counters };
         if application == 0 {
-            count(&raw const counters.filled);
+            self.filled += 1;
         } else if application != wants {
-            count(&raw const counters.clamped);
+            self.clamped += 1;
         }
     }
 
     /// Sets one option; whether the kernel took it. A refusal is counted and the
     /// connection goes on without it.
     #[inline(always)]
-    fn set_option(self, option: SocketOption, value: u32) -> bool {
+    fn set_option(&self, option: SocketOption, value: u32) -> bool {
         if !self.enforced {
             return true;
         }
@@ -246,11 +332,7 @@ impl Setter {
         let errno = -result as u32;
         // SAFETY: only the address of the counter is used.
         count(unsafe { &raw const (*self.counters).failed });
-        refusal::count_cause(FailureKey {
-            slot: self.slot,
-            option: option as u32,
-            errno,
-        });
+        refusal::count_cause(self.slot, option as u32, errno);
         false
     }
 }

@@ -187,6 +187,17 @@ impl TcpSock {
         }
     }
 
+    /// Whether anything is set that [`Self::options`] tells of.
+    #[inline(always)]
+    pub(crate) fn is_touched(self) -> bool {
+        let keepalive = (read_field!(self.0, flags) >> layout!(keepopen_bit)) & 1;
+        let timers = read_field!(self.0, keepalive_time)
+            | read_field!(self.0, keepalive_intvl)
+            | read_field!(self.0, keepalive_probes)
+            | read_field!(self.0, user_timeout);
+        keepalive | timers != 0
+    }
+
     /// What the application, or an earlier plan, set on the socket.
     #[inline(always)]
     pub(crate) fn options(self) -> Options {

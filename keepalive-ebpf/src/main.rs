@@ -10,6 +10,7 @@ mod files;
 mod hierarchy;
 mod kernel;
 mod list;
+mod recent;
 mod refusal;
 mod sweep;
 
@@ -20,7 +21,7 @@ use aya_ebpf::{
 };
 use keepalive_common::cgroup_event::Kind;
 
-use crate::kernel::{FileIterator, TcpIterator, TcpSock};
+use crate::kernel::{FileIterator, TcpIterator};
 
 /// The kernel lets only programs with a GPL-compatible licence call the helpers
 /// that read kernel memory.
@@ -39,25 +40,13 @@ const NEXT: i32 = 0;
 /// Runs some nine times in the life of a connection, of which two callbacks
 /// matter: one end has connected, one end has accepted.
 #[sock_ops]
-#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            if let Some(sock) = TcpSock::of(&ctx) {
-                enforce::new_connection(&ctx, sock);
-            }
+            enforce::new_connection(ctx);
         }
         _ => {}
     }
-    PROCEED
-}
-
-/// Goes on where `established` met an option that the kernel refused, now and
-/// then: logs it.
-#[sock_ops]
-#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
-fn log_refusal(ctx: SockOpsContext) -> u32 {
-    refusal::log(&ctx);
     PROCEED
 }
 

@@ -2,10 +2,9 @@
 //! cause, and logged now and then.
 
 use aya_ebpf::{
-    btf_maps::{PerCpuArray, PerCpuHashMap, ProgramArray},
+    btf_maps::{PerCpuArray, PerCpuHashMap},
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
-    programs::SockOpsContext,
 };
 use aya_log_ebpf::warn;
 use keepalive_common::counters::{Failure, FailureKey, Refusal, SocketOption};
@@ -21,18 +20,17 @@ static FAILURES: PerCpuHashMap<FailureKey, Failure, 1024> = PerCpuHashMap::new()
 #[btf_map]
 static LAST_REFUSAL: PerCpuArray<Refusal, 1> = PerCpuArray::new();
 
-/// Holds the program that logs. Formatting a message takes more code, and more
-/// of the verifier's patience, than all the rest: it stays out of the program
-/// that runs for every connection.
-#[btf_map]
-static LOGGER: ProgramArray<1> = ProgramArray::new();
-
 /// Refusals are logged this often per CPU, in nanoseconds.
 const LOG_EVERY: u64 = 10_000_000_000;
 
 /// Counts one by its cause.
-#[inline(always)]
-pub(crate) fn count_cause(key: FailureKey) {
+#[inline(never)]
+pub(crate) fn count_cause(slot: u32, option: u32, errno: u32) {
+    let key = FailureKey {
+        slot,
+        option,
+        errno,
+    };
     if let Some(failure) = FAILURES.get_ptr_mut(key) {
         // SAFETY: only the address of the counter is used.
         count(unsafe { &raw const (*failure).count });
@@ -47,32 +45,23 @@ pub(crate) fn count_cause(key: FailureKey) {
     }
 }
 
-/// Ends the program with telling of the last refusal, unless one has been told
-/// of lately.
-#[inline(always)]
-pub(crate) fn tell(ctx: &SockOpsContext) {
+/// Logs the last refusal, unless one has been logged lately. A global function:
+/// the verifier looks at it once, by itself, and not again with everything it
+/// knows where it is called.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn tell_refusal() -> u32 {
     let Some(last) = LAST_REFUSAL.get_ptr_mut(0) else {
-        return;
+        return 0;
     };
     // SAFETY: takes no arguments and only reads the clock.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // SAFETY: as in `count_cause`.
     let last = unsafe { &mut *last };
     if last.logged_at != 0 && now.wrapping_sub(last.logged_at) < LOG_EVERY {
-        return;
+        return 0;
     }
     last.logged_at = now;
-    // SAFETY: the logger takes the same context and lets the kernel go on, as
-    // its caller would have. A failed call is one line less in the log.
-    unsafe { LOGGER.tail_call(ctx, 0) };
-}
-
-/// Logs the last refusal.
-#[inline(always)]
-pub(crate) fn log(ctx: &SockOpsContext) {
-    let Some(last) = LAST_REFUSAL.get(0) else {
-        return;
-    };
     let FailureKey {
         slot,
         option,
@@ -83,10 +72,11 @@ pub(crate) fn log(ctx: &SockOpsContext) {
         None => "an option",
     };
     warn!(
-        ctx,
+        (),
         "the kernel refused {} with errno {} (policy slot {}); the connection goes on without it",
         option,
         errno,
         slot
     );
+    0
 }

@@ -12,13 +12,14 @@ use keepalive_common::{
     counters::Counters,
     history::{Originals, application, replan},
     plan::Options,
+    slot::Claim,
     sweep::{Pass, Silence, arms, now},
 };
 
 use crate::{
     claim,
     enforce::{self, Setter},
-    kernel::{TcpIterator, TcpSock},
+    kernel::{Cgroup, TcpIterator, TcpSock},
 };
 
 /// What the pass under way is to do. Passes follow one another, so there is
@@ -46,7 +47,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     // run at the same time.
     let pass = unsafe { &mut *pass };
     pass.seen += 1;
-    let claim = claim::nearest(sock.cgroup());
+    let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
     let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
         return;
@@ -59,26 +60,25 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         Originals::default()
     };
     let before = claim::policy(claim::slot(claim.before, sock));
-    let application = application(&has, &originals, before);
+    let application = enforce::forget_options(application(&has, &originals, before));
     let wants = enforce::forget_options(replan(policy, &has, &application));
-    let may_probe = pass.batch != 0;
-    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
-    let setter = Setter {
-        target: sock.target(),
-        slot,
-        counters,
-        enforced: policy.is_enforced(),
-    };
+    if wants == has {
+        return;
+    }
+    let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
     if !setter.enforced {
         if pass.counts != 0 {
             setter.set(&application, &has, &wants);
+            setter.count();
         }
         return;
     }
+    let may_probe = pass.batch != 0;
+    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
+    let now = now(&has, &wants, silence, may_probe);
     if now != wants {
         pass.waiting += 1;
     }
@@ -99,6 +99,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     } else {
         setter.set(&application, &has, &now);
     }
+    setter.count();
     if silence.is_due && arms(&has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
@@ -123,6 +124,19 @@ fn keep_originals(
     if replaces != *before {
         remember(sock, &replaces);
     }
+}
+
+/// The claim on the sockets of a cgroup. One walk does for all that follow one
+/// another in a pass of the first kind, in which the agent changes no claims.
+#[inline(always)]
+fn nearest(pass: &mut Pass, own: Option<Cgroup>) -> Claim {
+    let id = own.map_or(0, Cgroup::id);
+    if pass.batch == 0 && pass.cgroup == id {
+        return pass.claim;
+    }
+    pass.cgroup = id;
+    pass.claim = claim::nearest(own, 0);
+    pass.claim
 }
 
 /// What policies replaced on the socket so far.

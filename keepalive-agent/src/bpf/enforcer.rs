@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
+        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, SkStorage,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{CgroupAttachMode, SockOps, iter::IterLink},
@@ -31,8 +31,8 @@ use keepalive_common::{
 use tracing::debug;
 
 use super::{
-    Lister, Writable, create, iterator, load_iterator, map, map_mut, prepare_iterator, program,
-    refused, run_iterator,
+    Lister, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
+    prepare_iterator, program, refused, run_iterator,
     slots::{Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
@@ -207,7 +207,9 @@ impl Loaded {
     /// When the kernel refuses the program or a map, with its reason.
     pub fn load(layout: &Layout, policies: usize) -> Result<Self> {
         let mut loaded = Self::without_hook(layout, policies)?;
-        load_hook(&mut loaded.ebpf)?;
+        established(&mut loaded.ebpf)?
+            .load()
+            .map_err(|error| refused(program::ESTABLISHED, error))?;
         Ok(loaded)
     }
 
@@ -351,6 +353,9 @@ impl Enforcer {
 
     fn write(&mut self, Switch { records, claims }: Switch) -> Result<()> {
         self.write_records(records)?;
+        if claims.is_empty() {
+            return Ok(());
+        }
         let mut map: HashMap<Writable<'_>, u64, Claim> =
             map_mut(&mut self.ebpf, super::map::CGROUPS)?;
         for (cgroup, claim) in claims {
@@ -358,7 +363,7 @@ impl Enforcer {
                 format!("telling the kernel the policy of cgroup {}", cgroup.path)
             })?;
         }
-        Ok(())
+        begin_generation(&mut self.ebpf)
     }
 
     /// Writes what claims are going to lead to.
@@ -413,6 +418,8 @@ impl Enforcer {
         for cgroup in removed {
             self.forget(&cgroup)?;
         }
+        // Before the place of what is freed is taken.
+        begin_generation(&mut self.ebpf)?;
         self.free(freed)
     }
 
@@ -714,25 +721,8 @@ fn room(policies: usize) -> Result<Room> {
     })
 }
 
-/// Loads the program for new connections, and the one that logs for it.
-fn load_hook(ebpf: &mut Ebpf) -> Result<()> {
-    for name in [program::ESTABLISHED, program::LOG_REFUSAL] {
-        sock_ops(ebpf, name)?
-            .load()
-            .map_err(|error| refused(name, error))?;
-    }
-    let logger = sock_ops(ebpf, program::LOG_REFUSAL)?.fd()?.try_clone()?;
-    let mut callable: ProgramArray<Writable<'_>> = map_mut(ebpf, super::map::LOGGER)?;
-    callable
-        .set(0, &logger, 0)
-        .context("making the logging program callable")
-}
-
 fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps> {
-    sock_ops(ebpf, program::ESTABLISHED)
-}
-
-fn sock_ops<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SockOps> {
+    let name = program::ESTABLISHED;
     Ok(ebpf
         .program_mut(name)
         .with_context(|| format!("the BPF object has no program {name}"))?

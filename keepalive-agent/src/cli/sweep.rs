@@ -34,11 +34,11 @@ pub(super) struct Arguments {
 
 pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
+    preflight::may_enforce()?;
     let (config, _, warnings) = target.config()?;
     for warning in &warnings.0 {
         warn!("{warning}");
     }
-    preflight::may_enforce()?;
     let (hierarchy, root) = target.root()?;
     let claimants = run::claimants(&config, &root)?;
     let assignment = run::assign(&claimants, &hierarchy)?;

@@ -1,6 +1,6 @@
 //! Takes the [`Layout`] from the kernel's BTF.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use btf_rs::{Backend, Btf, Member, Type};
@@ -18,13 +18,31 @@ pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// When the kernel shows no BTF, or one in which a field cannot be found: an
 /// offset is never guessed.
 pub fn running() -> Result<Layout> {
-    let btf = open(Path::new(KERNEL_BTF)).with_context(|| {
+    resolve(&types()?, jiffies_per_second()?)
+}
+
+/// The number that a function of the running kernel has among its types.
+///
+/// # Errors
+///
+/// When the kernel shows no BTF, or one without the function.
+pub fn function(name: &str) -> Result<u32> {
+    let btf = types()?;
+    for id in btf.resolve_ids_by_name(name)? {
+        if matches!(btf.resolve_type_by_id(id)?, Type::Func(_)) {
+            return Ok(id);
+        }
+    }
+    bail!("the kernel's BTF has no function {name}")
+}
+
+fn types() -> Result<Btf> {
+    open(Path::new(KERNEL_BTF)).with_context(|| {
         format!(
             "reading the kernel's types from {KERNEL_BTF}: without them no program can be loaded; \
              the kernel must be built with CONFIG_DEBUG_INFO_BTF=y"
         )
-    })?;
-    resolve(&btf, jiffies_per_second()?)
+    })
 }
 
 /// Maps the file where the kernel can (cheaper by far), reads it where not
@@ -59,6 +77,7 @@ fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Option<u32> {
 pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
     let tcp_sock = Structure::named(btf, "tcp_sock")?;
     let cgroup = Structure::named(btf, "cgroup")?;
+    let inode = Structure::named(btf, "inode")?;
     let sock = "inet_conn.icsk_inet.sk";
     let sock_cgroup = tcp_sock.field(&format!("{sock}.sk_cgrp_data"))?;
     let typed_cgroup = Structure::named(btf, "sock_cgroup_data")?
@@ -69,6 +88,7 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
     let timer_expires = tcp_sock
         .number("inet_conn.icsk_keepalive_timer.expires")
         .or_else(|_| tcp_sock.number(&format!("{sock}.sk_timer.expires")))?;
+    let [keepopen_bit, dead_bit] = enumerators(btf, "sock_flags", ["SOCK_KEEPOPEN", "SOCK_DEAD"])?;
     let common = |name: &str| tcp_sock.number(&format!("{sock}.__sk_common.{name}"));
     Ok(Layout {
         flags: common("skc_flags")?,
@@ -98,12 +118,12 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
         socket_inode: Structure::named(btf, "socket_alloc")?.number("vfs_inode.i_ino")?,
         file_inode: Structure::named(btf, "file")?.number("f_inode")?,
-        inode_number: Structure::named(btf, "inode")?.number("i_ino")?,
-        inode_super: Structure::named(btf, "inode")?.number("i_sb")?,
+        inode_number: inode.number("i_ino")?,
+        inode_super: inode.number("i_sb")?,
         super_magic: Structure::named(btf, "super_block")?.number("s_magic")?,
         task_process: Structure::named(btf, "task_struct")?.number("tgid")?,
-        keepopen_bit: enumerator(btf, "sock_flags", "SOCK_KEEPOPEN")?,
-        dead_bit: enumerator(btf, "sock_flags", "SOCK_DEAD")?,
+        keepopen_bit,
+        dead_bit,
         hz,
         typed_cgroup: u32::from(typed_cgroup),
     })
@@ -223,20 +243,29 @@ fn size_of_type(target: &Type) -> Result<u32> {
     Ok(u32::try_from(size)?)
 }
 
-/// The value of an enumerator.
-fn enumerator(btf: &Btf, name: &str, wanted: &str) -> Result<u32> {
+/// The values of some enumerators.
+fn enumerators<const COUNT: usize>(
+    btf: &Btf,
+    name: &str,
+    wanted: [&str; COUNT],
+) -> Result<[u32; COUNT]> {
     let types = btf
         .resolve_types_by_name(name)
         .with_context(|| format!("enum {name} in the kernel's BTF"))?;
-    for found in types {
-        let Type::Enum(choice) = found else { continue };
+    let mut found = BTreeMap::new();
+    for choice in types {
+        let Type::Enum(choice) = choice else { continue };
         for member in &choice.members {
-            if btf.resolve_name(member)? == wanted {
-                return Ok(member.val());
-            }
+            found.insert(btf.resolve_name(member)?, member.val());
         }
     }
-    bail!("the kernel's BTF has no {wanted} in enum {name}")
+    let mut values = [0; COUNT];
+    for (value, wanted) in values.iter_mut().zip(wanted) {
+        *value = *found
+            .get(wanted)
+            .with_context(|| format!("the kernel's BTF has no {wanted} in enum {name}"))?;
+    }
+    Ok(values)
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ pub(crate) fn hook(bench: &mut Bench) -> Result<()> {
         Peer::many(place, MANY, agent, 10_000)?,
         Peer::deep(place, "ours, 8 levels up", agent, 8)?,
         Peer::deep(place, "ours, 16 levels up", agent, 16)?,
+        Peer::forgetful(place, "ours, a walk for each", agent)?,
         Peer::agent(
             place,
             "ours, nothing claims",

@@ -40,8 +40,10 @@ pub(crate) struct Peer {
     own_options: bool,
     preload: Option<&'static str>,
     load: Cgroup,
+    /// Where the connecting ends are, if not beside the accepting ones.
+    connecting: Option<Cgroup>,
     // Goes last: what is attached to it and what is below it go first.
-    _root: Cgroup,
+    root: Cgroup,
 }
 
 enum Attached {
@@ -65,7 +67,8 @@ impl Peer {
             own_options: false,
             preload: None,
             load,
-            _root: root,
+            connecting: None,
+            root,
         })
     }
 
@@ -134,6 +137,23 @@ impl Peer {
         Ok(peer)
     }
 
+    /// The two ends in cgroups that put one another out of what the program
+    /// remembers of cgroups (`PLACES` in keepalive-ebpf/src/recent.rs): a walk
+    /// for every socket.
+    pub(crate) fn forgetful(place: &Place, name: &str, agent: &Path) -> Result<Self> {
+        const PLACES: u64 = 64;
+        let mut peer = Self::agent(place, name, agent, DEFAULT_POLICY)?;
+        let taken = peer.load.id()? % PLACES;
+        for number in 0.. {
+            let other = peer.root.child(&format!("other{number}"))?;
+            if other.id()? % PLACES == taken {
+                peer.connecting = Some(other);
+                break;
+            }
+        }
+        Ok(peer)
+    }
+
     /// An application that sets the options itself, on both ends.
     pub(crate) fn own(place: &Place) -> Result<Self> {
         let mut peer = Self::make(place, OWN, |_| Ok(Attached::Nothing))?;
@@ -168,9 +188,9 @@ impl Peer {
     pub(crate) fn churn(&self, place: &Place, churn: &Churn<'_>) -> Result<Cost> {
         let stay = || PathBuf::from("-");
         let netns = |netns: Option<&Netns>| netns.map_or_else(stay, Netns::path);
-        let outside = |governed: bool| {
+        let outside = |governed: bool, cgroup: &Cgroup| {
             if governed {
-                self.door()
+                cgroup.door()
             } else {
                 churn.outside.map_or_else(stay, Peer::door)
             }
@@ -181,9 +201,12 @@ impl Peer {
             .arg(churn.threads.to_string())
             .arg(churn.count.to_string())
             .arg(churn.address)
-            .arg(outside(churn.sides != Sides::Connecting))
+            .arg(outside(churn.sides != Sides::Connecting, &self.load))
             .arg(netns(churn.listeners))
-            .arg(outside(churn.sides != Sides::Accepting))
+            .arg(outside(
+                churn.sides != Sides::Accepting,
+                self.connecting.as_ref().unwrap_or(&self.load),
+            ))
             .arg(netns(churn.clients));
         self.prepare(&mut command);
         let [connections, wall, cpu] = place.measure(&mut command)?;

@@ -6,6 +6,7 @@ use std::{
     env,
     fs::{self, File},
     io::{BufRead as _, BufReader},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{
@@ -189,6 +190,11 @@ impl Cgroup {
     /// Where a process writes itself to get in.
     pub(crate) fn door(&self) -> PathBuf {
         self.directory.join("cgroup.procs")
+    }
+
+    /// Its id in the kernel.
+    pub(crate) fn id(&self) -> Result<u64> {
+        Ok(fs::metadata(&self.directory)?.ino())
     }
 
     /// To attach a program to.

@@ -68,6 +68,9 @@ pub(super) struct Agent {
     watch: Option<Watch>,
     /// None where the kernel does not tell of cgroups.
     events: Option<Events>,
+    /// What was last said to be wrong with the files, which several changes in a
+    /// row need not repeat.
+    told: Option<String>,
     /// The sweep under way.
     rest: Option<Rest>,
     /// When existing connections are to be swept for the sake of new cgroups.
@@ -87,18 +90,14 @@ pub(super) struct Beginning {
 impl Agent {
     /// Enforces from here on, and sweeps what was there first.
     pub(super) fn start(target: &Target, dry_run: bool) -> Result<Beginning> {
+        preflight::may_enforce()?;
         // Before the files are read, so that no change falls in between.
-        let watch = Watch::on(&target.files.sources())
-            .inspect_err(|error| {
-                warn!("{error:#}; send SIGHUP after a change of the config");
-            })
-            .ok();
+        let watch = watch(target);
         let (config, source, warnings) = target.config()?;
         for warning in &warnings.0 {
             warn!("{warning}");
         }
         let config = config.in_dry_run(dry_run);
-        preflight::may_enforce()?;
         let (hierarchy, root) = target.root()?;
         let layout = layout::running()?;
         debug!(?layout, "found the kernel's fields");
@@ -141,6 +140,7 @@ impl Agent {
             state,
             watch,
             events,
+            told: None,
             rest: None,
             late: None,
             not_before: Instant::now(),
@@ -210,14 +210,17 @@ impl Agent {
                 guard.clear_ready();
             }
         };
+        // In this order: what a person asks for is not done twice, once because the
+        // files changed as well.
         tokio::select! {
+            biased;
             _ = signals.interrupt.recv() => Ok(Event::Stop("SIGINT")),
             _ = signals.terminate.recv() => Ok(Event::Stop("SIGTERM")),
             _ = signals.hangup.recv() => Ok(Event::Hangup),
             changes = cgroups => Ok(Event::Cgroups(changes)),
-            changed = edited => Ok(Event::Edited(changed)),
             () = late => Ok(Event::Late),
             () = swept => Ok(Event::Swept),
+            changed = edited => Ok(Event::Edited(changed)),
             error = relay => error,
         }
     }
@@ -232,7 +235,11 @@ impl Agent {
                 report::swept(target, &swept)
             }
             Err(error) => {
-                error!("the policy in force goes on: {error:#}");
+                let error = format!("{error:#}");
+                if demanded || self.told.as_ref() != Some(&error) {
+                    error!("the policy in force goes on: {error}");
+                }
+                self.told = Some(error);
                 Ok(())
             }
         }
@@ -243,8 +250,13 @@ impl Agent {
         target: &Target,
         demanded: bool,
     ) -> Result<Option<(Assignment, Swept)>> {
+        if demanded {
+            // What it has noticed up to here is read now.
+            self.watch = watch(target);
+        }
         let (config, _, warnings) = target.config()?;
         let config = config.in_dry_run(self.dry_run);
+        self.told = None;
         if config == self.config && !demanded {
             return Ok(None);
         }
@@ -385,6 +397,13 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+/// Watches the files of the config from here on.
+fn watch(target: &Target) -> Option<Watch> {
+    Watch::on(&target.files.sources())
+        .inspect_err(|error| warn!("{error:#}; send SIGHUP after a change of the config"))
+        .ok()
 }
 
 /// Who claims what below `root`.
