@@ -29,7 +29,7 @@ use rustix::{
 
 use crate::kernel::layout;
 
-pub use enforcer::{ByHand, Claimed, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
+pub use enforcer::{ByHand, Claimed, Counted, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
 pub use files::Files;
 pub use lister::Lister;

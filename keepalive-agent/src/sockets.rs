@@ -11,7 +11,10 @@ pub mod source;
 pub mod summary;
 
 use anyhow::{Error, Result};
-use keepalive_common::socket::SocketRecord;
+use keepalive_common::{
+    plan::{Options, plan},
+    socket::SocketRecord,
+};
 
 use crate::{
     assignment::Assigned,
@@ -39,6 +42,9 @@ pub struct Connection<'a> {
     pub holder: Option<Holder<'a>>,
     /// What holds for it.
     pub settings: Settings,
+    /// What its policy would make of it, if that is only counted; none where it
+    /// would stay as it is.
+    pub would: Option<Options>,
     /// What is going to happen on it.
     pub forecast: Forecast,
 }
@@ -54,7 +60,13 @@ impl<'a> Connection<'a> {
         policy: Option<&'a Assigned>,
     ) -> Self {
         let claimed = policy.map(|assigned| &assigned.policy);
-        let settings = settings(&record.options(), claimed, sysctls);
+        let has = record.options();
+        let (enforced, counted) = match claimed {
+            Some(policy) if policy.is_enforced() => (claimed, None),
+            _ => (None, claimed),
+        };
+        let settings = settings(&has, enforced, sysctls);
+        let would = counted.map(|policy| plan(policy, &has));
         let timers = settings.keepalive.value.then_some(Timers {
             idle: settings.idle.value,
             interval: settings.interval.value,
@@ -73,6 +85,7 @@ impl<'a> Connection<'a> {
             policy,
             holder: None,
             settings,
+            would: would.filter(|wants| *wants != has),
             forecast: Forecast::new(timers.as_ref(), &moment),
         }
     }
@@ -244,7 +257,7 @@ impl Pass<'_> {
 mod trial {
     use std::net::SocketAddr;
 
-    use keepalive_common::{plan::Options, socket::Addresses};
+    use keepalive_common::socket::Addresses;
 
     use super::*;
 

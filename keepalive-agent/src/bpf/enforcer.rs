@@ -3,7 +3,7 @@
 //! Dropping [`Enforcer`] detaches the program and frees the maps.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -33,7 +33,7 @@ use tracing::debug;
 use super::{
     Lister, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
     prepare_iterator, program, refused, run_iterator,
-    slots::{Index, Records, Room, Settle, Slots, Switch},
+    slots::{Held, Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
@@ -62,8 +62,8 @@ pub struct Filled(Enforcer);
 pub struct Enforcer {
     ebpf: Ebpf,
     slots: Slots,
-    /// What policies did that are not in force any more, by name.
-    retired: BTreeMap<String, Done>,
+    /// What policies did that are not in force any more.
+    retired: BTreeMap<Counted, Done>,
     retired_failures: Vec<Failure>,
     /// What was done to existing connections from outside the kernel, by slot.
     by_hand: Arc<Mutex<BTreeMap<u32, Counters>>>,
@@ -71,6 +71,24 @@ pub struct Enforcer {
     lister: Option<Arc<Mutex<Lister>>>,
     /// Whether the kernel takes the sweeping program, once that was tried.
     can_sweep: Option<bool>,
+}
+
+/// Whose deeds are counted.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Counted {
+    /// Name of the policy.
+    pub name: String,
+    /// Whether it did them, or would have, were it not in dry run.
+    pub enforced: bool,
+}
+
+impl Counted {
+    fn of(held: &Held) -> Self {
+        Self {
+            name: held.name.clone(),
+            enforced: held.policy.is_enforced(),
+        }
+    }
 }
 
 /// What a policy did.
@@ -452,17 +470,17 @@ impl Enforcer {
             }
         }
         for (slot, held) in freed.policies {
-            self.retire(slot, held.name.clone())?;
+            self.retire(slot, Counted::of(&held))?;
         }
         Ok(())
     }
 
     /// Keeps what a slot counted and clears it for another policy.
-    fn retire(&mut self, slot: u32, name: String) -> Result<()> {
+    fn retire(&mut self, slot: u32, whose: Counted) -> Result<()> {
         let done = self.done_in(slot)?;
         // An earlier agent's policies have done nothing here.
         if done.established.seen + done.existing.seen > 0 {
-            let total = self.retired.entry(name).or_default();
+            let total = self.retired.entry(whose).or_default();
             total.established.add(&done.established);
             total.existing.add(&done.existing);
         }
@@ -484,25 +502,40 @@ impl Enforcer {
         Ok(())
     }
 
-    /// What each policy did so far, by name; the ones in force first.
+    /// What each policy did so far; the ones in force first.
     ///
     /// # Errors
     ///
     /// When a map cannot be read.
-    pub fn done(&self) -> Result<Vec<(String, Done)>> {
-        let mut retired = self.retired.clone();
-        let mut done = Vec::new();
-        for (slot, assigned) in self.slots.held() {
-            let mut total = retired.remove(&assigned.name).unwrap_or_default();
+    pub fn done(&self) -> Result<Vec<(Counted, Done)>> {
+        let mut totals = self.retired.clone();
+        let mut in_force = Vec::new();
+        let mut known = BTreeSet::new();
+        for (slot, held) in self.slots.held() {
+            let whose = Counted::of(held);
             let current = self.done_in(slot)?;
+            let total = totals.entry(whose.clone()).or_default();
             total.established.add(&current.established);
             total.existing.add(&current.existing);
-            done.push((assigned.name.clone(), total));
+            // While one version of a policy replaces another, both have slots.
+            if known.insert(whose.clone()) {
+                in_force.push(whose);
+            }
         }
-        done.extend(retired);
+        let mut done = Vec::new();
+        for whose in in_force {
+            if let Some(total) = totals.remove_entry(&whose) {
+                done.push(total);
+            }
+        }
+        done.extend(totals);
         let unclaimed = self.done_in(UNCLAIMED)?;
         if unclaimed.established.seen > 0 {
-            done.push((assignment::UNCLAIMED.to_owned(), unclaimed));
+            let whose = Counted {
+                name: assignment::UNCLAIMED.to_owned(),
+                enforced: true,
+            };
+            done.push((whose, unclaimed));
         }
         Ok(done)
     }

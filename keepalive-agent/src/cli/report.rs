@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{ConfigSource, Target, VERSION, output};
 use crate::{
     assignment::Assignment,
-    bpf::{Done, Failure},
+    bpf::{Counted, Done, Failure},
     duration, kernel,
     sweep::Swept,
 };
@@ -59,7 +59,10 @@ enum Event<'a> {
 #[derive(Serialize)]
 struct PolicyRecord<'a> {
     name: &'a str,
+    enforced: bool,
     cgroups: usize,
+    remotes: Vec<String>,
+    ports: Vec<String>,
     keepalive: String,
     idle: String,
     interval: String,
@@ -70,6 +73,7 @@ struct PolicyRecord<'a> {
 #[derive(Serialize)]
 struct DoneRecord<'a> {
     name: &'a str,
+    enforced: bool,
     /// Connections that were established under the policy.
     #[serde(flatten)]
     established: CountersRecord,
@@ -119,12 +123,25 @@ impl From<Counters> for CountersRecord {
     }
 }
 
+/// The name of a policy, and whether it only counts.
+fn name_of(name: &str, enforced: bool) -> String {
+    let dry_run = if enforced { "" } else { " (dry run)" };
+    format!("{name}{dry_run}")
+}
+
+fn texts<T: ToString>(values: &[T]) -> Vec<String> {
+    values.iter().map(ToString::to_string).collect()
+}
+
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
         let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
+            enforced: assigned.policy.is_enforced(),
             cgroups: assignment.paths_of(index).count(),
+            remotes: texts(&assigned.rules.remotes),
+            ports: texts(&assigned.rules.ports),
             keepalive,
             idle,
             interval,
@@ -144,19 +161,26 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
         "PROBES",
         "USER-TIMEOUT",
         "CGROUPS",
+        "REMOTE",
     ];
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
         let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
-        let name = assigned.name.clone();
-        let cgroups = some_of(assignment.paths_of(index));
+        let remotes = texts(&assigned.rules.remotes);
+        let ports = texts(&assigned.rules.ports);
+        let ports = ports.iter().map(|ports| format!("port {ports}"));
+        let remotes: Vec<_> = remotes.into_iter().chain(ports).collect();
         [
-            name,
+            name_of(&assigned.name, assigned.policy.is_enforced()),
             keepalive,
             idle,
             interval,
             probes,
             user_timeout,
-            cgroups,
+            some_of(assignment.paths_of(index)),
+            match remotes.len() {
+                0 => "all".to_owned(),
+                _ => some_of(remotes.iter().map(String::as_str)),
+            },
         ]
     });
     output::table(header, rows)
@@ -237,7 +261,7 @@ pub(super) fn stopped(
     target: &Target,
     by: &str,
     after: Duration,
-    done: &[(String, Done)],
+    done: &[(Counted, Done)],
     failures: &[Failure],
 ) -> Result<()> {
     if !target.json {
@@ -252,15 +276,16 @@ pub(super) fn stopped(
 /// What was done, in numbers.
 pub(super) fn changed(
     target: &Target,
-    done: &[(String, Done)],
+    done: &[(Counted, Done)],
     failures: &[Failure],
 ) -> Result<()> {
     if target.json {
         return output::json(&Event::Stopped {
             policies: done
                 .iter()
-                .map(|(name, done)| DoneRecord {
-                    name,
+                .map(|(whose, done)| DoneRecord {
+                    name: &whose.name,
+                    enforced: whose.enforced,
                     established: done.established.into(),
                     existing: done.existing.into(),
                 })
@@ -291,7 +316,7 @@ pub(super) fn changed(
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.
-fn done_table(done: &[(String, Done)]) -> Result<()> {
+fn done_table(done: &[(Counted, Done)]) -> Result<()> {
     let header = [
         "POLICY",
         "CONNECTIONS",
@@ -302,7 +327,7 @@ fn done_table(done: &[(String, Done)]) -> Result<()> {
         "LEFT ALONE",
         "FAILED",
     ];
-    let rows = done.iter().flat_map(|(name, done)| {
+    let rows = done.iter().flat_map(|(whose, done)| {
         let new = (format!("{} new", done.established.seen), done.established);
         let old = (format!("{} existing", done.existing.seen), done.existing);
         [new, old]
@@ -310,9 +335,13 @@ fn done_table(done: &[(String, Done)]) -> Result<()> {
             .enumerate()
             .filter(|(row, (_, counters))| *row == 0 || counters.seen > 0)
             .map(move |(row, (seen, counters))| {
-                let name = if row == 0 { name.as_str() } else { "" };
+                let name = if row == 0 {
+                    name_of(&whose.name, whose.enforced)
+                } else {
+                    String::new()
+                };
                 [
-                    name.to_owned(),
+                    name,
                     seen,
                     counters.turned_on.to_string(),
                     counters.turned_off.to_string(),

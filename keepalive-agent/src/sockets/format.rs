@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use keepalive_common::plan::Options;
 use serde::Serialize;
 
 use super::{
@@ -39,7 +40,8 @@ pub const HEADER: [&str; 13] = [
 pub const LEGEND: &str = "\
     set by: a the application, p the policy, b a bound of the policy, \
     s a sysctl of the namespace, k nobody (the kernel's default)\n\
-    noticed: when it would be found out that the peer is dead from now on";
+    noticed: when it would be found out that the peer is dead from now on\n\
+    → what the policy would set, were it not in dry run";
 
 /// The columns of [`summary_row`].
 pub const SUMMARY_HEADER: [&str; 7] = [
@@ -59,36 +61,48 @@ const NONE: &str = "-";
 #[must_use]
 pub fn row(connection: &Connection<'_>) -> [String; 13] {
     let settings = &connection.settings;
+    let has = connection.record.options();
+    let would = connection.would.unwrap_or(has);
     // While keepalive is off its timers do nothing.
-    let timer = |setting: Setting<u32>, show: fn(u32) -> String| {
-        if settings.keepalive.value {
+    let timer = |setting: Setting<u32>, has: u32, would_be: u32, show: fn(u32) -> String| {
+        let shown = if settings.keepalive.value {
             marked(&show(setting.value), setting.source)
         } else {
             NONE.to_owned()
-        }
+        };
+        changing(
+            shown,
+            (would.keepalive && would_be != has).then(|| show(would_be)),
+        )
     };
-    let keepalive = if settings.keepalive.value {
-        "on"
-    } else {
-        "off"
+    let keepalive = changing(
+        marked(on_or_off(has.keepalive), settings.keepalive.source),
+        (would.keepalive != has.keepalive).then(|| on_or_off(would.keepalive).to_owned()),
+    );
+    let milliseconds = |set: u32| match set {
+        0 => NONE.to_owned(),
+        set => compact(Duration::from_millis(set.into())),
     };
     let user_timeout = match settings.user_timeout.value {
         0 => NONE.to_owned(),
-        set => marked(
-            &compact(Duration::from_millis(set.into())),
-            settings.user_timeout.source,
-        ),
+        set => marked(&milliseconds(set), settings.user_timeout.source),
     };
+    let user_timeout = changing(
+        user_timeout,
+        (would.user_timeout != has.user_timeout).then(|| milliseconds(would.user_timeout)),
+    );
     [
         printable(&connection.netns.name).into_owned(),
         location(connection),
         process(connection),
         connection.record.local().to_string(),
         connection.record.remote().to_string(),
-        marked(keepalive, settings.keepalive.source),
-        timer(settings.idle, seconds),
-        timer(settings.interval, seconds),
-        timer(settings.probes, |probes| probes.to_string()),
+        keepalive,
+        timer(settings.idle, has.idle, would.idle, seconds),
+        timer(settings.interval, has.interval, would.interval, seconds),
+        timer(settings.probes, has.probes, would.probes, |probes| {
+            probes.to_string()
+        }),
         user_timeout,
         connection
             .forecast
@@ -104,6 +118,18 @@ pub fn row(connection: &Connection<'_>) -> [String; 13] {
             .map_or(NONE, |policy| policy.name.as_str())
             .to_owned(),
     ]
+}
+
+fn on_or_off(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}
+
+/// A cell, and what would stand in it.
+fn changing(shown: String, would_be: Option<String>) -> String {
+    match would_be {
+        Some(would_be) => format!("{shown} → {would_be}"),
+        None => shown,
+    }
 }
 
 /// A value with the letter of its source.
@@ -206,6 +232,31 @@ struct Line<'a> {
     next_probe_ms: Option<u64>,
     noticed_ms: Option<u64>,
     noticed_by: &'static str,
+    would: Option<Would>,
+}
+
+/// What a policy in dry run would make of a connection; a timer is null that
+/// stays unset.
+#[derive(Serialize)]
+struct Would {
+    keepalive: bool,
+    idle_s: Option<u32>,
+    interval_s: Option<u32>,
+    probes: Option<u32>,
+    user_timeout_ms: Option<u32>,
+}
+
+impl From<Options> for Would {
+    fn from(wants: Options) -> Self {
+        let set = |timer: u32| Some(timer).filter(|timer| *timer != 0);
+        Self {
+            keepalive: wants.keepalive,
+            idle_s: set(wants.idle),
+            interval_s: set(wants.interval),
+            probes: set(wants.probes),
+            user_timeout_ms: set(wants.user_timeout),
+        }
+    }
 }
 
 /// Writes a connection as a line of JSON.
@@ -221,6 +272,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         policy,
         holder,
         settings,
+        would,
         forecast,
     } = connection;
     let place = cgroup.map_or_else(Place::default, |cgroup| Place::of(&cgroup.path));
@@ -262,6 +314,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         next_probe_ms: forecast.next_probe,
         noticed_ms,
         noticed_by,
+        would: would.map(Would::from),
     };
     serde_json::to_writer(&mut *out, &line)?;
     out.write_all(b"\n")

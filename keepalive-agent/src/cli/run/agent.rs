@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     assignment::{Assignment, Claimants},
-    bpf::{Change, Done, Enforcer, Events, Failure, Loaded},
+    bpf::{Change, Counted, Done, Enforcer, Events, Failure, Loaded},
     config::Config,
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout, preflight},
@@ -161,7 +161,7 @@ impl Agent {
     }
 
     /// What each policy did so far.
-    pub(super) fn done(&self) -> Result<Vec<(String, Done)>> {
+    pub(super) fn done(&self) -> Result<Vec<(Counted, Done)>> {
         self.enforcer.done().context("reading the counters")
     }
 
