@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod check;
+mod explain;
 mod generate;
 mod output;
 mod policy;
@@ -54,6 +55,7 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run --config my.toml      with a policy of your own\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
+                  keepalive-agent explain --pid 1234                which policy, and why\n  \
                   keepalive-agent policy show               what holds, and where it is written"
 )]
 pub struct Cli {
@@ -75,6 +77,8 @@ enum Command {
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Tell which policy claims a connection, why, and what comes of it
+    Explain(explain::Arguments),
     /// Show the policy with the file and line of each value, and change it
     Policy(Box<policy::Arguments>),
     /// Write man pages and shell completions
@@ -175,6 +179,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Explain(arguments) => explain::explain(arguments),
         Command::Policy(arguments) => policy::policy(arguments),
         Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),

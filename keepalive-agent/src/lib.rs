@@ -22,6 +22,7 @@ pub mod bpf;
 pub mod cli;
 pub mod config;
 pub mod duration;
+pub mod explain;
 pub mod hierarchy;
 pub mod kernel;
 pub mod netns;

@@ -1,0 +1,618 @@
+//! `keepalive-agent explain`: which policy, why, and what comes of it.
+
+use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{ArgGroup, Args};
+use keepalive_common::{
+    plan::{Options, plan},
+    policy::Policy,
+    socket::SocketRecord,
+};
+use serde::Serialize;
+use tracing::warn;
+
+use super::{ConfigFiles, output};
+use crate::{
+    assignment::{Assigned, Claimants, DEFAULT},
+    bpf::Lister,
+    config::{Config, Merged},
+    duration,
+    explain::{Meaning, Path, Verdict, Walk, walk},
+    hierarchy::{Cgroup, Hierarchy},
+    kernel::{layout, preflight},
+    netns::{self, Namespace},
+    sockets::source::{Setting, Source, Sysctls},
+    state,
+};
+
+#[derive(Args, Debug)]
+#[command(
+    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote"]).required(true).multiple(true)),
+    after_help = "Explains what the running agent does, or what the config would do where none runs \
+                  or one is named. A socket belongs to the cgroup in which it was made, and an \
+                  accepted one to that of its listener.\n\n\
+                  Examples:\n  \
+                  keepalive-agent explain --pid 1234\n  \
+                  keepalive-agent explain --cgroup /system.slice/redis.service --remote 10.1.2.3:6379\n  \
+                  keepalive-agent explain --socket 10.0.0.5:43210 10.1.2.3:6379\n  \
+                  keepalive-agent explain --cgroup /kubepods.slice --config new.toml"
+)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    files: ConfigFiles,
+
+    /// A connection that this process makes
+    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "socket"])]
+    pid: Option<u32>,
+
+    /// A connection made in this cgroup; the root, where only the remote end is
+    /// named
+    #[arg(long, value_name = "PATH", conflicts_with = "socket")]
+    cgroup: Option<PathBuf>,
+
+    /// An existing connection, by its addresses as `sockets` shows them
+    #[arg(long, num_args = 2, value_names = ["LOCAL", "REMOTE"])]
+    socket: Option<Vec<SocketAddr>>,
+
+    /// The remote end that the connection goes to
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "socket")]
+    remote: Option<SocketAddr>,
+
+    /// Print one JSON object instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
+    let hierarchy = Hierarchy::find()?;
+    let subject = Subject::of(arguments, &hierarchy)?;
+    let enforced = Enforced::find(arguments, &hierarchy)?;
+    let explanations = enforced.iter().map(|enforced| {
+        let claimants = Claimants::new(&enforced.config, &enforced.root)
+            .context("the globs of the config are too large together")?;
+        let walk = walk(&claimants, &subject.cgroup, subject.remote);
+        anyhow::Ok((enforced, claimants, walk))
+    });
+    let explanations = explanations.collect::<Result<Vec<_>>>()?;
+    // Programs of a child cgroup run before those of its parents: of two agents
+    // the one further up has the last word.
+    let decides = explanations
+        .iter()
+        .find(|(_, _, walk)| walk.claimed.is_some())
+        .or(explanations.first());
+    let Some((enforced, claimants, walk)) = decides else {
+        bail!("no policy can be found");
+    };
+    let explained = Explained::new(&subject, enforced, claimants, walk);
+    if arguments.json {
+        output::json(&explained.record())?;
+    } else {
+        explained.print()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is to be explained.
+struct Subject {
+    cgroup: String,
+    remote: Option<SocketAddr>,
+    /// The process in whose name a connection is made.
+    pid: Option<u32>,
+    /// The connection, if it exists.
+    found: Option<(Namespace, SocketRecord)>,
+    sysctls: Sysctls,
+}
+
+impl Subject {
+    fn of(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Self> {
+        let remote = arguments.remote;
+        if let Some([local, remote]) = arguments.socket.as_deref() {
+            return Self::of_socket(*local, *remote, hierarchy);
+        }
+        let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
+            (Some(pid), _) => (cgroup_of(pid)?, sysctls_of(pid)?),
+            (None, Some(path)) => {
+                // It may be one that is to be made.
+                let path = hierarchy
+                    .existing(path)
+                    .map_or_else(|_| path.display().to_string(), |existing| existing.path);
+                (path, Sysctls::here()?)
+            }
+            (None, None) => ("/".to_owned(), Sysctls::here()?),
+        };
+        Ok(Self {
+            cgroup,
+            remote,
+            pid: arguments.pid,
+            found: None,
+            sysctls,
+        })
+    }
+
+    fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
+        preflight::may_enforce()?;
+        let mut lister = Lister::load(&layout::running()?)?;
+        let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
+        let mut found = None;
+        for netns in netns::all()? {
+            let entered = netns.enter(|| {
+                let sysctls = Sysctls::here()?;
+                lister.list(&mut |record| {
+                    if canonical(record.local()) == canonical(local)
+                        && canonical(record.remote()) == canonical(remote)
+                    {
+                        found = Some((netns.clone(), *record, sysctls));
+                    }
+                    Ok(())
+                })
+            });
+            if let Err(error) = entered.and_then(Option::transpose) {
+                warn!("namespace {}: {error:#}", netns.name);
+            }
+        }
+        let Some((netns, record, sysctls)) = found else {
+            bail!(
+                "no connection goes from {local} to {remote}: \
+                 `keepalive-agent sockets` shows the ones there are"
+            );
+        };
+        let root = hierarchy.existing("/".as_ref())?;
+        let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
+        let Some(cgroup) = cgroups
+            .into_iter()
+            .find(|cgroup| cgroup.id == record.cgroup)
+        else {
+            bail!(
+                "the cgroup that the connection belongs to (id {}) does not exist any more, or is \
+                 out of sight",
+                record.cgroup
+            );
+        };
+        Ok(Self {
+            cgroup: cgroup.path,
+            remote: Some(record.remote()),
+            pid: None,
+            found: Some((netns, record)),
+            sysctls,
+        })
+    }
+
+    /// What is explained, in words.
+    fn name(&self) -> String {
+        match (&self.found, self.pid, self.remote) {
+            (Some((netns, record)), ..) => format!(
+                "connection {} → {} in network namespace {}",
+                record.local(),
+                record.remote(),
+                netns.name
+            ),
+            (None, Some(pid), Some(remote)) => {
+                format!("a connection of process {pid} to {remote}")
+            }
+            (None, Some(pid), None) => format!("a connection of process {pid}"),
+            (None, None, Some(remote)) => format!("a connection to {remote}"),
+            (None, None, None) => "a connection".to_owned(),
+        }
+    }
+}
+
+/// The cgroup of a process in the v2 hierarchy.
+fn cgroup_of(pid: u32) -> Result<String> {
+    let file = format!("/proc/{pid}/cgroup");
+    let text = fs::read_to_string(&file)
+        .with_context(|| format!("reading {file}: is there a process {pid}?"))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    let path = path.with_context(|| format!("{file} names no cgroup of the v2 hierarchy"))?;
+    Ok(path.strip_suffix(" (deleted)").unwrap_or(path).to_owned())
+}
+
+/// The sysctls of the network namespace of a process.
+fn sysctls_of(pid: u32) -> Result<Sysctls> {
+    use std::os::unix::fs::MetadataExt as _;
+    let file = format!("/proc/{pid}/ns/net");
+    let id = fs::metadata(&file)
+        .with_context(|| format!("looking at {file}"))?
+        .ino();
+    let own = netns::all()?.into_iter().find(|netns| netns.id == id);
+    let entered = own.map(|netns| netns.enter(Sysctls::here)).transpose()?;
+    match entered.flatten() {
+        Some(sysctls) => sysctls,
+        None => Sysctls::here(),
+    }
+}
+
+/// What decides: a running agent, or a config.
+struct Enforced {
+    /// In words.
+    by: String,
+    agent: Option<u32>,
+    root: Cgroup,
+    config: Config,
+    /// Where it is written, as far as the files still say the same.
+    files: Option<Merged>,
+}
+
+impl Enforced {
+    /// All agents, the one further up first; or the config.
+    fn find(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Vec<Self>> {
+        let files = &arguments.files;
+        let named = files.config.is_some() || !files.drop_in_dir.is_empty();
+        let mut running = if named { Vec::new() } else { state::running()? };
+        running.sort_by_key(|agent| agent.root.path.trim_end_matches('/').len());
+        let merged = files.sources().read();
+        if running.is_empty() {
+            let merged = merged?;
+            return Ok(vec![Self {
+                by: if named {
+                    "the config that is named, if an agent enforced it".to_owned()
+                } else {
+                    "no agent is running; this is what it would do".to_owned()
+                },
+                agent: None,
+                root: hierarchy.existing("/".as_ref())?,
+                config: merged.config.clone(),
+                files: Some(merged),
+            }]);
+        }
+        let files = merged.ok();
+        Ok(running
+            .into_iter()
+            .map(|agent| Self {
+                by: format!("agent {} on {}", agent.pid, agent.root.path),
+                agent: Some(agent.pid),
+                root: agent.root,
+                config: agent.config,
+                files: files.clone(),
+            })
+            .collect())
+    }
+
+    /// Where a policy is written; none where the files say something else by now.
+    fn written(&self, assigned: &Assigned) -> Option<String> {
+        let files = self.files.as_ref()?;
+        let same = |policy: &Policy| {
+            policy.with_enforcement(true) == assigned.policy.with_enforcement(true)
+        };
+        if assigned.name == DEFAULT {
+            files
+                .config
+                .default
+                .as_ref()
+                .filter(|policy| same(policy))?;
+            return Some(files.origins.default.as_ref()?.table.to_string());
+        }
+        let policies = files.config.policies.iter().zip(&files.origins.policies);
+        let mut written = policies.filter(|(named, _)| named.name == assigned.name);
+        let (named, origins) = written.next()?;
+        same(&named.policy).then(|| origins.table.to_string())
+    }
+}
+
+/// An explanation, ready to be told.
+struct Explained<'a> {
+    subject: &'a Subject,
+    enforced: &'a Enforced,
+    claimants: &'a Claimants,
+    walk: &'a Walk,
+    policy: Option<&'a Assigned>,
+    /// What is set: on the connection, or by an application that sets nothing.
+    has: Options,
+    /// What the policy makes of that.
+    wants: Options,
+}
+
+impl<'a> Explained<'a> {
+    fn new(
+        subject: &'a Subject,
+        enforced: &'a Enforced,
+        claimants: &'a Claimants,
+        walk: &'a Walk,
+    ) -> Self {
+        let policy = walk.claimed.map(|index| &claimants.policies()[index]);
+        let has = subject
+            .found
+            .as_ref()
+            .map_or_else(Options::default, |(_, record)| record.options());
+        let wants = policy.map_or(has, |assigned| plan(&assigned.policy, &has));
+        Self {
+            subject,
+            enforced,
+            claimants,
+            walk,
+            policy,
+            has,
+            wants,
+        }
+    }
+
+    /// What the options of now mean.
+    fn now(&self) -> Meaning {
+        let policy = self.policy.map(|assigned| &assigned.policy);
+        let enforced = policy.filter(|policy| policy.is_enforced());
+        Meaning::of(&self.holds(), enforced, &self.subject.sysctls)
+    }
+
+    /// What the policy's wishes mean.
+    fn then(&self) -> Meaning {
+        let policy = self.policy.map(|assigned| &assigned.policy);
+        Meaning::of(&self.wants, policy, &self.subject.sysctls)
+    }
+
+    /// What holds.
+    fn holds(&self) -> Options {
+        let enforced = self
+            .policy
+            .is_none_or(|assigned| assigned.policy.is_enforced());
+        if self.subject.found.is_some() || !enforced {
+            self.has
+        } else {
+            self.wants
+        }
+    }
+
+    fn print(&self) -> Result<()> {
+        let mut text = format!(
+            "{}\nin cgroup   {}\ndecided by  {}\n\n",
+            self.subject.name(),
+            self.subject.cgroup,
+            self.enforced.by
+        );
+        for visited in &self.walk.cgroups {
+            writeln!(text, "{}", visited.path)?;
+            if visited.policies.is_empty() {
+                text.push_str("    no policy\n");
+            }
+            for (index, verdict) in &visited.policies {
+                let assigned = &self.claimants.policies()[*index];
+                let verdict = match verdict {
+                    Verdict::Claims => "claims the connection".to_owned(),
+                    Verdict::Beaten => {
+                        "is for it too, but another one is more exact or comes first".to_owned()
+                    }
+                    Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
+                    Verdict::Depends => format!("claims what goes to {}", remotes(assigned)),
+                };
+                writeln!(text, "    policy {} {verdict}", assigned.name)?;
+            }
+        }
+        match self.policy {
+            None => text.push_str("\nno policy claims it: it is left alone\n"),
+            Some(assigned) => {
+                let [keepalive, idle, interval, probes, user_timeout] =
+                    output::wishes(&assigned.policy);
+                let written = self
+                    .enforced
+                    .written(assigned)
+                    .map_or_else(String::new, |written| format!(" ({written})"));
+                write!(
+                    text,
+                    "\npolicy {}{written}\n    \
+                     keepalive {keepalive}, idle {idle}, interval {interval}, probes {probes}, \
+                     user-timeout {user_timeout}\n",
+                    assigned.name
+                )?;
+                if !assigned.policy.is_enforced() {
+                    text.push_str("    in dry run: nothing is set\n");
+                }
+            }
+        }
+        let heading = if self.subject.found.is_some() {
+            "what holds"
+        } else {
+            "what comes of it, if the application sets nothing"
+        };
+        writeln!(text, "\n{heading}")?;
+        text.push_str(&meaning(&self.now()));
+        if self.holds() != self.wants {
+            text.push_str("\nwhat the policy wants\n");
+            text.push_str(&meaning(&self.then()));
+        }
+        output::text(text)
+    }
+
+    fn record(&self) -> Record<'_> {
+        let name = |index: usize| self.claimants.policies()[index].name.as_str();
+        let walk = self.walk.cgroups.iter().map(|visited| VisitedRecord {
+            cgroup: &visited.path,
+            policies: visited
+                .policies
+                .iter()
+                .map(|(index, verdict)| VerdictRecord {
+                    name: name(*index),
+                    verdict: match verdict {
+                        Verdict::Claims => "claims",
+                        Verdict::Beaten => "beaten",
+                        Verdict::NotFor(_) => "not-for",
+                        Verdict::Depends => "depends",
+                    },
+                    reason: match verdict {
+                        Verdict::NotFor(mismatch) => Some(mismatch.to_string()),
+                        _ => None,
+                    },
+                })
+                .collect(),
+        });
+        Record {
+            cgroup: &self.subject.cgroup,
+            pid: self.subject.pid,
+            local: self
+                .subject
+                .found
+                .as_ref()
+                .map(|(_, record)| record.local()),
+            remote: self.subject.remote,
+            netns: self
+                .subject
+                .found
+                .as_ref()
+                .map(|(netns, _)| netns.name.as_str()),
+            agent: self.enforced.agent,
+            walk: walk.collect(),
+            policy: self.policy.map(|assigned| assigned.name.as_str()),
+            written: self
+                .policy
+                .and_then(|assigned| self.enforced.written(assigned)),
+            enforced: self.policy.map(|assigned| assigned.policy.is_enforced()),
+            holds: MeaningRecord::new(&self.now()),
+            wants: MeaningRecord::new(&self.then()),
+        }
+    }
+}
+
+/// The remote ends that a policy is for, in words.
+fn remotes(assigned: &Assigned) -> String {
+    let mut words: Vec<_> = assigned
+        .rules
+        .remotes
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    words.extend(
+        assigned
+            .rules
+            .ports
+            .iter()
+            .map(|ports| format!("port {ports}")),
+    );
+    words.join(", ")
+}
+
+/// A meaning for people.
+fn meaning(meaning: &Meaning) -> String {
+    let settings = &meaning.settings;
+    let mut lines = vec![setting(
+        "keepalive",
+        settings.keepalive.source,
+        if settings.keepalive.value {
+            "on"
+        } else {
+            "off"
+        },
+    )];
+    let timer = |name, timer: Setting<u32>, shown: &str| setting(name, timer.source, shown);
+    if settings.keepalive.value {
+        let (idle, interval) = (settings.idle.value, settings.interval.value);
+        lines.push(timer("idle", settings.idle, &duration::show_seconds(idle)));
+        lines.push(timer(
+            "interval",
+            settings.interval,
+            &duration::show_seconds(interval),
+        ));
+        lines.push(timer(
+            "probes",
+            settings.probes,
+            &settings.probes.value.to_string(),
+        ));
+    }
+    if settings.user_timeout.value != 0 {
+        let shown = duration::show_milliseconds(settings.user_timeout.value);
+        lines.push(timer("user-timeout", settings.user_timeout, &shown));
+    }
+    let after = |milliseconds: u64| {
+        let time = Duration::from_millis(milliseconds);
+        format!("after {}", duration::show(time))
+    };
+    let first = meaning
+        .first_probe_s
+        .map(|seconds| u64::from(seconds) * 1000);
+    let first = first.map_or_else(|| "never".to_owned(), |first| after(first) + " of silence");
+    let dead = meaning
+        .dead_after_ms
+        .map_or_else(|| "never".to_owned(), after);
+    lines.push(format!("first probe   {first}"));
+    lines.push(format!("dead peer     noticed {dead}"));
+    let (open, lost): (Vec<&Path>, Vec<&Path>) =
+        meaning.paths.iter().partition(|path| path.survives);
+    for (word, paths) in [("survives", open), ("is lost on", lost)] {
+        if !paths.is_empty() {
+            let names = paths
+                .iter()
+                .map(|path| format!("{} ({})", path.name, duration::show_seconds(path.timeout_s)));
+            lines.push(format!(
+                "{word:<13} {}",
+                names.collect::<Vec<_>>().join(", ")
+            ));
+        }
+    }
+    format!("    {}\n", lines.join("\n    "))
+}
+
+fn setting(name: &str, source: Source, shown: &str) -> String {
+    let source = match source {
+        Source::App => "the application",
+        Source::Policy => "the policy",
+        Source::PolicyBound => "a bound of the policy",
+        Source::Sysctl => "a sysctl of the namespace",
+        Source::Kernel => "nobody",
+    };
+    format!("{name:<13} {shown}, set by {source}")
+}
+
+/// An explanation as JSON. The names are documented in docs/explain.md and stay.
+#[derive(Serialize)]
+struct Record<'a> {
+    cgroup: &'a str,
+    pid: Option<u32>,
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+    netns: Option<&'a str>,
+    agent: Option<u32>,
+    walk: Vec<VisitedRecord<'a>>,
+    policy: Option<&'a str>,
+    written: Option<String>,
+    enforced: Option<bool>,
+    holds: MeaningRecord,
+    wants: MeaningRecord,
+}
+
+#[derive(Serialize)]
+struct VisitedRecord<'a> {
+    cgroup: &'a str,
+    policies: Vec<VerdictRecord<'a>>,
+}
+
+#[derive(Serialize)]
+struct VerdictRecord<'a> {
+    name: &'a str,
+    verdict: &'static str,
+    reason: Option<String>,
+}
+
+#[derive(Serialize)]
+struct MeaningRecord {
+    keepalive: bool,
+    keepalive_source: Source,
+    idle_s: u32,
+    idle_source: Source,
+    interval_s: u32,
+    interval_source: Source,
+    probes: u32,
+    probes_source: Source,
+    user_timeout_ms: Option<u32>,
+    user_timeout_source: Source,
+    first_probe_s: Option<u32>,
+    dead_after_ms: Option<u64>,
+    paths: Vec<Path>,
+}
+
+impl MeaningRecord {
+    fn new(meaning: &Meaning) -> Self {
+        let settings = &meaning.settings;
+        Self {
+            keepalive: settings.keepalive.value,
+            keepalive_source: settings.keepalive.source,
+            idle_s: settings.idle.value,
+            idle_source: settings.idle.source,
+            interval_s: settings.interval.value,
+            interval_source: settings.interval.source,
+            probes: settings.probes.value,
+            probes_source: settings.probes.source,
+            user_timeout_ms: Some(settings.user_timeout.value).filter(|set| *set != 0),
+            user_timeout_source: settings.user_timeout.source,
+            first_probe_s: meaning.first_probe_s,
+            dead_after_ms: meaning.dead_after_ms,
+            paths: meaning.paths.clone(),
+        }
+    }
+}
