@@ -241,8 +241,9 @@ async fn a_config_map_that_kubernetes_swaps() {
             place.link(new, "d/..data_tmp");
             silent(&mut watch).await;
             place.rename("d/..data_tmp", "d/..data");
-            fs::remove_dir_all(place.path(&format!("d/{old}"))).unwrap();
             tells(&mut watch).await;
+            fs::remove_dir_all(place.path(&format!("d/{old}"))).unwrap();
+            silent(&mut watch).await;
         }
         // The way is followed anew: what is behind the link now is watched.
         place.write("d/..2024_1/a.toml", "[default]\n");
