@@ -7,7 +7,8 @@
 //! is nothing to watch until it does. After a change the way is found again.
 //!
 //! A write counts when the file is closed, never when it is truncated: the empty
-//! text in between is a config too, one that says nothing.
+//! text in between is a config too, one that says nothing. And while a file is
+//! being written, no other change is told either.
 //!
 //! Not noticed: a file system that is mounted over a directory on the way, and
 //! what another machine changes on a network file system.
@@ -39,6 +40,13 @@ const QUIET: Duration = Duration::from_millis(100);
 /// A change is told after this time even when others keep coming.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
+/// A timer of no time at all would be none.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+
+/// A writer that is silent for so long is not waited for: `truncate(2)` and
+/// `mknod(2)` change and make files that nobody has open, and so nobody closes.
+const LONGEST_WRITE: Duration = Duration::from_secs(10);
+
 /// Symbolic links that are followed (`MAXSYMLINKS` in include/linux/namei.h).
 const MOST_LINKS: usize = 40;
 
@@ -64,6 +72,8 @@ pub struct Watch {
     timer: AsyncFd<OwnedFd>,
     /// When the first of the changes came that were not told yet.
     noticed: Option<Instant>,
+    /// Files that are being written, and when they last were.
+    writing: HashMap<PathBuf, Instant>,
 }
 
 impl Watch {
@@ -91,6 +101,7 @@ impl Watch {
             watched: armed.watched,
             timer: readable(timer).context("watching a timer")?,
             noticed: None,
+            writing: HashMap::new(),
         };
         if armed.is_outdated {
             watch.notice()?;
@@ -99,7 +110,7 @@ impl Watch {
     }
 
     /// Waits until something has changed that the config may depend on. Read it
-    /// then, and compare: it may be the same.
+    /// then, ask whether [`Watch::has_news`], and compare: it may be the same.
     ///
     /// Nothing is lost when this future is dropped.
     ///
@@ -111,30 +122,90 @@ impl Watch {
             tokio::select! {
                 ready = self.inotify.readable() => {
                     let mut ready = ready.context("waiting for changes of the config")?;
-                    let events = read(ready.get_inner(), &self.watched)?;
-                    if events.is_all {
+                    let news = read(ready.get_inner(), &self.watched)?;
+                    if news.is_all {
                         ready.clear_ready();
                     }
-                    if events.is_change {
-                        self.notice()?;
-                    }
+                    self.take_in(news)?;
                 }
                 ready = self.timer.readable() => {
                     let mut ready = ready.context("waiting for a timer")?;
                     ready.clear_ready();
                     match rustix::io::read(ready.get_inner(), &mut [0_u8; 8]) {
-                        Ok(_) => break,
-                        Err(Errno::AGAIN) => {}
+                        Ok(_) if self.is_quiet()? => return Ok(()),
+                        Ok(_) | Err(Errno::AGAIN) => {}
                         Err(error) => return Err(error).context("reading a timer"),
                     }
                 }
             }
         }
+    }
+
+    /// Whether something has changed that is not told yet, or a file is being
+    /// written: what was read meanwhile may be half of it, and [`Watch::changed`]
+    /// tells when it is whole.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not say.
+    pub fn has_news(&mut self) -> Result<bool> {
+        let news = read(self.inotify.get_ref(), &self.watched)?;
+        self.take_in(news)?;
+        if self.writing.is_empty() {
+            return Ok(self.noticed.is_some());
+        }
+        self.notice()?;
+        Ok(true)
+    }
+
+    /// Forgets what has changed so far: it is about to be read anyway.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::on`].
+    pub fn renew(&mut self) -> Result<()> {
         self.noticed = None;
+        self.set_timer(Duration::ZERO)?;
+        self.rearm(false)
+    }
+
+    /// Finds the way again when it is time to tell of a change. False when there
+    /// is something to wait for after all.
+    fn is_quiet(&mut self) -> Result<bool> {
+        let noticed = self.noticed.take();
+        self.rearm(true)?;
+        self.writing
+            .retain(|_, last| last.elapsed() < LONGEST_WRITE);
+        let Some(last) = self.writing.values().max() else {
+            return Ok(self.noticed.is_none());
+        };
+        let left = LONGEST_WRITE.saturating_sub(last.elapsed());
+        self.noticed = noticed;
+        self.set_timer(left.max(SHORTEST_WAIT))?;
+        Ok(false)
+    }
+
+    /// Finds the way again. What the old watches have still to say counts, or is
+    /// passed over but for files that are being written.
+    fn rearm(&mut self, counts: bool) -> Result<()> {
         let armed = Armed::new(&self.sources)?;
+        let mut news = read(self.inotify.get_ref(), &self.watched)?;
+        news.is_change &= counts;
         self.inotify = armed.inotify;
         self.watched = armed.watched;
-        if armed.is_outdated {
+        news.is_change |= armed.is_outdated;
+        self.take_in(news)
+    }
+
+    fn take_in(&mut self, news: News) -> Result<()> {
+        for (path, is_open) in news.writes {
+            if is_open {
+                self.writing.insert(path, Instant::now());
+            } else {
+                self.writing.remove(&path);
+            }
+        }
+        if news.is_change {
             self.notice()?;
         }
         Ok(())
@@ -144,8 +215,11 @@ impl Watch {
     fn notice(&mut self) -> Result<()> {
         let first = *self.noticed.get_or_insert_with(Instant::now);
         let left = LONGEST_WAIT.saturating_sub(first.elapsed());
-        // Zero would stop the timer.
-        let wait = QUIET.min(left).max(Duration::from_millis(1));
+        self.set_timer(QUIET.min(left).max(SHORTEST_WAIT))
+    }
+
+    /// Zero stops it.
+    fn set_timer(&self, wait: Duration) -> Result<()> {
         let once = Itimerspec {
             it_interval: Timespec::default(),
             it_value: wait.try_into().context("setting a timer")?,
@@ -244,7 +318,7 @@ impl Want {
     fn flags(&self) -> WatchFlags {
         let mut flags = WatchFlags::empty();
         if self.writes {
-            flags |= WatchFlags::CLOSE_WRITE;
+            flags |= WatchFlags::MODIFY | WatchFlags::CLOSE_WRITE;
         }
         if self.is_file {
             return flags;
@@ -370,60 +444,69 @@ fn put_ahead(ahead: &mut Vec<OsString>, path: &Path) {
 }
 
 /// What came of reading events.
-struct Events {
+#[derive(Default)]
+struct News {
     /// One of them may have changed the config.
     is_change: bool,
-    /// There are no more for now.
+    /// Files that were written, and whether they are open still.
+    writes: Vec<(PathBuf, bool)>,
+    /// There are no more events for now.
     is_all: bool,
 }
 
-fn read(inotify: &OwnedFd, watched: &HashMap<i32, Watched>) -> Result<Events> {
+fn read(inotify: &OwnedFd, watched: &HashMap<i32, Watched>) -> Result<News> {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut buffer);
-    let mut is_change = false;
+    let mut news = News::default();
     for _ in 0..MOST_EVENTS {
         match reader.next() {
-            Ok(event) => is_change |= is_relevant(&event, watched),
+            Ok(event) => news.add(&event, watched),
             Err(Errno::AGAIN) => {
-                return Ok(Events {
-                    is_change,
-                    is_all: true,
-                });
+                news.is_all = true;
+                return Ok(news);
             }
             Err(Errno::INTR) => {}
             Err(error) => return Err(error).context("reading changes of the config's files"),
         }
     }
     // Those that were read into the buffer are lost with it.
-    Ok(Events {
-        is_change: true,
-        is_all: false,
-    })
+    news.is_change = true;
+    Ok(news)
 }
 
-fn is_relevant(event: &inotify::Event<'_>, watched: &HashMap<i32, Watched>) -> bool {
-    let kind = event.events();
-    let end = ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::UNMOUNT;
-    if kind.intersects(end | ReadFlags::QUEUE_OVERFLOW) {
-        return true;
+impl News {
+    fn add(&mut self, event: &inotify::Event<'_>, watched: &HashMap<i32, Watched>) {
+        let kind = event.events();
+        let end = ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::UNMOUNT;
+        if kind.intersects(end | ReadFlags::QUEUE_OVERFLOW) {
+            self.is_change = true;
+            return;
+        }
+        let Some(watched) = watched.get(&event.wd()) else {
+            return;
+        };
+        let path = match event.file_name() {
+            Some(name) => {
+                let name = OsStr::from_bytes(name.to_bytes());
+                if !watched.want.has(name) {
+                    return;
+                }
+                watched.path.join(name)
+            }
+            None if watched.want.is_file => watched.path.clone(),
+            None => return,
+        };
+        // Whoever makes a file has it open still; what has two names was complete
+        // under the other one.
+        let is_new = || {
+            let made = path.symlink_metadata();
+            made.is_ok_and(|made| made.is_file() && made.nlink() == 1)
+        };
+        let is_written = kind.contains(ReadFlags::MODIFY);
+        let is_open = is_written || kind.contains(ReadFlags::CREATE) && is_new();
+        self.is_change |= !is_written;
+        self.writes.push((path, is_open));
     }
-    let Some(watched) = watched.get(&event.wd()) else {
-        return false;
-    };
-    let Some(name) = event.file_name() else {
-        return kind.contains(ReadFlags::CLOSE_WRITE);
-    };
-    let name = OsStr::from_bytes(name.to_bytes());
-    if !watched.want.has(name) {
-        return false;
-    }
-    // Whoever makes a file has it open still; what has two names was complete
-    // under the other one.
-    let is_being_written = || {
-        let made = watched.path.join(name).symlink_metadata();
-        made.is_ok_and(|made| made.is_file() && made.nlink() == 1)
-    };
-    !kind.contains(ReadFlags::CREATE) || !is_being_written()
 }
 
 #[cfg(test)]

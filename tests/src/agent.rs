@@ -247,10 +247,15 @@ impl Agent {
         Ok(said)
     }
 
+    /// The agent finds the new file and the signal at once, and not the one long
+    /// before the other: it would read the file twice then.
     fn hang_up(&self, config: &str) -> Result<()> {
         let file = self.config.as_ref().context("an agent without a file")?;
-        fs::write(file, config)?;
-        self.process.signal(Signal::HUP)
+        self.process.signal(Signal::STOP)?;
+        let written = fs::write(file, config);
+        self.process.signal(Signal::HUP)?;
+        self.process.signal(Signal::CONT)?;
+        Ok(written?)
     }
 
     /// Ends it with SIGTERM.

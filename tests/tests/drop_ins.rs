@@ -143,9 +143,9 @@ fn a_config_map_as_kubernetes_changes_it() -> Result<()> {
         let temporary = node.path("etc/..data_tmp");
         symlink(format!("..2024_{new}"), &temporary)?;
         fs::rename(temporary, node.path("etc/..data"))?;
-        fs::remove_dir_all(node.path(&format!("etc/..2024_{old}")))?;
         agent.reloaded()?;
         assert_eq!(node.idle()?, i32::try_from(idle)?);
+        fs::remove_dir_all(node.path(&format!("etc/..2024_{old}")))?;
     }
     assert_eq!(agent.said(), "");
     Ok(())

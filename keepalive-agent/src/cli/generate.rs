@@ -31,13 +31,7 @@ pub(super) fn generate(arguments: &Arguments) -> Result<ExitCode> {
     let mut command = Cli::command();
     command.build();
     let pages = make("man")?;
-    page(&command, &pages)?;
-    for subcommand in command
-        .get_subcommands()
-        .filter(|found| !found.is_hide_set())
-    {
-        page(subcommand, &pages)?;
-    }
+    write_pages(&command, &pages)?;
     let completions = make("completions")?;
     let name = command.get_name().to_owned();
     for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
@@ -45,6 +39,15 @@ pub(super) fn generate(arguments: &Arguments) -> Result<ExitCode> {
             .with_context(|| format!("writing the completions for {shell}"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The page of a command, and those of its subcommands.
+fn write_pages(command: &Command, directory: &Path) -> Result<()> {
+    page(command, directory)?;
+    command
+        .get_subcommands()
+        .filter(|found| !found.is_hide_set())
+        .try_for_each(|found| write_pages(found, directory))
 }
 
 fn page(command: &Command, directory: &Path) -> Result<()> {
@@ -70,7 +73,18 @@ mod tests {
             directory: directory.path().to_owned(),
         };
         generate(&arguments).unwrap();
-        for name in ["", "-run", "-sweep", "-check", "-sockets", "-generate"] {
+        for name in [
+            "",
+            "-run",
+            "-sweep",
+            "-check",
+            "-sockets",
+            "-policy",
+            "-policy-show",
+            "-policy-set",
+            "-policy-unset",
+            "-generate",
+        ] {
             let page = directory
                 .path()
                 .join(format!("man/keepalive-agent{name}.1"));

@@ -31,6 +31,10 @@ use drop_in::{DropIn, Key};
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+                  keepalive-agent policy show\n  \
+                  keepalive-agent policy set --cgroup /system.slice/redis.service --idle 30s\n  \
+                  keepalive-agent policy unset --cgroup /system.slice/redis.service")]
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,

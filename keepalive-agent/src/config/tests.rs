@@ -812,6 +812,10 @@ fn the_example_is_right_and_mentions_every_key() {
         "at-least =",
         "at-most =",
         "exactly =",
+        "remote =",
+        "port =",
+        "path =",
+        "enforce =",
     ] {
         let used = |line: &str| !line.starts_with('#') && line.contains(key);
         assert!(EXAMPLE.lines().any(used), "{key}");

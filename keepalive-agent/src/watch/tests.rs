@@ -98,6 +98,63 @@ async fn a_truncated_file_is_not_told_before_it_is_closed() {
 }
 
 #[tokio::test]
+async fn nothing_is_told_while_a_file_is_being_written() {
+    let place = Place::new();
+    place.directory("d");
+    place.write("main.toml", "[default]\n");
+    let mut watch = place.watch("main.toml", &["d"]);
+    // Another one changes just before, or meanwhile.
+    place.write("d/a.toml", "");
+    let mut file = File::create(place.path("main.toml")).unwrap();
+    place.write("d/b.toml", "");
+    silent(&mut watch).await;
+    assert!(watch.has_news().unwrap());
+    file.write_all(b"[default]\n").unwrap();
+    silent(&mut watch).await;
+    drop(file);
+    tells(&mut watch).await;
+    assert!(!watch.has_news().unwrap());
+
+    // The writing begins after the change was told, and before it was read.
+    place.write("d/a.toml", "");
+    timeout(SOON, watch.changed()).await.unwrap().unwrap();
+    let file = File::create(place.path("main.toml")).unwrap();
+    assert!(watch.has_news().unwrap());
+    silent(&mut watch).await;
+    drop(file);
+    tells(&mut watch).await;
+
+    // It ends by another file in its place.
+    let file = File::create(place.path("main.toml")).unwrap();
+    place.write("new", "");
+    place.rename("new", "main.toml");
+    tells(&mut watch).await;
+    drop(file);
+}
+
+#[tokio::test]
+async fn what_is_read_anyway_need_not_be_told() {
+    let place = Place::new();
+    place.directory("d");
+    let mut watch = place.watch("main.toml", &["d"]);
+    place.write("main.toml", "");
+    assert!(watch.has_news().unwrap());
+    watch.renew().unwrap();
+    assert!(!watch.has_news().unwrap());
+    silent(&mut watch).await;
+    place.link("/dev/null", "d/a.toml");
+    watch.renew().unwrap();
+    silent(&mut watch).await;
+    // A writing is not over for that.
+    let file = File::create(place.path("main.toml")).unwrap();
+    watch.renew().unwrap();
+    place.write("d/b.toml", "");
+    silent(&mut watch).await;
+    drop(file);
+    tells(&mut watch).await;
+}
+
+#[tokio::test]
 async fn a_new_file_is_not_told_before_it_is_closed() {
     let place = Place::new();
     place.directory("d");
@@ -184,8 +241,9 @@ async fn a_config_map_that_kubernetes_swaps() {
             place.link(new, "d/..data_tmp");
             silent(&mut watch).await;
             place.rename("d/..data_tmp", "d/..data");
-            fs::remove_dir_all(place.path(&format!("d/{old}"))).unwrap();
             tells(&mut watch).await;
+            fs::remove_dir_all(place.path(&format!("d/{old}"))).unwrap();
+            silent(&mut watch).await;
         }
         // The way is followed anew: what is behind the link now is watched.
         place.write("d/..2024_1/a.toml", "[default]\n");
