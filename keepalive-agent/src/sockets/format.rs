@@ -482,6 +482,7 @@ mod tests {
                 "next_probe_ms": 45000,
                 "noticed_ms": 105_000,
                 "noticed_by": "keepalive",
+                "would": null,
             })
         );
     }

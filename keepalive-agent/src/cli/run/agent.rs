@@ -4,6 +4,7 @@ use std::{future::pending, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
+use keepalive_common::layout::Layout;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::{Instant, sleep_until},
@@ -56,6 +57,7 @@ pub(super) enum Event {
 
 /// A running agent.
 pub(super) struct Agent {
+    layout: Layout,
     hierarchy: Hierarchy,
     root: Cgroup,
     dry_run: bool,
@@ -66,7 +68,8 @@ pub(super) struct Agent {
     state: Option<state::Own>,
     /// None where the files cannot be watched.
     watch: Option<Watch>,
-    /// None where the kernel does not tell of cgroups.
+    /// None where nothing hangs on new cgroups, or the kernel does not tell of
+    /// them.
     events: Option<Events>,
     /// What was last said to be wrong with the files, which several changes in a
     /// row need not repeat.
@@ -101,13 +104,9 @@ impl Agent {
         let (hierarchy, root) = target.root()?;
         let layout = layout::running()?;
         debug!(?layout, "found the kernel's fields");
-        // As with the files.
-        let events = Events::load(&layout, &hierarchy)
-            .inspect_err(|error| {
-                warn!("{error:#}; {AFTER_SIGHUP}");
-            })
-            .ok();
         let claimants = claimants(&config, &root)?;
+        // As with the files.
+        let events = events(&claimants, &layout, &hierarchy);
         let assignment = assign(&claimants, &hierarchy)?;
         let before = take_over(&hierarchy, &root).unwrap_or_else(|error| {
             warn!("{error:#}; values that an earlier agent set count as the applications' own");
@@ -130,6 +129,7 @@ impl Agent {
             })
             .ok();
         let mut agent = Self {
+            layout,
             hierarchy,
             root,
             dry_run,
@@ -217,11 +217,12 @@ impl Agent {
             _ = signals.interrupt.recv() => Ok(Event::Stop("SIGINT")),
             _ = signals.terminate.recv() => Ok(Event::Stop("SIGTERM")),
             _ = signals.hangup.recv() => Ok(Event::Hangup),
-            changes = cgroups => Ok(Event::Cgroups(changes)),
-            () = late => Ok(Event::Late),
-            () = swept => Ok(Event::Swept),
             changed = edited => Ok(Event::Edited(changed)),
             error = relay => error,
+            () = late => Ok(Event::Late),
+            () = swept => Ok(Event::Swept),
+            // Last: there may be more of them all the time.
+            changes = cgroups => Ok(Event::Cgroups(changes)),
         }
     }
 
@@ -250,17 +251,33 @@ impl Agent {
         target: &Target,
         demanded: bool,
     ) -> Result<Option<(Assignment, Swept)>> {
-        if demanded {
-            // What it has noticed up to here is read now.
+        // What it has noticed up to here is read now. A file that is being written
+        // stays noticed, which a new watch would not know of.
+        let watching = match &mut self.watch {
+            Some(watch) if demanded => watch.renew().is_ok(),
+            watch => watch.is_some() || !demanded,
+        };
+        if !watching {
             self.watch = watch(target);
         }
-        let (config, _, warnings) = target.config()?;
+        let read = target.config();
+        if !demanded
+            && let Some(watch) = &mut self.watch
+            && watch.has_news()?
+        {
+            debug!("the files are being changed still");
+            return Ok(None);
+        }
+        let (config, _, warnings) = read?;
         let config = config.in_dry_run(self.dry_run);
         self.told = None;
         if config == self.config && !demanded {
             return Ok(None);
         }
         let claimants = claimants(&config, &self.root)?;
+        if self.events.is_none() || !claimants.name_cgroups() {
+            self.events = events(&claimants, &self.layout, &self.hierarchy);
+        }
         let assignment = assign(&claimants, &self.hierarchy)?;
         for warning in &warnings.0 {
             warn!("{warning}");
@@ -397,6 +414,16 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+/// Has cgroups told of that come and go from here on, where that matters.
+fn events(claimants: &Claimants, layout: &Layout, hierarchy: &Hierarchy) -> Option<Events> {
+    if !claimants.name_cgroups() {
+        return None;
+    }
+    Events::load(layout, hierarchy)
+        .inspect_err(|error| warn!("{error:#}; {AFTER_SIGHUP}"))
+        .ok()
 }
 
 /// Watches the files of the config from here on.
