@@ -340,13 +340,14 @@ fn of_another_hierarchy() -> Result<()> {
     let there = v1.join(&root.path()[1..]);
     let scope = there.join("slice/x-v1.scope");
     let made = fs::create_dir_all(&scope);
+    // The agent has been told of all before this one.
+    let new = slice.child("x-new.scope")?;
+    let claim = only_these_claim(&agent, &[&stays, &new]);
     // From the bottom up, as far as they were made.
     let removed = [&scope, &there.join("slice"), &there].map(fs::remove_dir);
     made.with_context(|| format!("cannot make the cgroup {}", scope.display()))?;
     removed.into_iter().collect::<std::io::Result<()>>()?;
-    // The agent has been told of all before this one.
-    let new = slice.child("x-new.scope")?;
-    only_these_claim(&agent, &[&stays, &new])
+    claim
 }
 
 /// Where a hierarchy of cgroup v1 is mounted.
