@@ -11,6 +11,7 @@ mod hook;
 mod peer;
 mod place;
 mod plot;
+mod reaction;
 mod report;
 mod server;
 mod stats;
@@ -79,6 +80,8 @@ enum Name {
     Sweep,
     /// Policies for many cgroups
     Push,
+    /// Policies for cgroups that are made meanwhile
+    Reaction,
     /// Memory and wake-ups of the agent
     Idle,
     /// Long-lived connections
@@ -114,6 +117,7 @@ impl Bench {
             Name::Veth => churn::veth(self),
             Name::Sweep => sweep::sweep(self),
             Name::Push => agent::push(self),
+            Name::Reaction => reaction::reaction(self),
             Name::Idle => agent::idle(self),
             Name::Throughput => agent::throughput(self),
             Name::Server => server::server(self),

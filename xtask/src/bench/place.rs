@@ -182,6 +182,11 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Where it is in the file system.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Its path in the hierarchy.
     pub(crate) fn path(&self) -> &str {
         &self.path

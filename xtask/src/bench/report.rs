@@ -76,7 +76,7 @@ impl Table {
         }
     }
 
-    fn row(&self, name: &str, size: Option<u32>) -> Option<&Row> {
+    pub(crate) fn row(&self, name: &str, size: Option<u32>) -> Option<&Row> {
         self.rows
             .iter()
             .find(|row| row.name == name && row.size == size)

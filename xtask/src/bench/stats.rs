@@ -51,7 +51,7 @@ pub(crate) fn ratios(samples: &[f64], references: &[f64]) -> Vec<f64> {
 }
 
 /// Between the two nearest of sorted samples, in proportion.
-fn quantile(sorted: &[f64], part: f64) -> Option<f64> {
+pub(crate) fn quantile(sorted: &[f64], part: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
     #[expect(clippy::cast_precision_loss, reason = "a few hundred at most")]
     let at = last as f64 * part;

@@ -9,6 +9,7 @@ use super::{
 /// host's kernel only.
 const HOST_ONLY: &[&str] = &[
     "nginx is not installed",
+    "no cgroup v1 is mounted",
     "postgresql is not installed",
     "redis-server is not installed",
     "runc is not installed",
@@ -44,6 +45,7 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[
     (
         "a race or a crowd, for which an emulated processor is too slow",
         &[
+            "cgroup_events::connections_made_at_once",
             "cgroup_events::ten_thousand_come_and_go",
             "namespaces::that_vanish_meanwhile",
             "reload::under_churn_every_connection_has_one_of_two_policies",
