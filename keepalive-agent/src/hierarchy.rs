@@ -125,11 +125,13 @@ impl Hierarchy {
     ///
     /// When a directory of the hierarchy cannot be read.
     pub fn walk(&self, top: &Cgroup) -> io::Result<Vec<Cgroup>> {
+        /// A directory without directories in it has two links, its name and
+        /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
+        /// one takes much longer: it is full of files.
+        const NONE_BELOW: u64 = 2;
         let mut found = vec![top.clone()];
-        let mut next = 0;
-        while next < found.len() {
-            let parent = found[next].path.clone();
-            next += 1;
+        let mut unread = vec![top.path.clone()];
+        while let Some(parent) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,
                 Err(error) if is_absent(&error) => continue,
@@ -146,10 +148,14 @@ impl Hierarchy {
                     continue;
                 };
                 match entry.metadata() {
-                    Ok(metadata) => found.push(Cgroup {
-                        path: format!("{}/{name}", parent.trim_end_matches('/')),
-                        id: id(&metadata),
-                    }),
+                    Ok(metadata) => {
+                        let path = format!("{}/{name}", parent.trim_end_matches('/'));
+                        if metadata.nlink() != NONE_BELOW {
+                            unread.push(path.clone());
+                        }
+                        let id = id(&metadata);
+                        found.push(Cgroup { path, id });
+                    }
                     Err(error) if is_absent(&error) => {}
                     Err(error) => return Err(error),
                 }

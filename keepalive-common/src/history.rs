@@ -113,24 +113,27 @@ impl Originals {
 #[must_use]
 #[inline(always)]
 pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
-    let Some(before) = before.filter(|before| before.is_enforced()) else {
-        return with_given(has, originals, &Options::default());
-    };
-    let mut given = given(before);
-    let application = with_given(has, originals, &given);
-    if !before.derives_user_timeout() {
-        return application;
+    let before = before.filter(|before| before.is_enforced());
+    let given = before.map_or(Options::default(), given);
+    let mut application = with_given(has, originals, &given);
+    if let Some(before) = before
+        && before.derives_user_timeout()
+    {
+        // What it derived followed from the timers of this socket.
+        let derived = plan(
+            before,
+            &Options {
+                user_timeout: 0,
+                ..application
+            },
+        );
+        application.user_timeout = timer(
+            has.user_timeout,
+            originals.user_timeout,
+            derived.user_timeout,
+        );
     }
-    // What it derived followed from the timers of this socket.
-    given.user_timeout = plan(
-        before,
-        &Options {
-            user_timeout: 0,
-            ..application
-        },
-    )
-    .user_timeout;
-    with_given(has, originals, &given)
+    application
 }
 
 #[inline(always)]

@@ -105,29 +105,39 @@ pub(crate) fn count_seen(counters: *const Counters, left_alone: bool) {
 /// are as many as there are combinations of set, unset and bounded timers.
 #[inline(always)]
 pub(crate) fn forget_options(options: Options) -> Options {
+    let zero = opaque_zero();
     Options {
         keepalive: options.keepalive,
-        idle: forget(options.idle),
-        interval: forget(options.interval),
-        probes: forget(options.probes),
-        user_timeout: forget(options.user_timeout),
+        idle: combine(options.idle, zero),
+        interval: combine(options.interval, zero),
+        probes: combine(options.probes, zero),
+        user_timeout: combine(options.user_timeout, zero),
     }
+}
+
+/// The same value, without what the verifier has concluded about it.
+#[inline(always)]
+pub(crate) fn forget(value: u32) -> u32 {
+    combine(value, opaque_zero())
 }
 
 /// Always 0, which the verifier cannot know: the agent could write it.
 #[unsafe(no_mangle)]
 static ZERO: AtomicU64 = AtomicU64::new(0);
 
-/// The same value, without what the verifier has concluded about it.
 #[inline(always)]
-pub(crate) fn forget(value: u32) -> u32 {
+fn opaque_zero() -> u64 {
     // SAFETY: read-only for the programs. Volatile, as nobody seems to write it.
-    let zero = unsafe { ZERO.as_ptr().read_volatile() };
+    unsafe { ZERO.as_ptr().read_volatile() }
+}
+
+/// Exclusive or, which the compiler is not to see through either.
+#[inline(always)]
+fn combine(value: u32, zero: u64) -> u32 {
     #[cfg(target_arch = "bpf")]
     {
         let mut value = u64::from(value);
-        // SAFETY: two registers and nothing else. The compiler is not to see
-        // through it either.
+        // SAFETY: two registers and nothing else.
         unsafe {
             core::arch::asm!(
                 "{value} ^= {zero}",

@@ -59,13 +59,17 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         // Nothing can have been written over what is unset.
         Originals::default()
     };
-    let before = claim::policy(claim::slot(claim.before, sock));
+    let before = if claim.before == claim.now {
+        Some(policy)
+    } else {
+        claim::policy(claim::slot(claim.before, sock))
+    };
     let application = enforce::forget_options(application(&has, &originals, before));
     let wants = enforce::forget_options(replan(policy, &has, &application));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
-    if wants == has {
+    if wants == has && originals.is_empty() {
         return;
     }
     let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
@@ -78,7 +82,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     }
     let may_probe = pass.batch != 0;
     let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = now(&has, &wants, silence, may_probe);
+    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
     if now != wants {
         pass.waiting += 1;
     }

@@ -27,6 +27,8 @@ pub(crate) fn hook(bench: &mut Bench) -> Result<()> {
         Peer::many(place, MANY, agent, 10_000)?,
         Peer::deep(place, "ours, 8 levels up", agent, 8)?,
         Peer::deep(place, "ours, 16 levels up", agent, 16)?,
+        Peer::networks(place, "ours, one network", agent, 1)?,
+        Peer::networks(place, "ours, 10,000 networks", agent, 10_000)?,
         Peer::forgetful(place, "ours, a walk for each", agent)?,
         Peer::agent(
             place,

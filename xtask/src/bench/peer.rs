@@ -125,6 +125,23 @@ impl Peer {
         })
     }
 
+    /// An agent whose policy is for so many networks, the load's among them.
+    pub(crate) fn networks(place: &Place, name: &str, agent: &Path, count: u32) -> Result<Self> {
+        Self::make(place, name, |root| {
+            let path = root.path();
+            let mut config = format!(
+                "[[policy]]\nname = \"remote\"\ncgroup = \"{path}\"\nremote = [\"127.0.0.0/8\""
+            );
+            for number in 1..count {
+                let (high, low) = (number / 256, number % 256);
+                // Writing to a string does not fail.
+                let _ = write!(config, ", \"10.{high}.{low}.0/24\"");
+            }
+            config.push_str("]\n");
+            Ok(Attached::Agent(Agent::start(place, agent, root, &config)?))
+        })
+    }
+
     /// The load, so many levels below the attached cgroup.
     pub(crate) fn deep(place: &Place, name: &str, agent: &Path, levels: u32) -> Result<Self> {
         let mut peer = Self::agent(place, name, agent, DEFAULT_POLICY)?;
