@@ -334,10 +334,12 @@ fn of_another_hierarchy() -> Result<()> {
         mkdir -p $1/$2
         stat -c %i $1/$2
         (cd $1 && rmdir -p $2)
-        for try in $(seq 50); do
+        for try in $(seq 8); do
             umount $1
-            grep -q :name=$0: /proc/self/cgroup || exit 0
-            sleep 0.2
+            for wait in $(seq 10); do
+                grep -q :name=$0: /proc/self/cgroup || exit 0
+                sleep 0.1
+            done
             mount -t cgroup -o none,name=$0 none $1
         done
         exit 1";
