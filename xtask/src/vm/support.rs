@@ -268,10 +268,12 @@ pub(super) fn faults(
     }
     // A program may also end badly when its tests are over.
     for ran in &transcript.programs {
-        let failed = ran.results.values().any(|result| result == "FAILED");
-        if let Some(code) = ran.code.filter(|code| *code != 0 && !failed) {
+        let passed = ran.output.contains("\ntest result: ok.");
+        if let Some(code) = ran.code.filter(|code| *code != 0 && passed) {
             let name = &ran.name;
-            faults.push(format!("{name} ended with {code}, and no test says why"));
+            faults.push(format!(
+                "{name} ended with {code} after its tests had passed"
+            ));
         }
     }
     let signs = console.lines().filter(|line| is_trouble(line));
@@ -408,7 +410,10 @@ mod tests {
         let less = SKIPPED.replace("@ finished 1\n", "@ finished 0\n");
         assert!(faults_of(&less, "", false)[0].contains("not 1"));
         assert_eq!(faults_of(SKIPPED, "", true).len(), 1);
-        let crashed = SKIPPED.replace("families 0 1", "families 139 1");
+        let crashed = SKIPPED.replace(
+            "@ end families 0 1",
+            "\ntest result: ok. 2 passed\n@ end families 139 1",
+        );
         assert!(faults_of(&crashed, "", false)[0].contains("139"));
     }
 
