@@ -33,7 +33,6 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
-    preflight::may_enforce()?;
     let target = &arguments.target;
     preflight::may_enforce()?;
     let (config, _, warnings) = target.config()?;
