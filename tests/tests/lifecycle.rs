@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 const OURS: Options = Options::on(70, 10, 6);
 const POLICY: &str = "[default]\nidle = \"70s\"\n";
 
