@@ -418,7 +418,9 @@ impl Way {
                 }
                 found => {
                     let is_last = ahead.is_empty();
-                    self.name(&here, &name).writes |= is_last;
+                    // The whole machine writes to /dev/null.
+                    let is_special = found.as_ref().is_ok_and(|kind| !kind.is_file());
+                    self.name(&here, &name).writes |= is_last && !is_special;
                     // A file that is bind-mounted here is written elsewhere.
                     if found.is_ok_and(|kind| kind.is_file()) && is_last {
                         let want = self.want(&next);

@@ -144,6 +144,8 @@ async fn what_is_read_anyway_need_not_be_told() {
     silent(&mut watch).await;
     place.link("/dev/null", "d/a.toml");
     watch.renew().unwrap();
+    // As somebody does all the time.
+    fs::write("/dev/null", "x").unwrap();
     silent(&mut watch).await;
     // A writing is not over for that.
     let file = File::create(place.path("main.toml")).unwrap();
