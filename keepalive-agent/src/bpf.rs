@@ -41,6 +41,7 @@ mod program {
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
+    pub(super) const NAMESPACES: &str = "namespaces";
     pub(super) const CGROUP_MADE: &str = "cgroup_made";
     pub(super) const CGROUP_REMOVED: &str = "cgroup_removed";
 }

@@ -93,6 +93,19 @@ extern "C" fn files(iterator: &FileIterator) -> i32 {
     NEXT
 }
 
+/// The same for those that are namespaces only: of sockets there can be very
+/// many.
+///
+/// # Minimum kernel version
+///
+/// 5.8, for iterators over files.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+extern "C" fn namespaces(iterator: &FileIterator) -> i32 {
+    files::write_namespace(iterator);
+    NEXT
+}
+
 /// Runs for every cgroup that is made: tells the agent. The kernel calls it when
 /// nothing can fail any more, and shows the directory just after that
 /// (`cgroup_mkdir()` in kernel/cgroup/cgroup.c).

@@ -20,6 +20,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use keepalive_common::{
     counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
+    descriptor::DescriptorRecord,
     history::Originals,
     layout::Layout,
     policy::Policy,
@@ -32,14 +33,14 @@ use tracing::debug;
 
 use super::{
     Lister, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
-    prepare_iterator, program, refused, run_iterator,
+    prepare_iterator, program, refused, run_iterator, run_records,
     slots::{Held, Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
     kernel::layout,
-    netns::Namespace,
+    netns::{Descriptor, Namespace},
 };
 
 /// How many cgroups can claim a policy.
@@ -71,6 +72,8 @@ pub struct Enforcer {
     lister: Option<Arc<Mutex<Lister>>>,
     /// Whether the kernel takes the sweeping program, once that was tried.
     can_sweep: Option<bool>,
+    /// Whether the program that finds namespaces is loaded.
+    can_find: bool,
 }
 
 /// Whose deeds are counted.
@@ -285,6 +288,7 @@ impl Loaded {
             originals: None,
             lister: None,
             can_sweep: self.can_sweep,
+            can_find: false,
         };
         if let Some(before) = before {
             enforcer.switch(before)?;
@@ -658,6 +662,32 @@ impl Enforcer {
             originals,
             counters: self.by_hand.clone(),
         })
+    }
+
+    /// Which descriptors of which processes hold namespaces, of whatever kind.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the program that looks for them.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.8, for iterators over files.
+    pub fn held_namespaces(&mut self) -> Result<Vec<Descriptor>> {
+        if !self.can_find {
+            load_iterator(&mut self.ebpf, program::NAMESPACES, "task_file")?;
+            self.can_find = true;
+        }
+        let link = prepare_iterator(&mut self.ebpf, program::NAMESPACES)?;
+        let mut held = Vec::new();
+        run_records(link, |record: &DescriptorRecord| {
+            held.push(Descriptor {
+                process: record.process,
+                number: record.descriptor,
+            });
+            Ok(())
+        })?;
+        Ok(held)
     }
 
     /// Makes a pass over the connections of a namespace that leaves those
