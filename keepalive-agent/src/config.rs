@@ -19,7 +19,7 @@ mod timer;
 
 use std::{fmt, path::Path};
 
-use globset::{Glob, GlobBuilder, GlobMatcher};
+use globset::{Glob, GlobBuilder};
 use keepalive_common::policy::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +59,7 @@ pub struct NamedPolicy {
 #[serde(try_from = "String", into = "String")]
 pub struct CgroupPattern {
     text: String,
-    glob: Option<GlobMatcher>,
+    glob: Option<Glob>,
 }
 
 impl Config {
@@ -142,32 +142,16 @@ impl CgroupPattern {
                     // systemd writes `-` in unit names as `\x2d`.
                     .backslash_escape(false)
                     .build()
-                    .map(|glob| glob.compile_matcher())
                     .map_err(|error| format!("not a glob: {}", error.kind()))
             })
             .transpose()?;
         Ok(Self { text, glob })
     }
 
-    /// Whether it can match more than one path.
-    #[must_use]
-    pub fn is_glob(&self) -> bool {
-        self.glob.is_some()
-    }
-
     /// The glob, unless it is a path.
     #[must_use]
     pub fn glob(&self) -> Option<&Glob> {
-        self.glob.as_ref().map(GlobMatcher::glob)
-    }
-
-    /// Whether it matches a cgroup's path.
-    #[must_use]
-    pub fn matches(&self, path: &str) -> bool {
-        match &self.glob {
-            Some(glob) => glob.is_match(path),
-            None => self.text == path,
-        }
+        self.glob.as_ref()
     }
 }
 
