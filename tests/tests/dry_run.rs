@@ -1,10 +1,13 @@
 //! Dry run: everything is decided and counted, and nothing is set.
 
+use std::thread::sleep;
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use keepalive_tests::Sockopt::{Idle, Keepalive, Probes};
 use keepalive_tests::{
     Agent, Cgroup, Kind, Need, Netns, Options, Probe, Program, Socket, Sockopt, between, require,
-    timer,
+    timer, wait_until,
 };
 use serde_json::json;
 
@@ -135,7 +138,9 @@ fn counts_as_enforcement_does() -> Result<()> {
         };
         agent.swept()?;
         connections(&mut probe)?;
-        counted.push(agent.stop()?.record["policies"].clone());
+        let mut policies = agent.stop()?.record["policies"].take();
+        assert_eq!(policies[0]["enforced"].take(), !dry);
+        counted.push(policies);
     }
     assert_eq!(counted[0], counted[1]);
     Ok(())
@@ -274,25 +279,107 @@ fn on_and_off_again_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// One policy, the same only counted, and then another one.
-#[test]
-fn another_policy_after_a_dry_run_knows_what_the_first_one_set() -> Result<()> {
-    require!();
+/// Fills in, and no more.
+const FREE: &str = "[default]\nidle = \"310s\"\ninterval = \"7s\"\nprobes = 3\n";
+
+/// What is there under [`FREE`].
+const AFTER_FREE: [Options; 4] = [
+    Options::on(310, 7, 3),
+    Options::on(2000, 7, 3),
+    Options::on(300, 7, 4),
+    Options::on(310, 7, 3),
+];
+
+/// A policy is in force, the next one is counted first and then enforced: what the
+/// one before set does not pass for the application's. Nor when the one in force
+/// was itself only counted in between.
+fn counted_before_it_is_enforced(by: &[&str]) -> Result<()> {
     let cgroup = Cgroup::new()?;
     let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let dry = |config: &str| config.replace("[default]", "[default]\nenforce = false");
     let old = connections(&mut probe)?;
-    let dry = BOUNDED.replace("[default]", "[default]\nenforce = false");
-    let mut agent = Agent::start(&cgroup, BOUNDED)?;
+    let mut agent = Agent::start_with(&cgroup, BOUNDED, by)?;
     agent.swept()?;
-    check(&mut probe, &old, &AFTER, "enforced")?;
-    agent.reload(&dry)?;
-    agent.reload("[default]\nidle = \"310s\"\ninterval = \"7s\"\nprobes = 3\n")?;
-    let free = [
-        Options::on(310, 7, 3),
-        Options::on(2000, 7, 3),
-        Options::on(300, 7, 4),
-        Options::on(310, 7, 3),
-    ];
-    check(&mut probe, &old, &free, "another one")?;
+    let new = connections(&mut probe)?;
+    let mut follows = |config: &str, expected: &[Options; 4]| -> Result<()> {
+        agent.reload(config)?;
+        check(&mut probe, &old, expected, config)?;
+        check(&mut probe, &new, expected, config)
+    };
+    for _ in 0..2 {
+        follows(&dry(FREE), &AFTER)?;
+        follows(FREE, &AFTER_FREE)?;
+        follows(&dry(FREE), &AFTER_FREE)?;
+        follows(&dry(BOUNDED), &AFTER_FREE)?;
+        follows(BOUNDED, &AFTER)?;
+    }
+    let finished = agent.stop()?;
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert_eq!(finished.record["failures"], json!([]));
     Ok(())
+}
+
+#[test]
+fn the_next_policy_is_counted_before_it_is_enforced() -> Result<()> {
+    require!();
+    counted_before_it_is_enforced(&["env"])
+}
+
+#[test]
+fn the_same_from_outside_the_kernel() -> Result<()> {
+    require!();
+    counted_before_it_is_enforced(BY_HAND)
+}
+
+/// As on a kernel that does not let its iterators set options.
+const BY_HAND: &[&str] = &["env", "KEEPALIVE_SWEEP_BY_HAND=1"];
+
+/// While connections of another policy wait for their turn, the sweep comes by
+/// several times.
+fn counted_once(by: &[&str]) -> Result<()> {
+    let root = Cgroup::new()?;
+    let (dry, due) = (root.child("dry")?, root.child("due")?);
+    let mut in_dry = Probe::start(Program::Static, &dry)?;
+    let mut in_due = Probe::start(Program::Static, &due)?;
+    let counted = connection(&mut in_dry, &[])?;
+    let waiting = connection(&mut in_due, &[])?;
+    sleep(Duration::from_millis(1500));
+    let config = format!(
+        "[[policy]]\nname = \"dry\"\ncgroup = \"{}\"\nenforce = false\n\
+         [[policy]]\nname = \"due\"\ncgroup = \"{}\"\nidle = \"1s\"\n",
+        dry.path(),
+        due.path()
+    );
+    let mut agent = Agent::start_with(&root, &config, by)?;
+    let swept = agent.swept()?;
+    assert_eq!(swept["waiting"], 2, "{swept}");
+    for socket in waiting {
+        wait_until(Duration::from_secs(10), "its turn", || {
+            Ok(in_due.options(socket)? == Options::on(1, 10, 6))
+        })?;
+    }
+    for socket in counted {
+        assert_eq!(in_dry.options(socket)?, Options::UNTOUCHED);
+    }
+    let finished = agent.stop()?;
+    for (counter, expected) in [("seen", 2), ("turned_on", 2), ("filled", 6)] {
+        assert_eq!(
+            finished.count_existing("dry", counter),
+            expected,
+            "{counter}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn existing_connections_are_counted_once() -> Result<()> {
+    require!();
+    counted_once(&["env"])
+}
+
+#[test]
+fn from_outside_the_kernel_they_are_counted_once_too() -> Result<()> {
+    require!();
+    counted_once(BY_HAND)
 }
