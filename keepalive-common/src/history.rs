@@ -6,7 +6,8 @@
 //! * where a policy moved a value of the application, the original is kept
 //!   beside the socket ([`Originals`]; rare, so the memory is paid rarely);
 //! * so it is where a value of an earlier policy has to stay for a while, because
-//!   the change waits for its turn: another policy may come before that;
+//!   the change waits for its turn, or because the policy of now is only counted:
+//!   another policy may come before that;
 //! * everything else that a policy wrote is what it gives to an unset timer, so
 //!   the earlier policy is all that is needed to recognise it.
 
@@ -79,7 +80,7 @@ pub struct Originals {
 impl Originals {
     /// What is to be kept once a socket has what is set `now`, for an
     /// `application` that wanted something else, where the policy `wants`
-    /// something else still.
+    /// something else still. A policy that is only counted wants nothing.
     #[must_use]
     #[inline(always)]
     pub const fn of(application: &Options, now: &Options, wants: &Options) -> Self {
@@ -223,8 +224,13 @@ mod tests {
 
         fn sweep(&mut self, policy: Policy) -> u32 {
             let application = application(&self.has, &self.originals, self.before.as_ref());
-            self.has = replan(&policy, &self.has, &application);
-            self.originals = Originals::of(&application, &self.has, &self.has);
+            let wants = if policy.is_enforced() {
+                self.has = replan(&policy, &self.has, &application);
+                self.has
+            } else {
+                Options::default()
+            };
+            self.originals = Originals::of(&application, &self.has, &wants);
             self.before = Some(policy);
             self.has.idle
         }
@@ -269,6 +275,25 @@ mod tests {
             socket.originals = Originals::of(&application, &socket.has, &wants);
             socket.before = Some(policies[1]);
             assert_eq!(socket.sweep(policies[2]), expected);
+            assert!(socket.originals.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_a_policy_set_is_known_after_one_that_is_only_counted() {
+        let (a, b) = (
+            policy(Range::default_only(60)),
+            policy(Range::default_only(30)),
+        );
+        let [dry_a, dry_b] = [a, b].map(|policy| policy.with_enforcement(false));
+        let bounded = policy(Range::exactly(45));
+        for (application, expected) in [
+            (0, [60, 60, 60, 30, 30, 45, 45, 60]),
+            (7200, [7200, 7200, 7200, 7200, 7200, 45, 45, 7200]),
+        ] {
+            let mut socket = Socket::new(application);
+            let policies = [a, dry_a, dry_b, b, dry_a, bounded, dry_b, a];
+            assert_eq!(policies.map(|policy| socket.sweep(policy)), expected);
             assert!(socket.originals.is_empty());
         }
     }

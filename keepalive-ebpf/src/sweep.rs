@@ -32,8 +32,9 @@ static PASS: Array<Pass, 1> = Array::new();
 static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
 /// Socket → the application's values that a policy replaced. Rare: only where
-/// the application set a timer and a bound moved it, or where a change of policy
-/// waits for its turn.
+/// the application set a timer and a bound moved it, where a change of policy
+/// waits for its turn, or where a policy is only counted after one that was
+/// enforced.
 #[btf_map]
 static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
@@ -68,6 +69,11 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     let wants = enforce::forget_options(replan(policy, &has, &application));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
+    }
+    if !policy.is_enforced() {
+        // It gives nothing by which the next one could know what an earlier one
+        // set.
+        keep_originals(sock, &application, &has, &Options::default(), &originals);
     }
     if wants == has && originals.is_empty() {
         return;

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
@@ -630,6 +630,18 @@ impl End {
         self.idle
             .map_or(Options::UNTOUCHED, |idle| Options::on(idle, 10, 6))
     }
+
+    fn decided<'a>(&self, policies: &'a Policies) -> Option<&'a str> {
+        let policy = policies.decide(self.cgroup, self.there)?;
+        Some(&policy.name)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { here, there, .. } = self;
+        write!(f, "in `{}`, {here} to {there}", NAMES[self.cgroup])
+    }
 }
 
 /// Programs in all four cgroups, connected with one another.
@@ -722,30 +734,39 @@ impl World {
         Ok(())
     }
 
-    /// Compares every end with what the policies say; how many there are.
+    /// Compares what every end has with what the policies say; how many there are.
     fn follow(&mut self, policies: &Policies, when: &str) -> Result<usize> {
-        let listed = policies_of(&self.root)?;
         let mut wrong = String::new();
-        let mut ends = 0;
         for end in self.connections.iter_mut().flatten() {
-            ends += 1;
             let expected = end.follow(policies);
             let got = self.probes[end.cgroup].options(end.socket)?;
-            let decided = policies.decide(end.cgroup, end.there);
-            let decided = decided.map(|policy| policy.name.as_str());
-            let named = listed.get(&(end.here, end.there));
-            let named = named.with_context(|| format!("{} is not listed", end.here))?;
-            if got != expected || named.as_deref() != decided {
+            if got != expected {
+                let decided = end.decided(policies);
                 writeln!(
                     wrong,
-                    "in `{}`, {} to {}: {decided:?}\n  expected {expected:?}\n  \
-                     got      {got:?}\n  sockets says {named:?}",
-                    NAMES[end.cgroup], end.here, end.there
+                    "{end}: {decided:?}\n  expected {expected:?}\n  got      {got:?}"
                 )?;
             }
         }
         ensure!(wrong.is_empty(), "{when}:\n{}\n{wrong}", policies.text);
-        Ok(ends)
+        Ok(2 * self.connections.len())
+    }
+
+    /// Compares the policies that `sockets` names with those that the reference
+    /// decides for.
+    fn compare_listing(&self, policies: &Policies, when: &str) -> Result<()> {
+        let listed = policies_of(&self.root)?;
+        let mut wrong = String::new();
+        for end in self.connections.iter().flatten() {
+            let decided = end.decided(policies);
+            let named = listed.get(&(end.here, end.there));
+            let named = named.with_context(|| format!("{end} is not listed"))?;
+            if named.as_deref() != decided {
+                writeln!(wrong, "{end}: {decided:?}, sockets says {named:?}")?;
+            }
+        }
+        ensure!(wrong.is_empty(), "{when}:\n{}\n{wrong}", policies.text);
+        Ok(())
     }
 }
 
@@ -818,6 +839,7 @@ fn kernel_listing_and_documentation_agree_on_every_connection() -> Result<()> {
             world.connect(&mut random)?;
         }
         ends += world.follow(&policies, &format!("{when}, new"))?;
+        world.compare_listing(&policies, &when)?;
         policies = Policies::random(&mut random, &world.root, round);
         swept = agent.reload(&policies.text)?;
     }

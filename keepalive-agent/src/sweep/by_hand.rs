@@ -81,7 +81,7 @@ impl Hand {
                         continue;
                     }
                 };
-                let probes = self.change(&socket, &candidate, pause.is_some(), &mut pass);
+                let probes = self.change(&socket, &candidate, counts, pause.is_some(), &mut pass);
                 if let Some(pause) = pause.as_mut().filter(|_| probes) {
                     pass.in_batch += 1;
                     if pass.in_batch % BATCH == 0 && !pause() {
@@ -141,6 +141,7 @@ impl Hand {
         &self,
         socket: &OwnedFd,
         candidate: &Candidate,
+        counts: bool,
         may_probe: bool,
         pass: &mut Pass,
     ) -> bool {
@@ -153,25 +154,36 @@ impl Hand {
         let application = application(&has, &originals, claimed.before.as_ref());
         let wants = replan(policy, &has, &application);
         if !policy.is_enforced() {
-            let done = set(None, &application, &has, &wants);
-            self.by_hand.count(claimed.slot, &done);
+            // It gives nothing by which the next one could know what an earlier
+            // one set.
+            let replaces = Originals::of(&application, &has, &Options::default());
+            self.remember(socket, &originals, &replaces);
+            if counts {
+                let done = set(None, &application, &has, &wants);
+                self.by_hand.count(claimed.slot, &done);
+            }
             return false;
         }
         let silence = Silence::new(record.silent_ms, 1000, &wants);
         let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
         let replaces = Originals::of(&application, &now, &wants);
-        if replaces != originals
-            && let Err(error) = self.by_hand.remember(socket, &replaces)
-        {
-            debug!("keeping what a policy replaced: {error:#}");
-        }
+        self.remember(socket, &originals, &replaces);
         if now == has {
             return false;
         }
         self.by_hand
             .count(claimed.slot, &set(Some(socket), &application, &has, &now));
         silence.is_due && arms(&has, &now)
+    }
+
+    /// Keeps what is replaced on the socket, if that is another thing than before.
+    fn remember(&self, socket: &OwnedFd, before: &Originals, replaces: &Originals) {
+        if replaces != before
+            && let Err(error) = self.by_hand.remember(socket, replaces)
+        {
+            debug!("keeping what a policy replaced: {error:#}");
+        }
     }
 }
 

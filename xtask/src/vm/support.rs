@@ -55,6 +55,8 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[
             "cgroup_events::ten_thousand_come_and_go",
             "namespaces::that_vanish_meanwhile",
             "reload::under_churn_every_connection_has_one_of_two_policies",
+            "rules::kernel_listing_and_documentation_agree_on_every_connection",
+            "rules::under_churn_every_connection_has_one_of_two_policies",
             "sockets::namespaces_vanish_meanwhile",
             "sweep::one_hundred_thousand_connections",
             "sweep::while_connections_come_and_go",
