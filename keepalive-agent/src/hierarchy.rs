@@ -80,6 +80,24 @@ impl Hierarchy {
     ///
     /// When there is none.
     pub fn existing(&self, path: &Path) -> Result<Cgroup> {
+        let path = self.path(path)?;
+        self.lookup(&path)
+            .and_then(|cgroup| cgroup.ok_or_else(|| io::ErrorKind::NotFound.into()))
+            .with_context(|| {
+                format!(
+                    "cgroup {path} (directory {}) cannot be used",
+                    self.directory(&path).display()
+                )
+            })
+    }
+
+    /// The path from the root of a cgroup that need not exist, given by that or
+    /// by the path of its directory below the mount point.
+    ///
+    /// # Errors
+    ///
+    /// When no cgroup can have this path.
+    pub fn path(&self, path: &Path) -> Result<String> {
         let below = path.strip_prefix(&self.mount).unwrap_or(path);
         if path.is_relative() || below.components().any(|part| part == Component::ParentDir) {
             bail!(
@@ -90,15 +108,7 @@ impl Hierarchy {
         let Some(below) = below.to_str() else {
             bail!("the cgroup path {} is not UTF-8", path.display());
         };
-        let path = format!("/{}", below.trim_matches('/'));
-        self.lookup(&path)
-            .and_then(|cgroup| cgroup.ok_or_else(|| io::ErrorKind::NotFound.into()))
-            .with_context(|| {
-                format!(
-                    "cgroup {path} (directory {}) cannot be used",
-                    self.directory(&path).display()
-                )
-            })
+        Ok(format!("/{}", below.trim_matches('/')))
     }
 
     /// The cgroup with this path from the root, if it exists.

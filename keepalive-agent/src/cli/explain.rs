@@ -6,7 +6,6 @@ use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
     plan::{Options, plan},
-    policy::Policy,
     socket::SocketRecord,
 };
 use serde::Serialize;
@@ -113,10 +112,11 @@ impl Subject {
         let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
             (Some(pid), _) => (cgroup_of(pid)?, sysctls_of(pid)?),
             (None, Some(path)) => {
-                // It may be one that is to be made.
-                let path = hierarchy
-                    .existing(path)
-                    .map_or_else(|_| path.display().to_string(), |existing| existing.path);
+                let path = hierarchy.path(path)?;
+                // It may be one that is to be made, or a slip of the pen.
+                if hierarchy.lookup(&path)?.is_none() {
+                    warn!("cgroup {path} does not exist");
+                }
                 (path, Sysctls::here()?)
             }
             (None, None) => ("/".to_owned(), Sysctls::here()?),
@@ -134,15 +134,23 @@ impl Subject {
         preflight::may_enforce()?;
         let mut lister = Lister::load(&layout::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found = None;
+        let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
         for netns in netns::all()? {
             let entered = netns.enter(|| {
                 let sysctls = Sysctls::here()?;
                 lister.list(&mut |record| {
-                    if canonical(record.local()) == canonical(local)
-                        && canonical(record.remote()) == canonical(remote)
+                    if canonical(record.local()) != canonical(local)
+                        || canonical(record.remote()) != canonical(remote)
                     {
-                        found = Some((netns.clone(), *record, sysctls));
+                        return Ok(());
+                    }
+                    match &found {
+                        Some((first, ..)) => warn!(
+                            "there is another one in network namespace {}; this is about the \
+                             one in {}",
+                            netns.name, first.name
+                        ),
+                        None => found = Some((netns.clone(), *record, sysctls)),
                     }
                     Ok(())
                 })
@@ -229,7 +237,7 @@ struct Enforced {
     agent: Option<u32>,
     root: Cgroup,
     config: Config,
-    /// Where it is written, as far as the files still say the same.
+    /// Where it is written; none where the files say something else.
     files: Option<Merged>,
 }
 
@@ -245,7 +253,8 @@ impl Enforced {
             let merged = merged?;
             return Ok(vec![Self {
                 by: if named {
-                    "the config that is named, if an agent enforced it".to_owned()
+                    "the config that is named, if an agent enforced it for the whole machine"
+                        .to_owned()
                 } else {
                     "no agent is running; this is what it would do".to_owned()
                 },
@@ -256,36 +265,38 @@ impl Enforced {
             }]);
         }
         let files = merged.ok();
+        // What a dry run on the command line changed stands in no file.
+        let same = |agent: &Config, files: &Config| {
+            agent.clone().in_dry_run(true) == files.clone().in_dry_run(true)
+        };
         Ok(running
             .into_iter()
             .map(|agent| Self {
                 by: format!("agent {} on {}", agent.pid, agent.root.path),
                 agent: Some(agent.pid),
                 root: agent.root,
+                files: files
+                    .clone()
+                    .filter(|files| same(&agent.config, &files.config)),
                 config: agent.config,
-                files: files.clone(),
             })
             .collect())
     }
 
-    /// Where a policy is written; none where the files say something else by now.
+    /// Where a policy is written; none where the files say something else.
     fn written(&self, assigned: &Assigned) -> Option<String> {
-        let files = self.files.as_ref()?;
-        let same = |policy: &Policy| {
-            policy.with_enforcement(true) == assigned.policy.with_enforcement(true)
+        let Merged {
+            config, origins, ..
+        } = self.files.as_ref()?;
+        let origin = if assigned.name == DEFAULT {
+            origins.default.as_ref()
+        } else {
+            let mut policies = config.policies.iter().zip(&origins.policies);
+            policies
+                .find(|(named, _)| named.name == assigned.name)
+                .map(|(_, origins)| origins)
         };
-        if assigned.name == DEFAULT {
-            files
-                .config
-                .default
-                .as_ref()
-                .filter(|policy| same(policy))?;
-            return Some(files.origins.default.as_ref()?.table.to_string());
-        }
-        let policies = files.config.policies.iter().zip(&files.origins.policies);
-        let mut written = policies.filter(|(named, _)| named.name == assigned.name);
-        let (named, origins) = written.next()?;
-        same(&named.policy).then(|| origins.table.to_string())
+        Some(origin?.table.to_string())
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::{ConfigSource, Target, VERSION, output};
 use crate::{
-    assignment::Assignment,
+    assignment::{Assigned, Assignment},
     bpf::{Counted, Done, Failure},
     duration, kernel,
     sweep::Swept,
@@ -217,7 +217,15 @@ pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
         kernel::release()
     ))?;
     policy_table(assignment)?;
-    output::text("\nenforcing until stopped with SIGINT (ctrl-c) or SIGTERM\n")
+    let is_enforced = |assigned: &Assigned| assigned.policy.is_enforced();
+    let doing = if assignment.policies.iter().any(is_enforced) {
+        "enforcing"
+    } else {
+        "setting nothing"
+    };
+    output::text(format_args!(
+        "\n{doing} until stopped with SIGINT (ctrl-c) or SIGTERM\n"
+    ))
 }
 
 pub(super) fn reloaded(target: &Target, assignment: &Assignment) -> Result<()> {

@@ -42,6 +42,7 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[
             "drop_ins::a_policy_of_another_file_is_overridden_but_not_removed",
             "drop_ins::a_policy_that_is_set_by_command",
             "drop_ins::the_directories_of_every_machine",
+            "explain::wrong_words",
             "sockets::filters",
             "sockets::wrong_words",
             "sweep_once::wrong_words",
