@@ -112,7 +112,7 @@ impl Connected {
 /// enforces them on a client below it.
 struct Web {
     root: Cgroup,
-    web: Cgroup,
+    middle: Cgroup,
     leaf: Cgroup,
     _server: Cgroup,
     agent: Agent,
@@ -149,7 +149,7 @@ impl Web {
         let (agent, connected) = Connected::after(&leaf, &server, "127.0.0.1:0", start)?;
         Ok(Self {
             root,
-            web,
+            middle: web,
             leaf,
             _server: server,
             agent,
@@ -171,7 +171,7 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     let near = listed(&mut connected.client, connected.socket)?;
     let walk = json!([
         { "cgroup": web.leaf.path(), "policies": [] },
-        { "cgroup": web.web.path(), "policies": [
+        { "cgroup": web.middle.path(), "policies": [
             { "name": "far", "verdict": "not-for",
               "reason": "the address is in none of its networks" },
             { "name": "wide", "verdict": "beaten", "reason": null },

@@ -572,7 +572,7 @@ impl Policies {
         }
         if random.percent(70) {
             let idle = first + 39;
-            text += &format!("[default]\nidle = \"{idle}s\"\n");
+            text.extend(["[default]\nidle = \"", &idle.to_string(), "s\"\n"]);
             all.push(Policy {
                 name: "default".to_owned(),
                 idle,
@@ -811,8 +811,8 @@ fn policies_of(root: &Cgroup) -> Result<HashMap<(SocketAddr, SocketAddr), Option
 /// says and what `sockets` says is one and the same.
 #[test]
 fn kernel_listing_and_documentation_agree_on_every_connection() -> Result<()> {
-    require!(Need::Program("ip"));
     const SEED: u64 = 20_240_519;
+    require!(Need::Program("ip"));
     let netns = netns()?;
     let mut world = World::new(&netns)?;
     let mut random = Random(SEED);
