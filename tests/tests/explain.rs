@@ -108,37 +108,61 @@ impl Connected {
     }
 }
 
+/// A cgroup with several policies for some remote ends, and an agent that
+/// enforces them on a client below it.
+struct Web {
+    root: Cgroup,
+    middle: Cgroup,
+    leaf: Cgroup,
+    _server: Cgroup,
+    agent: Agent,
+    connected: Connected,
+}
+
+impl Web {
+    fn start() -> Result<Self> {
+        let root = Cgroup::new()?;
+        let web = root.child("web")?;
+        let (leaf, server) = (web.child("leaf")?, root.child("server")?);
+        let policy = |name: &str, rules: &str| {
+            format!(
+                "[[policy]]\nname = \"{name}\"\ncgroup = \"{}\"\n{rules}\n",
+                web.path()
+            )
+        };
+        let start = |remote: SocketAddr| {
+            let near = format!(
+                "remote = \"127.0.0.1\"\nport = {}\nidle = \"73s\"\ninterval = \"7s\"\n\
+                 user-timeout = \"derive\"",
+                remote.port()
+            );
+            let config = [
+                "[default]\nidle = \"71s\"\nprobes = 4\n".to_owned(),
+                policy("far", "remote = \"10.0.0.0/8\""),
+                policy("wide", "remote = \"127.0.0.0/8\"\nidle = \"72s\""),
+                policy("excepted", "remote = [\"0.0.0.0/0\", \"!127.0.0.0/24\"]"),
+                policy("other-port", "port = 9"),
+                policy("near", &near),
+            ];
+            Agent::start(&root, &config.concat())
+        };
+        let (agent, connected) = Connected::after(&leaf, &server, "127.0.0.1:0", start)?;
+        Ok(Self {
+            root,
+            middle: web,
+            leaf,
+            _server: server,
+            agent,
+            connected,
+        })
+    }
+}
+
 #[test]
 fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     require!(Need::Program("ss"));
-    let root = Cgroup::new()?;
-    let web = root.child("web")?;
-    let (leaf, server) = (web.child("leaf")?, root.child("server")?);
-    let policy = |name: &str, rules: &str| {
-        format!(
-            "[[policy]]\nname = \"{name}\"\ncgroup = \"{}\"\n{rules}\n",
-            web.path()
-        )
-    };
-    let start = |remote: SocketAddr| {
-        let config = [
-            "[default]\nidle = \"71s\"\nprobes = 4\n".to_owned(),
-            policy("far", "remote = \"10.0.0.0/8\""),
-            policy("wide", "remote = \"127.0.0.0/8\"\nidle = \"72s\""),
-            policy("excepted", "remote = [\"0.0.0.0/0\", \"!127.0.0.0/24\"]"),
-            policy("other-port", "port = 9"),
-            policy(
-                "near",
-                &format!(
-                    "remote = \"127.0.0.1\"\nport = {}\nidle = \"73s\"\ninterval = \"7s\"\n\
-                     user-timeout = \"derive\"",
-                    remote.port()
-                ),
-            ),
-        ];
-        Agent::start(&root, &config.concat())
-    };
-    let (agent, mut connected) = Connected::after(&leaf, &server, "127.0.0.1:0", start)?;
+    let mut web = Web::start()?;
+    let connected = &mut web.connected;
     let has = connected.client.options(connected.socket)?;
     let expected = Options::on(73, 7, 4).user_timeout(73_000 + 4 * 7000);
     assert_eq!(has, expected, "what the policy says");
@@ -146,8 +170,8 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     let (local, remote) = (connected.local.to_string(), connected.remote.to_string());
     let near = listed(&mut connected.client, connected.socket)?;
     let walk = json!([
-        { "cgroup": leaf.path(), "policies": [] },
-        { "cgroup": web.path(), "policies": [
+        { "cgroup": web.leaf.path(), "policies": [] },
+        { "cgroup": web.middle.path(), "policies": [
             { "name": "far", "verdict": "not-for",
               "reason": "the address is in none of its networks" },
             { "name": "wide", "verdict": "beaten", "reason": null },
@@ -160,7 +184,7 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     ]);
     for arguments in [
         &["--pid", &pid, "--remote", &remote][..],
-        &["--cgroup", leaf.path(), "--remote", &remote],
+        &["--cgroup", web.leaf.path(), "--remote", &remote],
         &["--socket", &local, &remote],
     ] {
         let explained = explained(arguments)?;
@@ -168,7 +192,7 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
         assert_eq!(options(&explained["wants"])?, has, "{arguments:?}");
         assert_eq!(explained["policy"], near["policy"], "{arguments:?}");
         assert_eq!(explained["cgroup"], near["cgroup"], "{arguments:?}");
-        assert_eq!(explained["agent"], agent.id(), "{arguments:?}");
+        assert_eq!(explained["agent"], web.agent.id(), "{arguments:?}");
         assert_eq!(explained["enforced"], true, "{arguments:?}");
         assert_eq!(explained["walk"], walk, "{arguments:?}");
         assert_eq!(explained["holds"]["first_probe_s"], 73, "{arguments:?}");
@@ -178,9 +202,26 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     let left = timer(None, &between(connected.local, connected.remote))?;
     let left = left.context("no timer")?;
     assert!(left.is_fresh_keepalive(73), "{left:?}");
-    // Without a remote end those for some are told of, and what is left claims.
-    let (other, other_remote) = connected.connect("[::1]:0")?;
-    let has = connected.client.options(other)?;
+    let said = explain(&["--socket", &local, &remote])?.stdout;
+    for words in [
+        "policy far is not for it: the address is in none of its networks",
+        "policy near claims the connection",
+        "idle          1m 13s, set by the policy",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    web.agent.stop()?;
+    Ok(())
+}
+
+/// Policies that are for some remote ends are told of, and what is left claims.
+#[test]
+fn without_a_remote_end() -> Result<()> {
+    require!();
+    let mut web = Web::start()?;
+    let pid = web.connected.client.id().to_string();
+    let (other, other_remote) = web.connected.connect("[::1]:0")?;
+    let has = web.connected.client.options(other)?;
     for arguments in [
         &["--pid", &pid][..],
         &["--pid", &pid, "--remote", &other_remote.to_string()],
@@ -192,7 +233,7 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
         let claims = json!({ "name": "default", "verdict": "claims", "reason": null });
         assert_eq!(
             walk.last().context("no walk")?,
-            &json!({ "cgroup": root.path(), "policies": [claims] })
+            &json!({ "cgroup": web.root.path(), "policies": [claims] })
         );
         let expected = if arguments.len() == 2 {
             "depends"
@@ -205,26 +246,10 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
             "{arguments:?}: {walk:#?}"
         );
     }
-    for (arguments, words) in [
-        (
-            &["--socket", &local, &remote][..],
-            &[
-                "policy far is not for it: the address is in none of its networks",
-                "policy near claims the connection",
-                "idle          1m 13s, set by the policy",
-            ][..],
-        ),
-        (
-            &["--pid", &pid],
-            &["policy far claims what goes to 10.0.0.0/8"],
-        ),
-    ] {
-        let said = explain(arguments)?.stdout;
-        for word in words {
-            assert!(said.contains(word), "{word}: {said}");
-        }
-    }
-    agent.stop()?;
+    let said = explain(&["--pid", &pid])?.stdout;
+    let words = "policy far claims what goes to 10.0.0.0/8";
+    assert!(said.contains(words), "{said}");
+    web.agent.stop()?;
     Ok(())
 }
 
