@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -374,6 +375,8 @@ impl Enforcer {
     }
 
     fn write(&mut self, Switch { records, claims }: Switch) -> Result<()> {
+        let begun = Instant::now();
+        let (policies, cgroups) = (records.policies.len(), claims.len());
         self.write_records(records)?;
         if claims.is_empty() {
             return Ok(());
@@ -385,7 +388,9 @@ impl Enforcer {
                 format!("telling the kernel the policy of cgroup {}", cgroup.path)
             })?;
         }
-        begin_generation(&mut self.ebpf)
+        begin_generation(&mut self.ebpf)?;
+        debug!(policies, cgroups, elapsed = ?begun.elapsed(), "wrote the maps");
+        Ok(())
     }
 
     /// Writes what claims are going to lead to.
