@@ -101,6 +101,7 @@ pub(crate) fn test(
         "docs/kernels.md tells of whole runs: name neither kernels nor a filter"
     );
     let cache = workspace::target_dir().join("vm");
+    let _alone = alone_in(&cache)?;
     let mirrors = Mirrors::of_this_machine()?;
     let emulator = Emulator::find_or_fetch(&mirrors, &cache)?;
     exec::say(&format!("QEMU {}", emulator.version));
@@ -143,6 +144,21 @@ pub(crate) fn test(
         exec::say(&format!("wrote {}", document.display()));
     }
     Ok(kernels.iter().zip(&outcomes).map(summary).collect())
+}
+
+/// Waits until no other run writes to the same directory; the next one waits for
+/// what is returned to go.
+fn alone_in(cache: &Path) -> Result<fs::File> {
+    fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    let path = cache.join("lock");
+    let lock =
+        fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    if lock.try_lock().is_err() {
+        exec::say("waiting for another run in the same target directory");
+        lock.lock()
+            .with_context(|| format!("cannot lock {}", path.display()))?;
+    }
+    Ok(lock)
 }
 
 /// As many guests at a time as this machine has processors for: a guest has two,
