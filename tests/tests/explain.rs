@@ -166,6 +166,9 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     let has = connected.client.options(connected.socket)?;
     let expected = Options::on(73, 7, 4).user_timeout(73_000 + 4 * 7000);
     assert_eq!(has, expected, "what the policy says");
+    let left = timer(None, &between(connected.local, connected.remote))?;
+    let left = left.context("no timer")?;
+    assert!(left.is_fresh_keepalive(73), "{left:?}");
     let pid = connected.client.id().to_string();
     let (local, remote) = (connected.local.to_string(), connected.remote.to_string());
     let near = listed(&mut connected.client, connected.socket)?;
@@ -199,9 +202,6 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
         let dead_after = expected.user_timeout;
         assert_eq!(explained["holds"]["dead_after_ms"], dead_after);
     }
-    let left = timer(None, &between(connected.local, connected.remote))?;
-    let left = left.context("no timer")?;
-    assert!(left.is_fresh_keepalive(73), "{left:?}");
     let said = explain(&["--socket", &local, &remote])?.stdout;
     for words in [
         "policy far is not for it: the address is in none of its networks",
