@@ -21,7 +21,7 @@ use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout, preflight},
     netns::{self, Namespace},
-    sockets::source::{Setting, Source, Sysctls},
+    sockets::source::{Setting, SettingsRecord, Source, Sysctls},
     state,
 };
 
@@ -592,16 +592,8 @@ struct VerdictRecord<'a> {
 
 #[derive(Serialize)]
 struct MeaningRecord {
-    keepalive: bool,
-    keepalive_source: Source,
-    idle_s: u32,
-    idle_source: Source,
-    interval_s: u32,
-    interval_source: Source,
-    probes: u32,
-    probes_source: Source,
-    user_timeout_ms: Option<u32>,
-    user_timeout_source: Source,
+    #[serde(flatten)]
+    settings: SettingsRecord,
     first_probe_s: Option<u32>,
     dead_after_ms: Option<u64>,
     paths: Vec<Path>,
@@ -609,18 +601,8 @@ struct MeaningRecord {
 
 impl MeaningRecord {
     fn new(meaning: &Meaning) -> Self {
-        let settings = &meaning.settings;
         Self {
-            keepalive: settings.keepalive.value,
-            keepalive_source: settings.keepalive.source,
-            idle_s: settings.idle.value,
-            idle_source: settings.idle.source,
-            interval_s: settings.interval.value,
-            interval_source: settings.interval.source,
-            probes: settings.probes.value,
-            probes_source: settings.probes.source,
-            user_timeout_ms: Some(settings.user_timeout.value).filter(|set| *set != 0),
-            user_timeout_source: settings.user_timeout.source,
+            settings: SettingsRecord::from(&meaning.settings),
             first_probe_s: meaning.first_probe_s,
             dead_after_ms: meaning.dead_after_ms,
             paths: meaning.paths.clone(),

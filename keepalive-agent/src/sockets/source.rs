@@ -80,6 +80,39 @@ pub struct Settings {
     pub user_timeout: Setting<u32>,
 }
 
+/// Settings as they stand in JSON, part of a larger record. The names are
+/// documented and stay.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SettingsRecord {
+    keepalive: bool,
+    keepalive_source: Source,
+    idle_s: u32,
+    idle_source: Source,
+    interval_s: u32,
+    interval_source: Source,
+    probes: u32,
+    probes_source: Source,
+    user_timeout_ms: Option<u32>,
+    user_timeout_source: Source,
+}
+
+impl From<&Settings> for SettingsRecord {
+    fn from(settings: &Settings) -> Self {
+        Self {
+            keepalive: settings.keepalive.value,
+            keepalive_source: settings.keepalive.source,
+            idle_s: settings.idle.value,
+            idle_source: settings.idle.source,
+            interval_s: settings.interval.value,
+            interval_source: settings.interval.source,
+            probes: settings.probes.value,
+            probes_source: settings.probes.source,
+            user_timeout_ms: Some(settings.user_timeout.value).filter(|set| *set != 0),
+            user_timeout_source: settings.user_timeout.source,
+        }
+    }
+}
+
 /// What holds for a socket that has these options, in a namespace with these
 /// sysctls, claimed by this policy or by none.
 #[must_use]
