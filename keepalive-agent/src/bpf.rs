@@ -4,7 +4,6 @@
 
 mod enforcer;
 mod events;
-mod files;
 mod lister;
 mod slots;
 
@@ -27,11 +26,10 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use crate::kernel::layout;
+use crate::kernel::layout::{Hook, Kernel};
 
 pub use enforcer::{ByHand, Claimed, Counted, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
-pub use files::Files;
 pub use lister::Lister;
 use slots::Room;
 
@@ -166,50 +164,48 @@ fn begin_generation(ebpf: &mut Ebpf) -> Result<()> {
 /// Names the type of maps that are borrowed for writing.
 type Writable<'a> = &'a mut MapData;
 
-/// Loads one of the iterating programs; `over` is what the kernel calls what it
-/// iterates over, such as `tcp`.
-fn load_iterator(ebpf: &mut Ebpf, name: &str, over: &str) -> Result<()> {
-    let types = types_of_iterator(&format!("bpf_iter_{over}"))?;
+/// Loads one of the iterating programs.
+fn load_iterator(ebpf: &mut Ebpf, name: &str, kernel: &Kernel, over: Hook) -> Result<()> {
+    let types = types_of(kernel, over)?;
     iterator(ebpf, name)?
-        .load(over, &types)
+        .load(over.name(), &types)
         .map_err(|error| refused(name, error))
 }
 
-/// Types with a function that has the number it has in the kernel, and nothing
-/// else of interest: all that loading an iterator looks up is this number, and
-/// to parse the hundred thousand types of the kernel takes longer than anything
-/// else at the start (layout: include/uapi/linux/btf.h).
-fn types_of_iterator(function: &str) -> Result<Btf> {
+/// Types with one that has the number it has in the kernel, and nothing else of
+/// interest: all that loading a program looks up is this number, and to parse
+/// the hundred thousand types of the kernel takes longer than anything else at
+/// the start (layout: include/uapi/linux/btf.h).
+fn types_of(kernel: &Kernel, hook: Hook) -> Result<Btf> {
     const MAGIC: u16 = 0xeb9f;
     const VERSION: u8 = 1;
     const HEADER: u32 = 24;
     const TYPE: u32 = 12;
     const FORWARD: u32 = 7 << 24;
+    const TYPEDEF: u32 = 8 << 24;
     const FUNCTION: u32 = 12 << 24;
-    let number = layout::function(function)?;
-    let names = [b"\0", function.as_bytes(), b"\0"].concat();
+    let number = kernel.number(hook)?;
+    let kind = if hook.is_function() {
+        FUNCTION
+    } else {
+        TYPEDEF
+    };
+    let names = [b"\0", hook.type_name().as_bytes(), b"\0"].concat();
     let types = number * TYPE;
     let mut bytes = Vec::with_capacity((HEADER + types) as usize + names.len());
     bytes.extend(MAGIC.to_ne_bytes());
     bytes.extend([VERSION, 0]);
     let lengths = [HEADER, 0, types, types, u32::try_from(names.len())?];
     bytes.extend(lengths.iter().flat_map(|length| length.to_ne_bytes()));
-    // Number 0 is no type at all, and the function comes last. Each has a name,
+    // Number 0 is no type at all, and the wanted one comes last. Each has a name,
     // a kind, and what it is of.
+    let mut add = |words: [u32; 3]| bytes.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
     for _ in 1..number {
-        bytes.extend(
-            [0, FORWARD, 0]
-                .iter()
-                .flat_map(|word: &u32| word.to_ne_bytes()),
-        );
+        add([0, FORWARD, 0]);
     }
-    bytes.extend(
-        [1, FUNCTION, 0]
-            .iter()
-            .flat_map(|word: &u32| word.to_ne_bytes()),
-    );
+    add([1, kind, 0]);
     bytes.extend(names);
-    Btf::parse(&bytes, Endianness::default()).context("describing the iterator")
+    Btf::parse(&bytes, Endianness::default()).context("describing a hook")
 }
 
 /// Makes a loaded iterator ready to be run once, on whichever thread.

@@ -20,6 +20,9 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
+/// The namespace of this process.
+pub const OWN: &str = "/proc/self/ns/net";
+
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
@@ -66,7 +69,7 @@ pub struct Descriptor {
 }
 
 fn find(descriptors: Option<&[Descriptor]>) -> Result<Vec<Namespace>> {
-    let own = PathBuf::from("/proc/self/ns/net");
+    let own = PathBuf::from(OWN);
     let id = fs::metadata(&own)
         .with_context(|| format!("reading {}: is /proc mounted?", own.display()))?
         .ino();

@@ -18,7 +18,7 @@ use keepalive_common::{
 
 use crate::{
     assignment::Assigned,
-    bpf::{Files, Lister},
+    bpf::Lister,
     netns::{self, Namespace},
 };
 use cgroups::{Cgroups, Known};
@@ -128,7 +128,7 @@ const STEP: u64 = 1024;
 
 impl Listing<'_> {
     /// Walks through every namespace, and returns those that it could not see.
-    /// With `files`, descriptors are not looked for in /proc.
+    /// Where the lister `knows_files`, descriptors are not looked for in /proc.
     ///
     /// # Errors
     ///
@@ -136,11 +136,14 @@ impl Listing<'_> {
     pub fn walk(
         &self,
         lister: &mut Lister,
-        files: Option<&mut Files>,
+        knows_files: bool,
         cgroups: &mut Cgroups,
         receiver: &mut dyn Receiver,
     ) -> Result<Vec<Unseen>> {
-        let (holders, descriptors) = files.map(Holders::list).transpose()?.unzip();
+        let (holders, descriptors) = knows_files
+            .then(|| Holders::list(lister))
+            .transpose()?
+            .unzip();
         let find = || {
             descriptors
                 .as_deref()

@@ -72,6 +72,8 @@ pub struct Layout {
     pub socket: Field,
     /// `socket` → the inode number that /proc/PID/fd shows.
     pub socket_inode: Field,
+    /// `file.f_mode`: what can be done with it.
+    pub file_mode: Field,
     /// `file.f_inode`.
     pub file_inode: Field,
     /// `inode.i_ino`.
@@ -128,6 +130,7 @@ impl Layout {
             packets_out: NOWHERE,
             socket: NOWHERE,
             socket_inode: NOWHERE,
+            file_mode: NOWHERE,
             file_inode: NOWHERE,
             inode_number: NOWHERE,
             inode_super: NOWHERE,
@@ -147,6 +150,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 31 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 32 * size_of::<Field>() + 4 * 4);
     }
 }

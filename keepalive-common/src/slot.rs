@@ -285,8 +285,11 @@ pub trait Tables {
 #[must_use]
 #[inline(always)]
 pub fn resolve(tables: &impl Tables, target: Target, remote: &Remote) -> u32 {
+    /// The last look finds where the last step leads to. Not `0..=MAX_STEPS`,
+    /// which is one more variable for the verifier to follow.
+    const LOOKS: u32 = MAX_STEPS + 1;
     let mut target = target;
-    for _ in 0..=MAX_STEPS {
+    for _ in 0..LOOKS {
         let number = match target.lead() {
             Lead::Slot(slot) => return slot,
             Lead::Step(number) => number,

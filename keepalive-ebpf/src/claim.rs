@@ -8,7 +8,8 @@ use aya_ebpf::{
 use keepalive_common::{
     policy::Policy,
     slot::{
-        Claim, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Step, Tables, Target, resolve,
+        Claim, FIRST, Found, Lead, MAX_DEPTH, PortKey, Remote, RemoteKey, Step, Tables, Target,
+        resolve,
     },
 };
 
@@ -72,8 +73,29 @@ pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
 /// Out of line, to keep its registers and branches out of the way of cgroups
 /// without rules.
 #[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "the halves of a number")]
 fn by_remote(target: Target, sock: TcpSock) -> u32 {
-    resolve(&Maps, target, &sock.remote())
+    let remote = sock.remote();
+    let number = u128::from_ne_bytes(remote.address);
+    by_rules(
+        target.bits(),
+        (number >> 64) as u64,
+        number as u64,
+        remote.port,
+    )
+}
+
+/// The slot that a target leads to for a remote end. A global function: the
+/// verifier looks at it once, by itself, and not again with everything it knows
+/// where it is called. Such a function takes numbers only below Linux 5.13.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn by_rules(target: u32, high: u64, low: u64, port: u16) -> u32 {
+    let remote = Remote {
+        address: (u128::from(high) << 64 | u128::from(low)).to_ne_bytes(),
+        port,
+    };
+    resolve(&Maps, Target::from_bits(target), &remote)
 }
 
 /// The maps above.

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::{Counters, SocketOption},
-    history::Originals,
+    history::{Originals, Replaced},
     plan::{Options, plan},
     policy::Policy,
 };
@@ -112,6 +112,22 @@ pub(crate) fn forget_options(options: Options) -> Options {
         interval: combine(options.interval, zero),
         probes: combine(options.probes, zero),
         user_timeout: combine(options.user_timeout, zero),
+    }
+}
+
+/// Nothing that was replaced, without the verifier knowing.
+#[inline(always)]
+pub(crate) fn forget_originals() -> Originals {
+    let zero = forget(0);
+    let nothing = Replaced {
+        original: zero,
+        written: zero,
+    };
+    Originals {
+        idle: nothing,
+        interval: nothing,
+        probes: nothing,
+        user_timeout: nothing,
     }
 }
 

@@ -9,7 +9,7 @@
     reason = "the kernel aligns its fields to their own width"
 )]
 
-use core::{ffi::c_void, ptr};
+use core::{ffi::c_void, mem::MaybeUninit, ptr};
 
 use aya_ebpf::{
     Global,
@@ -151,13 +151,13 @@ impl TcpSock {
         let family = number(read_field!(self.0, family));
         let (local_address, remote_address) = if family == AF_INET {
             (
-                probe_bytes::<4>(self.0, layout!(local_v4.offset)),
-                probe_bytes::<4>(self.0, layout!(remote_v4.offset)),
+                v4(self.0, layout!(local_v4.offset)).to_le_bytes(),
+                v4(self.0, layout!(remote_v4.offset)).to_le_bytes(),
             )
         } else {
             (
-                probe_bytes::<16>(self.0, layout!(local_v6.offset)),
-                probe_bytes::<16>(self.0, layout!(remote_v6.offset)),
+                probe_bytes(self.0, layout!(local_v6.offset)),
+                probe_bytes(self.0, layout!(remote_v6.offset)),
             )
         };
         Addresses {
@@ -172,15 +172,12 @@ impl TcpSock {
     /// The remote end.
     #[inline(always)]
     pub(crate) fn remote(self) -> Remote {
-        let mut address = [0; 16];
-        if number(read_field!(self.0, family)) == AF_INET {
-            address[10] = 0xff;
-            address[11] = 0xff;
-            address[12..]
-                .copy_from_slice(&probe_bytes::<4>(self.0, layout!(remote_v4.offset))[..4]);
+        let address = if number(read_field!(self.0, family)) == AF_INET {
+            // `::ffff:0:0/96`
+            (v4(self.0, layout!(remote_v4.offset)) << 96 | 0xffff << 80).to_le_bytes()
         } else {
-            address = probe_bytes::<16>(self.0, layout!(remote_v6.offset));
-        }
+            probe_bytes(self.0, layout!(remote_v6.offset))
+        };
         Remote {
             address,
             port: u16::from_be(port(read_field!(self.0, remote_port))),
@@ -289,6 +286,27 @@ impl FileIterator {
     /// The file, unless the iteration is over.
     #[inline(always)]
     pub(crate) fn record(&self) -> Option<DescriptorRecord> {
+        let (task, file) = self.file()?;
+        Some(Self::describe(self.descriptor, task, file))
+    }
+
+    /// The file, unless it is one that can be read or written: a namespace
+    /// cannot. This spares a look at the inode, which is not in the processor's
+    /// cache where there are many files.
+    #[inline(always)]
+    pub(crate) fn record_without_data(&self) -> Option<DescriptorRecord> {
+        /// `FMODE_CAN_READ` and `FMODE_CAN_WRITE` (include/linux/fs.h, since
+        /// Linux 3.16): the file has functions for that.
+        const HAS_DATA: u64 = 1 << 17 | 1 << 18;
+        let (task, file) = self.file()?;
+        if read_field!(file, file_mode) & HAS_DATA != 0 {
+            return None;
+        }
+        Some(Self::describe(self.descriptor, task, file))
+    }
+
+    #[inline(always)]
+    fn file(&self) -> Option<(*const u8, *const u8)> {
         // SAFETY: the context is the kernel's own. Volatile, so that the null
         // checks stay.
         let (task, file) = unsafe {
@@ -297,17 +315,19 @@ impl FileIterator {
                 (&raw const self.file).read_volatile(),
             )
         };
-        if task.is_null() || file.is_null() {
-            return None;
-        }
+        (!task.is_null() && !file.is_null()).then_some((task, file))
+    }
+
+    #[inline(always)]
+    fn describe(descriptor: u64, task: *const u8, file: *const u8) -> DescriptorRecord {
         let inode = typed(file, layout!(file_inode.offset));
         let super_block = typed(inode, layout!(inode_super.offset));
-        Some(DescriptorRecord {
+        DescriptorRecord {
             inode: read_field!(inode, inode_number),
             magic: read_field!(super_block, super_magic),
             process: number(read_field!(task, task_process)),
-            descriptor: number(self.descriptor & 0xffff_ffff),
-        })
+            descriptor: number(descriptor & 0xffff_ffff),
+        }
     }
 
     /// Appends to what the reader gets.
@@ -381,8 +401,7 @@ impl Cgroup {
         let id = if layout!(typed_cgroup) == 1 {
             number(read_field!(root, hierarchy_id))
         } else {
-            let bytes = probe_bytes::<4>(root, layout!(hierarchy_id.offset));
-            u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+            u32::from_ne_bytes(probe_bytes(root, layout!(hierarchy_id.offset)))
         };
         id == 0
     }
@@ -436,23 +455,30 @@ fn probe(base: *const u8, offset: u32) -> u64 {
     value
 }
 
-/// A few bytes of kernel memory, the rest zero.
+/// An IPv4 address, its bytes in network order being the lowest of a number
+/// whose lowest byte comes first.
 #[inline(always)]
-fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; 16] {
-    const { assert!(LENGTH <= 16) };
-    let mut bytes = [0_u8; 16];
+fn v4(base: *const u8, offset: u32) -> u128 {
+    u128::from(u32::from_le_bytes(probe_bytes(base, offset)))
+}
+
+/// Four or sixteen bytes of kernel memory. Not cleared before: the helper does
+/// that where it fails, and the compiler would clear them one by one, in a loop.
+#[inline(always)]
+fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; LENGTH] {
+    let mut bytes = MaybeUninit::<[u8; LENGTH]>::uninit();
     #[expect(clippy::cast_possible_truncation, reason = "16 at the most")]
     let length = LENGTH as u32;
     // SAFETY: the helper checks the address and never faults; the destination
-    // is ours and long enough.
+    // is ours, of that length, and written whatever happens.
     unsafe {
         bpf_probe_read_kernel(
             bytes.as_mut_ptr().cast(),
             length,
             base.wrapping_add(offset as usize).cast(),
         );
+        bytes.assume_init()
     }
-    bytes
 }
 
 /// Copies a NUL-terminated string; returns how many bytes that were, the NUL

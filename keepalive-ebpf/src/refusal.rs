@@ -6,8 +6,8 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
 };
-use aya_log_ebpf::warn;
-use keepalive_common::counters::{Failure, FailureKey, Refusal, SocketOption};
+use aya_log_ebpf::debug;
+use keepalive_common::counters::{Failure, FailureKey, Refusal};
 
 use crate::enforce::count;
 
@@ -67,16 +67,11 @@ pub(crate) extern "C" fn tell_refusal() -> u32 {
         option,
         errno,
     } = last.key;
-    let option = match SocketOption::from_number(option) {
-        Some(option) => option.name(),
-        None => "an option",
-    };
-    warn!(
+    // Numbers alone: names would take the verifier longer than everything else
+    // together. It wakes the agent, which knows the names.
+    debug!(
         (),
-        "the kernel refused {} with errno {} (policy slot {}); the connection goes on without it",
-        option,
-        errno,
-        slot
+        "refused: option {} errno {} slot {}", option, errno, slot
     );
     0
 }

@@ -58,7 +58,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         recall(sock)
     } else {
         // Nothing can have been written over what is unset.
-        Originals::default()
+        enforce::forget_originals()
     };
     let before = if claim.before == claim.now {
         Some(policy)
@@ -73,7 +73,8 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if !policy.is_enforced() {
         // It gives nothing by which the next one could know what an earlier one
         // set.
-        keep_originals(sock, &application, &has, &Options::default(), &originals);
+        let nothing = enforce::forget_options(Options::default());
+        keep_originals(sock, &application, &has, &nothing, &originals);
     }
     if wants == has && originals.is_empty() {
         return;
@@ -154,7 +155,7 @@ fn nearest(pass: &mut Pass, own: Option<Cgroup>) -> Claim {
 fn recall(sock: TcpSock) -> Originals {
     let originals = storage(sock, 0);
     if originals.is_null() {
-        return Originals::default();
+        return enforce::forget_originals();
     }
     // SAFETY: a live element; only sweeps and the one ESTABLISHED callback of
     // the socket use it, all under the socket's lock.

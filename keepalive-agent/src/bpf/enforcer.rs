@@ -4,7 +4,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::fd::{AsFd, OwnedFd},
+    fmt,
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    process,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -23,7 +27,6 @@ use keepalive_common::{
     counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
     descriptor::DescriptorRecord,
     history::Originals,
-    layout::Layout,
     policy::Policy,
     slot::{Claim, FIRST, Found, PortKey, RemoteKey, Step, UNCLAIMED, resolve},
     socket::SocketRecord,
@@ -40,8 +43,8 @@ use super::{
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
-    kernel::layout,
-    netns::{Descriptor, Namespace},
+    kernel::layout::{Hook, Kernel},
+    netns::{self, Descriptor, Namespace},
 };
 
 /// How many cgroups can claim a policy.
@@ -52,6 +55,7 @@ const STEPS: u32 = 16_384;
 
 /// Accepted by the kernel's verifier; claims nothing yet.
 pub struct Loaded {
+    kernel: Kernel,
     ebpf: Ebpf,
     slots: Slots,
     can_sweep: Option<bool>,
@@ -62,6 +66,7 @@ pub struct Filled(Enforcer);
 
 /// Attached: applies policy to every connection below its cgroup.
 pub struct Enforcer {
+    kernel: Kernel,
     ebpf: Ebpf,
     slots: Slots,
     /// What policies did that are not in force any more.
@@ -105,7 +110,7 @@ pub struct Done {
 }
 
 /// An option that the kernel refused, and how often.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// Name of the policy.
     pub policy: String,
@@ -115,6 +120,20 @@ pub struct Failure {
     pub errno: u32,
     /// Number of refused calls.
     pub count: u64,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let errno = i32::try_from(self.errno).unwrap_or(0);
+        write!(
+            f,
+            "policy {}: the kernel refused {} {} times: {}",
+            self.policy,
+            self.option,
+            self.count,
+            io::Error::from_raw_os_error(errno)
+        )
+    }
 }
 
 /// Socket → the application's values that policies replaced.
@@ -227,8 +246,8 @@ impl Loaded {
     /// # Errors
     ///
     /// When the kernel refuses the program or a map, with its reason.
-    pub fn load(layout: &Layout, policies: usize) -> Result<Self> {
-        let mut loaded = Self::without_hook(layout, policies)?;
+    pub fn load(kernel: &Kernel, policies: usize) -> Result<Self> {
+        let mut loaded = Self::without_hook(kernel, policies)?;
         established(&mut loaded.ebpf)?
             .load()
             .map_err(|error| refused(program::ESTABLISHED, error))?;
@@ -240,10 +259,11 @@ impl Loaded {
     /// # Errors
     ///
     /// When the kernel refuses a map.
-    pub fn without_hook(layout: &Layout, policies: usize) -> Result<Self> {
+    pub fn without_hook(kernel: &Kernel, policies: usize) -> Result<Self> {
         let room = room(policies)?;
         Ok(Self {
-            ebpf: create(layout, room, CGROUPS)?,
+            kernel: *kernel,
+            ebpf: create(&kernel.layout, room, CGROUPS)?,
             slots: Slots::new(room),
             can_sweep: None,
         })
@@ -267,7 +287,7 @@ impl Loaded {
     ///
     /// When the kernel refuses it, with its reason.
     pub fn load_sweep(&mut self) -> Result<Option<u32>> {
-        load_iterator(&mut self.ebpf, program::SWEEP, "tcp")?;
+        load_iterator(&mut self.ebpf, program::SWEEP, &self.kernel, Hook::Tcp)?;
         let info = iterator(&mut self.ebpf, program::SWEEP)?.info()?;
         self.can_sweep = Some(true);
         Ok(info.verified_instruction_count())
@@ -281,6 +301,7 @@ impl Loaded {
     /// When a map takes no more.
     pub fn fill(self, before: Option<&Assignment>, now: &Assignment) -> Result<Filled> {
         let mut enforcer = Enforcer {
+            kernel: self.kernel,
             ebpf: self.ebpf,
             slots: self.slots,
             retired: BTreeMap::new(),
@@ -622,7 +643,7 @@ impl Enforcer {
             Some(true) => Ok(()),
             Some(false) => bail!("the kernel refused program {}", program::SWEEP),
             None => {
-                let loaded = load_iterator(&mut self.ebpf, program::SWEEP, "tcp");
+                let loaded = load_iterator(&mut self.ebpf, program::SWEEP, &self.kernel, Hook::Tcp);
                 self.can_sweep = Some(loaded.is_ok());
                 loaded
             }
@@ -656,7 +677,7 @@ impl Enforcer {
         let lister = if let Some(lister) = &self.lister {
             lister.clone()
         } else {
-            let lister = Lister::load(&layout::running()?)?;
+            let lister = Lister::load(&self.kernel)?;
             self.lister.insert(Arc::new(Mutex::new(lister))).clone()
         };
         Ok(ByHand {
@@ -673,16 +694,29 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program that looks for them.
+    /// When the kernel refuses the program that looks for them, or it does not
+    /// find the one that is open here: then it does not know what a namespace
+    /// looks like in this kernel, or this process sees others under other ids.
     ///
     /// # Minimum kernel version
     ///
     /// 5.8, for iterators over files.
     pub fn held_namespaces(&mut self) -> Result<Vec<Descriptor>> {
         if !self.can_find {
-            load_iterator(&mut self.ebpf, program::NAMESPACES, "task_file")?;
+            load_iterator(
+                &mut self.ebpf,
+                program::NAMESPACES,
+                &self.kernel,
+                Hook::Files,
+            )?;
             self.can_find = true;
         }
+        let own = File::open(netns::OWN)
+            .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
+        let own = Descriptor {
+            process: process::id(),
+            number: own.as_raw_fd().cast_unsigned(),
+        };
         let link = prepare_iterator(&mut self.ebpf, program::NAMESPACES)?;
         let mut held = Vec::new();
         run_records(link, |record: &DescriptorRecord| {
@@ -692,6 +726,11 @@ impl Enforcer {
             });
             Ok(())
         })?;
+        ensure!(
+            held.contains(&own),
+            "the kernel does not show this process under its own id among those that hold \
+             namespaces"
+        );
         Ok(held)
     }
 

@@ -4,19 +4,19 @@ use std::os::unix::fs::MetadataExt as _;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
-    Btf, Ebpf,
+    Ebpf,
     maps::{Array, MapData, RingBuf},
     programs::{BtfTracePoint, loaded_links, tp_btf::BtfTracePointLink},
 };
-use keepalive_common::{
-    cgroup_event::{Header, Kind, PATH_SIZE},
-    layout::Layout,
-};
+use keepalive_common::cgroup_event::{Header, Kind, PATH_SIZE};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::debug;
 
-use super::{load, program, refused};
-use crate::hierarchy::{Cgroup, Hierarchy};
+use super::{load, program, refused, types_of};
+use crate::{
+    hierarchy::{Cgroup, Hierarchy},
+    kernel::layout::{Hook, Kernel},
+};
 
 /// The id of the root of the hierarchy, where a process sees all of it
 /// (`kernfs_create_root()` in fs/kernfs/dir.c).
@@ -63,7 +63,7 @@ impl Events {
     /// # Minimum kernel version
     ///
     /// 5.8, for ring buffers.
-    pub fn load(layout: &Layout, hierarchy: &Hierarchy) -> Result<Self> {
+    pub fn load(kernel: &Kernel, hierarchy: &Hierarchy) -> Result<Self> {
         let mount = hierarchy.mount();
         let root = mount
             .metadata()
@@ -74,11 +74,11 @@ impl Events {
              by their paths in the whole: run it in the host's cgroup namespace"
         );
         // What the object has beside these programs goes away with it.
-        let mut ebpf = load(layout, &[(super::map::CGROUPS, 1)])?;
-        let types = Btf::from_sys_fs().context("reading the kernel's types")?;
+        let mut ebpf = load(&kernel.layout, &[(super::map::CGROUPS, 1)])?;
+        let mut attach = |name, to| attach(&mut ebpf, name, kernel, to);
         let links = [
-            attach(&mut ebpf, program::CGROUP_MADE, "cgroup_mkdir", &types)?,
-            attach(&mut ebpf, program::CGROUP_REMOVED, "cgroup_rmdir", &types)?,
+            attach(program::CGROUP_MADE, Hook::CgroupMade)?,
+            attach(program::CGROUP_REMOVED, Hook::CgroupRemoved)?,
         ];
         let mut take = |name: &str| {
             ebpf.take_map(name)
@@ -146,17 +146,18 @@ impl Events {
     }
 }
 
-fn attach(ebpf: &mut Ebpf, name: &str, tracepoint: &str, types: &Btf) -> Result<BtfTracePointLink> {
+fn attach(ebpf: &mut Ebpf, name: &str, kernel: &Kernel, to: Hook) -> Result<BtfTracePointLink> {
+    let types = types_of(kernel, to)?;
     let program: &mut BtfTracePoint = ebpf
         .program_mut(name)
         .with_context(|| format!("the BPF object has no program {name}"))?
         .try_into()?;
     program
-        .load(tracepoint, types)
+        .load(to.name(), &types)
         .map_err(|error| refused(name, error))?;
     let link = program
         .attach()
-        .with_context(|| format!("attaching program {name} to tracepoint {tracepoint}"))?;
+        .with_context(|| format!("attaching program {name} to tracepoint {}", to.name()))?;
     Ok(program.take_link(link)?)
 }
 

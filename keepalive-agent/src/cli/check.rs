@@ -11,7 +11,11 @@ use crate::{
     assignment::Claimants,
     bpf::Loaded,
     config::Diagnostics,
-    kernel::{self, layout, preflight},
+    kernel::{
+        self,
+        layout::{self, Kernel},
+        preflight,
+    },
     sweep,
 };
 
@@ -169,26 +173,26 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Ok(()) => Finding::yes(CAPABILITIES, "may load and attach programs"),
         Err(error) => Finding::no(CAPABILITIES, format_args!("{error:#}")),
     });
-    let layout = layout::running();
-    findings.push(match &layout {
-        Ok(layout) => Finding::yes(
+    let kernel = Kernel::running();
+    findings.push(match &kernel {
+        Ok(kernel) => Finding::yes(
             TYPES,
             format_args!(
                 "all fields found in {}, HZ {}",
                 layout::KERNEL_BTF,
-                layout.hz
+                kernel.layout.hz
             ),
         ),
         Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
     });
-    let (Ok((hierarchy, root)), Ok(()), Ok(layout)) = (root, capable, layout) else {
+    let (Ok((hierarchy, root)), Ok(()), Ok(kernel)) = (root, capable, kernel) else {
         for feature in [PROGRAM, SWEEP, EFFECT, CGROUPS] {
             findings.push(Finding::inconclusive(feature, "not tried: see above"));
         }
         return findings;
     };
-    let cgroups = new_cgroups(CGROUPS, trial::new_cgroup(&layout, &hierarchy, &root));
-    let mut loaded = match Loaded::load(&layout, 1) {
+    let cgroups = new_cgroups(CGROUPS, trial::new_cgroup(&kernel, &hierarchy, &root));
+    let mut loaded = match Loaded::load(&kernel, 1) {
         Ok(loaded) => loaded,
         Err(error) => {
             findings.push(Finding::no(PROGRAM, format_args!("{error:#}")));

@@ -19,7 +19,7 @@ use crate::{
     duration,
     explain::{Meaning, Path, Verdict, Walk, walk},
     hierarchy::{Cgroup, Hierarchy},
-    kernel::{layout, preflight},
+    kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
     sockets::source::{Setting, SettingsRecord, Source, Sysctls},
     state,
@@ -132,7 +132,7 @@ impl Subject {
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let mut lister = Lister::load(&layout::running()?)?;
+        let mut lister = Lister::load(&Kernel::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
         let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
         for netns in netns::all()? {

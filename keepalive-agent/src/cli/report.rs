@@ -311,14 +311,7 @@ pub(super) fn changed(
     }
     done_table(done)?;
     for failure in failures {
-        let errno = i32::try_from(failure.errno).unwrap_or(0);
-        output::text(format_args!(
-            "policy {}: the kernel refused {} {} times: {}\n",
-            failure.policy,
-            failure.option,
-            failure.count,
-            io::Error::from_raw_os_error(errno)
-        ))?;
+        output::text(format_args!("{failure}\n"))?;
     }
     Ok(())
 }

@@ -73,6 +73,7 @@ async fn enforce(target: &Target, dry_run: bool) -> Result<()> {
             Event::Cgroups(changes) => agent.follow_cgroups(changes),
             Event::Late => agent.catch_up()?,
             Event::Swept => agent.go_on_sweeping()?,
+            Event::Refused => agent.tell_refusals()?,
         }
     };
     let done = agent.done()?;

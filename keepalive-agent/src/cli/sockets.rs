@@ -13,15 +13,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use keepalive_common::layout::Layout;
 use tabwriter::TabWriter;
 use tracing::{debug, warn};
 
 use super::PARTIAL;
 use crate::{
-    bpf::{Files, Lister},
+    bpf::Lister,
     hierarchy::Hierarchy,
-    kernel::{layout, preflight},
+    kernel::{layout::Kernel, preflight},
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
     sockets::{
@@ -144,9 +143,9 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let layout = layout::running()?;
-    let mut lister = Lister::load(&layout)?;
-    let mut files = files(&layout);
+    let kernel = Kernel::running()?;
+    let mut lister = Lister::load(&kernel)?;
+    let knows_files = load_files(&mut lister, &kernel);
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
         let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?)?;
@@ -155,7 +154,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
             filter: &filter,
             risk,
             lister: &mut lister,
-            files: files.as_mut(),
+            knows_files,
             cgroups: &mut cgroups,
         };
         let code = match pass.print() {
@@ -172,16 +171,15 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
 
 /// The program over all open files. It knows processes by their ids in the
 /// first pid namespace: in another one only /proc tells the right ones.
-fn files(layout: &Layout) -> Option<Files> {
+fn load_files(lister: &mut Lister, kernel: &Kernel) -> bool {
     /// `PROC_PID_INIT_INO` in include/linux/proc_ns.h.
     const FIRST: u64 = 0xEFFF_FFFC;
-    let own = fs::metadata("/proc/self/ns/pid").ok()?.ino();
-    if own != FIRST {
-        return None;
-    }
-    Files::load(layout)
-        .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
-        .ok()
+    let own = fs::metadata("/proc/self/ns/pid").map(|own| own.ino());
+    own.is_ok_and(|own| own == FIRST)
+        && lister
+            .load_files(kernel)
+            .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
+            .is_ok()
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -197,7 +195,7 @@ struct Pass<'a> {
     filter: &'a Filter,
     risk: Risk,
     lister: &'a mut Lister,
-    files: Option<&'a mut Files>,
+    knows_files: bool,
     cgroups: &'a mut Cgroups,
 }
 
@@ -225,12 +223,7 @@ impl Pass<'_> {
             filter: self.filter,
             with_holders,
         };
-        listing.walk(
-            self.lister,
-            self.files.as_deref_mut(),
-            self.cgroups,
-            receiver,
-        )
+        listing.walk(self.lister, self.knows_files, self.cgroups, receiver)
     }
 
     /// Returns what was not seen and how many connections are at risk.

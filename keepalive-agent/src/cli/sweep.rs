@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     bpf::Loaded,
-    kernel::{layout, preflight},
+    kernel::{layout::Kernel, preflight},
     sweep::{self, Rest},
 };
 
@@ -42,7 +42,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let (hierarchy, root) = target.root()?;
     let claimants = run::claimants(&config, &root)?;
     let assignment = run::assign(&claimants, &hierarchy)?;
-    let mut enforcer = Loaded::without_hook(&layout::running()?, assignment.policies.len())?
+    let mut enforcer = Loaded::without_hook(&Kernel::running()?, assignment.policies.len())?
         .fill(None, &assignment)?
         .detached();
     let patience = Patience::with(report::SWEEPING);

@@ -14,7 +14,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use keepalive_common::{
-    layout::Layout,
     plan::{Options, plan},
     policy::{Policy, Range},
 };
@@ -25,6 +24,7 @@ use crate::{
     assignment::{Assigned, Assignment, Claim},
     bpf::{Change, Events, Loaded},
     hierarchy::{Cgroup, Hierarchy},
+    kernel::layout::Kernel,
     rules::Rules,
 };
 
@@ -99,11 +99,11 @@ fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) ->
 /// Makes and removes a cgroup below `root`, and looks whether the kernel tells
 /// of both.
 pub(super) fn new_cgroup(
-    layout: &Layout,
+    kernel: &Kernel,
     hierarchy: &Hierarchy,
     root: &Cgroup,
 ) -> Result<(), Failure> {
-    let (cgroup, changes) = changes(layout, hierarchy, root).map_err(Failure::NotTried)?;
+    let (cgroup, changes) = changes(kernel, hierarchy, root).map_err(Failure::NotTried)?;
     for change in [Change::Made(cgroup.clone()), Change::Removed(cgroup)] {
         if !changes.contains(&change) {
             return Err(Failure::NoEffect(format!(
@@ -114,13 +114,13 @@ pub(super) fn new_cgroup(
     Ok(())
 }
 
-fn changes(layout: &Layout, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Cgroup, Vec<Change>)> {
+fn changes(kernel: &Kernel, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Cgroup, Vec<Change>)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
         .context("starting the runtime")?;
     let _inside = runtime.enter();
-    let mut events = Events::load(layout, hierarchy)?;
+    let mut events = Events::load(kernel, hierarchy)?;
     let cgroup = Scratch::new(hierarchy, root)?.cgroup.clone();
     Ok((cgroup, events.now()))
 }

@@ -11,29 +11,104 @@ use rustix::time::{ClockId, clock_getres};
 /// (since Linux 5.4).
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// The layout of the running kernel.
-///
-/// # Errors
-///
-/// When the kernel shows no BTF, or one in which a field cannot be found: an
-/// offset is never guessed.
-pub fn running() -> Result<Layout> {
-    resolve(&types()?, jiffies_per_second()?)
+/// What there is to know of the running kernel before programs can be loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// Where it keeps its fields.
+    pub layout: Layout,
+    numbers: [Option<u32>; Hook::ALL.len()],
 }
 
-/// The number that a function of the running kernel has among its types.
-///
-/// # Errors
-///
-/// When the kernel shows no BTF, or one without the function.
-pub fn function(name: &str) -> Result<u32> {
-    let btf = types()?;
-    for id in btf.resolve_ids_by_name(name)? {
-        if matches!(btf.resolve_type_by_id(id)?, Type::Func(_)) {
-            return Ok(id);
+/// A place that the kernel loads programs for, which it knows by the number of a
+/// type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// The iterator over TCP sockets.
+    Tcp,
+    /// The iterator over open files.
+    Files,
+    /// The tracepoint for new cgroups.
+    CgroupMade,
+    /// The tracepoint for cgroups that are removed.
+    CgroupRemoved,
+}
+
+impl Hook {
+    const ALL: [Self; 4] = [
+        Self::Tcp,
+        Self::Files,
+        Self::CgroupMade,
+        Self::CgroupRemoved,
+    ];
+
+    /// As libraries and the kernel's documentation call it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Files => "task_file",
+            Self::CgroupMade => "cgroup_mkdir",
+            Self::CgroupRemoved => "cgroup_rmdir",
         }
     }
-    bail!("the kernel's BTF has no function {name}")
+
+    /// The type that stands for it.
+    #[must_use]
+    pub fn type_name(self) -> String {
+        let prefix = match self {
+            Self::Tcp | Self::Files => "bpf_iter_",
+            Self::CgroupMade | Self::CgroupRemoved => "btf_trace_",
+        };
+        format!("{prefix}{}", self.name())
+    }
+
+    /// Whether that is a function; a typedef otherwise.
+    #[must_use]
+    pub const fn is_function(self) -> bool {
+        matches!(self, Self::Tcp | Self::Files)
+    }
+
+    fn is(self, found: &Type) -> bool {
+        match found {
+            Type::Func(_) => self.is_function(),
+            Type::Typedef(_) => !self.is_function(),
+            _ => false,
+        }
+    }
+}
+
+impl Kernel {
+    /// The running one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel shows no BTF, or one in which a field cannot be found: an
+    /// offset is never guessed.
+    pub fn running() -> Result<Self> {
+        let btf = types()?;
+        Ok(Self {
+            layout: resolve(&btf, jiffies_per_second()?)?,
+            numbers: Hook::ALL.map(|hook| number(&btf, hook)),
+        })
+    }
+
+    /// The number that stands for a hook.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no such hook.
+    pub fn number(&self, hook: Hook) -> Result<u32> {
+        self.numbers[hook as usize]
+            .with_context(|| format!("the kernel's BTF has no {}", hook.type_name()))
+    }
+}
+
+fn number(btf: &Btf, hook: Hook) -> Option<u32> {
+    let ids = btf.resolve_ids_by_name(&hook.type_name()).ok()?;
+    ids.into_iter().find(|id| {
+        btf.resolve_type_by_id(*id)
+            .is_ok_and(|found| hook.is(&found))
+    })
 }
 
 fn types() -> Result<Btf> {
@@ -77,6 +152,7 @@ fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Option<u32> {
 pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
     let tcp_sock = Structure::named(btf, "tcp_sock")?;
     let cgroup = Structure::named(btf, "cgroup")?;
+    let file = Structure::named(btf, "file")?;
     let inode = Structure::named(btf, "inode")?;
     let sock = "inet_conn.icsk_inet.sk";
     let sock_cgroup = tcp_sock.field(&format!("{sock}.sk_cgrp_data"))?;
@@ -117,7 +193,8 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         packets_out: tcp_sock.number("packets_out")?,
         socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
         socket_inode: Structure::named(btf, "socket_alloc")?.number("vfs_inode.i_ino")?,
-        file_inode: Structure::named(btf, "file")?.number("f_inode")?,
+        file_mode: file.number("f_mode")?,
+        file_inode: file.number("f_inode")?,
         inode_number: inode.number("i_ino")?,
         inode_super: inode.number("i_sb")?,
         super_magic: Structure::named(btf, "super_block")?.number("s_magic")?,

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use keepalive_common::descriptor::SOCKFS;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
 
-use crate::{bpf::Files, netns::Descriptor};
+use crate::{bpf::Lister, netns::Descriptor};
 
 const PROC: &str = "/proc";
 
@@ -69,10 +69,10 @@ impl Holders {
     /// # Errors
     ///
     /// When the kernel breaks off.
-    pub fn list(files: &mut Files) -> Result<(Self, Vec<Descriptor>)> {
+    pub fn list(lister: &mut Lister) -> Result<(Self, Vec<Descriptor>)> {
         let mut holders = Self::default();
         let mut namespaces = Vec::new();
-        files.list(|record| {
+        lister.descriptors(|record| {
             if record.magic == SOCKFS {
                 holders.add(record.process, record.inode);
             } else {

@@ -4,7 +4,6 @@ use std::{future::pending, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
-use keepalive_common::layout::Layout;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::{Instant, sleep_until},
@@ -23,7 +22,7 @@ use crate::{
     bpf::{Change, Counted, Done, Enforcer, Events, Failure, Loaded},
     config::Config,
     hierarchy::{Cgroup, Hierarchy},
-    kernel::{layout, preflight},
+    kernel::{layout::Kernel, preflight},
     state,
     sweep::{self, Rest, Swept},
     watch::Watch,
@@ -53,11 +52,13 @@ pub(super) enum Event {
     Late,
     /// A pass of the sweep is over.
     Swept,
+    /// The kernel refused an option.
+    Refused,
 }
 
 /// A running agent.
 pub(super) struct Agent {
-    layout: Layout,
+    kernel: Kernel,
     hierarchy: Hierarchy,
     root: Cgroup,
     dry_run: bool,
@@ -74,6 +75,8 @@ pub(super) struct Agent {
     /// What was last said to be wrong with the files, which several changes in a
     /// row need not repeat.
     told: Option<String>,
+    /// What the kernel refused, as last told.
+    refused: Vec<Failure>,
     /// The sweep under way.
     rest: Option<Rest>,
     /// When existing connections are to be swept for the sake of new cgroups.
@@ -102,18 +105,18 @@ impl Agent {
         }
         let config = config.in_dry_run(dry_run);
         let (hierarchy, root) = target.root()?;
-        let layout = layout::running()?;
-        debug!(?layout, "found the kernel's fields");
+        let kernel = Kernel::running()?;
+        debug!(?kernel, "found the kernel's fields");
         let claimants = claimants(&config, &root)?;
         // As with the files.
-        let events = events(&claimants, &layout, &hierarchy);
+        let events = events(&claimants, &kernel, &hierarchy);
         let assignment = assign(&claimants, &hierarchy)?;
         let before = take_over(&hierarchy, &root).unwrap_or_else(|error| {
             warn!("{error:#}; values that an earlier agent set count as the applications' own");
             None
         });
         let directory = hierarchy.open(&root)?;
-        let mut enforcer = Loaded::load(&layout, assignment.policies.len())?
+        let mut enforcer = Loaded::load(&kernel, assignment.policies.len())?
             .fill(before.as_ref(), &assignment)?
             .attach(&directory)
             .with_context(|| format!("cgroup {}", hierarchy.directory(&root.path).display()))?;
@@ -129,7 +132,7 @@ impl Agent {
             })
             .ok();
         let mut agent = Self {
-            layout,
+            kernel,
             hierarchy,
             root,
             dry_run,
@@ -141,6 +144,7 @@ impl Agent {
             watch,
             events,
             told: None,
+            refused: Vec::new(),
             rest: None,
             late: None,
             not_before: Instant::now(),
@@ -170,8 +174,20 @@ impl Agent {
         self.enforcer.failures().context("reading the failures")
     }
 
-    /// Waits for something to do. What the BPF program logs is passed on
-    /// meanwhile.
+    /// Logs what the kernel refused since the last time. The BPF program, which
+    /// logs nothing else, bounds how often there is something.
+    pub(super) fn tell_refusals(&mut self) -> Result<()> {
+        let failures = self.failures()?;
+        for failure in &failures {
+            if !self.refused.contains(failure) {
+                warn!("{failure}; the connections go on without it");
+            }
+        }
+        self.refused = failures;
+        Ok(())
+    }
+
+    /// Waits for something to do.
     pub(super) async fn next(&mut self, signals: &mut Signals) -> Result<Event> {
         let (rest, events, watch) = (&mut self.rest, &mut self.events, &mut self.watch);
         let late = self.late;
@@ -200,15 +216,14 @@ impl Agent {
             }
         };
         let log = &mut self.log;
-        let relay = async {
-            loop {
-                let mut guard = log
-                    .readable_mut()
-                    .await
-                    .context("reading the log of the BPF program")?;
-                guard.get_inner_mut().flush();
-                guard.clear_ready();
-            }
+        let refused = async {
+            let mut guard = log
+                .readable_mut()
+                .await
+                .context("reading the log of the BPF program")?;
+            guard.get_inner_mut().flush();
+            guard.clear_ready();
+            Ok(Event::Refused)
         };
         // In this order: what a person asks for is not done twice, once because the
         // files changed as well.
@@ -218,7 +233,7 @@ impl Agent {
             _ = signals.terminate.recv() => Ok(Event::Stop("SIGTERM")),
             _ = signals.hangup.recv() => Ok(Event::Hangup),
             changed = edited => Ok(Event::Edited(changed)),
-            error = relay => error,
+            refused = refused => refused,
             () = late => Ok(Event::Late),
             () = swept => Ok(Event::Swept),
             // Last: there may be more of them all the time.
@@ -276,7 +291,7 @@ impl Agent {
         }
         let claimants = claimants(&config, &self.root)?;
         if self.events.is_none() || !claimants.name_cgroups() {
-            self.events = events(&claimants, &self.layout, &self.hierarchy);
+            self.events = events(&claimants, &self.kernel, &self.hierarchy);
         }
         let assignment = assign(&claimants, &self.hierarchy)?;
         for warning in &warnings.0 {
@@ -417,11 +432,11 @@ impl Agent {
 }
 
 /// Has cgroups told of that come and go from here on, where that matters.
-fn events(claimants: &Claimants, layout: &Layout, hierarchy: &Hierarchy) -> Option<Events> {
+fn events(claimants: &Claimants, kernel: &Kernel, hierarchy: &Hierarchy) -> Option<Events> {
     if !claimants.name_cgroups() {
         return None;
     }
-    Events::load(layout, hierarchy)
+    Events::load(kernel, hierarchy)
         .inspect_err(|error| warn!("{error:#}; {AFTER_SIGHUP}"))
         .ok()
 }

@@ -24,7 +24,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 21] = [
+    let fields: [Expected; 22] = [
         ("flags", |l| l.flags, [(96, 8); 5]),
         ("state", |l| l.state, [(18, 1); 5]),
         (
@@ -102,6 +102,11 @@ fn every_field_stands_where_the_kernel_has_it() {
             [(640, 8), (640, 8), (624, 8), (288, 8), (288, 8)],
         ),
         ("socket_inode", |l| l.socket_inode, [(192, 8); 5]),
+        (
+            "file_mode",
+            |l| l.file_mode,
+            [(68, 4), (68, 4), (68, 4), (12, 4), (4, 4)],
+        ),
         ("local_v6", |l| l.local_v6, [(72, 16); 5]),
         ("remote_port", |l| l.remote_port, [(12, 2); 5]),
     ];
