@@ -170,6 +170,8 @@ pub(super) fn markdown(outcomes: &[Outcome], emulator: &str, commit: &str) -> St
                 || "-".to_owned(),
                 |finding| {
                     let first = finding.detail.lines().next().unwrap_or_default();
+                    // What the verifier says comes below.
+                    let first = first.trim_end_matches("; the verifier's last words:");
                     format!("{}: {}", finding.answer, first.replace('|', "\\|"))
                 },
             );
@@ -178,9 +180,9 @@ pub(super) fn markdown(outcomes: &[Outcome], emulator: &str, commit: &str) -> St
         text.push('\n');
     }
     text.push_str("\n## Not supported\n\n");
-    list(&mut text, &reasons(outcomes, not_supported));
+    list(&mut text, &reasons(outcomes, not_supported), outcomes.len());
     text.push_str("\n## On the host's kernel only\n\n");
-    list(&mut text, &reasons(outcomes, host_only));
+    list(&mut text, &reasons(outcomes, host_only), outcomes.len());
     text.push_str("\n## Every test\n\n");
     heading(&mut text, "test", outcomes);
     for test in tests(outcomes) {
@@ -201,16 +203,24 @@ fn heading(text: &mut String, first: &str, outcomes: &[Outcome]) {
     let _ = writeln!(text, "\n|{}", "---|".repeat(outcomes.len() + 1));
 }
 
-fn list(text: &mut String, reasons: &BTreeMap<&str, BTreeMap<&str, Vec<&str>>>) {
+/// Reasons, and the tests that have them; with its kernels where that is not all
+/// of them.
+fn list(text: &mut String, reasons: &BTreeMap<&str, BTreeMap<&str, Vec<&str>>>, kernels: usize) {
     if reasons.is_empty() {
         text.push_str("Nothing.\n");
     }
     for (reason, tests) in reasons {
         let tests: Vec<_> = tests
             .iter()
-            .map(|(test, kernels)| format!("{test} ({})", kernels.join(", ")))
+            .map(|(test, on)| {
+                if on.len() == kernels {
+                    format!("`{test}`")
+                } else {
+                    format!("`{test}` ({})", on.join(", "))
+                }
+            })
             .collect();
-        let _ = writeln!(text, "- {reason}: {}", tests.join("; "));
+        let _ = writeln!(text, "- {reason}: {}", tests.join(", "));
     }
 }
 
@@ -257,7 +267,7 @@ mod tests {
         let text = markdown(&outcomes(), "10.0.2", "abc");
         assert!(text.contains("| 5.10 | 5.10.9 | 1 | 0 | 1 | 0 |"));
         assert!(text.contains("| 7 | 7.9 | 0 | 1 | 0 | 0 |"));
-        assert!(text.contains("- no MPTCP: a::mptcp (5.10)\n"));
+        assert!(text.contains("- no MPTCP: `a::mptcp` (5.10)\n"));
         assert!(text.contains("| a::mptcp | not supported | - |"));
     }
 }
