@@ -151,15 +151,13 @@ pub struct ByHand {
     counters: Arc<Mutex<BTreeMap<u32, Counters>>>,
 }
 
-/// The policies that a connection goes by.
-#[derive(Clone, Copy, Debug)]
+/// The slots of the policies that a connection goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claimed {
-    /// The slot of the policy of now.
-    pub slot: u32,
-    /// The policy of now.
-    pub now: Option<Policy>,
-    /// The one before the last change.
-    pub before: Option<Policy>,
+    /// That of now.
+    pub now: u32,
+    /// That before the last change.
+    pub before: u32,
 }
 
 impl ByHand {
@@ -172,18 +170,21 @@ impl ByHand {
         locked(&self.lister).list(each)
     }
 
-    /// The policies of a connection; none if its cgroup is not known.
+    /// Where the policies of a connection are; none if its cgroup is not known.
     #[must_use]
     pub fn claimed(&self, record: &SocketRecord) -> Option<Claimed> {
         let claim = self.claims.get(&record.cgroup)?;
         let remote = record.remote().into();
-        let slot = resolve(&self.rules, claim.now, &remote);
-        let before = resolve(&self.rules, claim.before, &remote);
         Some(Claimed {
-            slot,
-            now: self.policies.get(&slot).copied(),
-            before: self.policies.get(&before).copied(),
+            now: resolve(&self.rules, claim.now, &remote),
+            before: resolve(&self.rules, claim.before, &remote),
         })
+    }
+
+    /// The policy in a slot.
+    #[must_use]
+    pub fn policy(&self, slot: u32) -> Option<&Policy> {
+        self.policies.get(&slot)
     }
 
     /// What policies replaced on a socket so far.

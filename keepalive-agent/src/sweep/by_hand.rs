@@ -17,7 +17,6 @@ use keepalive_common::{
     counters::Counters,
     history::{Originals, application, replan},
     plan::Options,
-    socket::SocketRecord,
     sweep::{Pass, Silence, arms, now},
 };
 use rustix::{
@@ -41,8 +40,41 @@ pub(super) struct Hand {
 
 /// A connection that may need a change.
 struct Candidate {
-    record: SocketRecord,
+    has: Options,
+    silent_ms: i64,
     claimed: Claimed,
+}
+
+/// Candidates by inode number.
+type Candidates = HashMap<u64, Candidate>;
+
+/// Candidates that are kept at a time, some 20 MiB: however many connections
+/// there are, the agent stays small.
+const ROOM: usize = 131_072;
+
+/// The connections whose inode number leaves this remainder.
+#[derive(Clone, Copy)]
+struct Share {
+    remainder: u64,
+    divisor: u64,
+}
+
+impl Share {
+    const ALL: Self = Self {
+        remainder: 0,
+        divisor: 1,
+    };
+
+    /// Shares that fill half of the room each: they are not quite equal, and
+    /// there may be more connections by then.
+    fn of(candidates: usize) -> impl Iterator<Item = Self> {
+        let divisor = candidates.div_ceil(ROOM / 2) as u64;
+        (0..divisor).map(move |remainder| Self { remainder, divisor })
+    }
+
+    const fn contains(self, inode: u64) -> bool {
+        inode % self.divisor == self.remainder
+    }
 }
 
 impl Hand {
@@ -50,8 +82,9 @@ impl Hand {
         Self { by_hand }
     }
 
-    /// Makes a pass over the connections of a namespace, unless it is gone. With a `pause` the
-    /// connections that probe at once are changed too, a batch at a time.
+    /// Makes a pass over the connections of a namespace, unless it is gone. With
+    /// a `pause` the connections that probe at once are changed too, a batch at
+    /// a time.
     pub(super) fn pass(
         &self,
         namespace: &Namespace,
@@ -59,9 +92,35 @@ impl Hand {
         mut pause: Option<&mut (dyn FnMut() -> bool + Send)>,
     ) -> Result<Option<Pass>> {
         let mut pass = Pass::default();
-        let Some(mut candidates) = self.candidates(namespace, counts, &mut pass)? else {
+        let Some((candidates, count)) =
+            self.candidates(namespace, Share::ALL, counts, &mut pass.seen)?
+        else {
             return Ok(None);
         };
+        if count == candidates.len() {
+            self.change_all(candidates, counts, &mut pause, &mut pass)?;
+            return Ok(Some(pass));
+        }
+        drop(candidates);
+        for share in Share::of(count) {
+            let Some((candidates, _)) = self.candidates(namespace, share, false, &mut 0)? else {
+                break;
+            };
+            if !self.change_all(candidates, counts, &mut pause, &mut pass)? {
+                break;
+            }
+        }
+        Ok(Some(pass))
+    }
+
+    /// Changes what is to be changed; whether to go on.
+    fn change_all(
+        &self,
+        mut candidates: Candidates,
+        counts: bool,
+        pause: &mut Option<&mut (dyn FnMut() -> bool + Send)>,
+        pass: &mut Pass,
+    ) -> Result<bool> {
         for pid in processes()? {
             if candidates.is_empty() {
                 break;
@@ -81,38 +140,43 @@ impl Hand {
                         continue;
                     }
                 };
-                let probes = self.change(&socket, &candidate, counts, pause.is_some(), &mut pass);
+                let probes = self.change(&socket, &candidate, counts, pause.is_some(), pass);
                 if let Some(pause) = pause.as_mut().filter(|_| probes) {
                     pass.in_batch += 1;
-                    if pass.in_batch % BATCH == 0 && !pause() {
-                        return Ok(Some(pass));
+                    if pass.in_batch.is_multiple_of(BATCH) && !pause() {
+                        return Ok(false);
                     }
                 }
             }
         }
-        Ok(Some(pass))
+        Ok(true)
     }
 
-    /// The connections whose policy may want something, by inode number.
+    /// The connections of a share whose policy may want something, as many as
+    /// there is room for, and how many there are. Adds what it has `seen`, and
+    /// counts it under the policies where that is wanted.
     fn candidates(
         &self,
         namespace: &Namespace,
+        share: Share,
         counts: bool,
-        pass: &mut Pass,
-    ) -> Result<Option<HashMap<u64, Candidate>>> {
+        seen: &mut u64,
+    ) -> Result<Option<(Candidates, usize)>> {
         let mut candidates = HashMap::new();
+        let mut count = 0;
         let by_hand = &self.by_hand;
         let listed = namespace.enter(|| {
             by_hand.list(&mut |record| {
-                pass.seen += 1;
+                *seen += 1;
                 let Some(claimed) = by_hand.claimed(record) else {
                     return Ok(());
                 };
-                let Some(policy) = &claimed.now else {
+                let Some(policy) = by_hand.policy(claimed.now) else {
                     return Ok(());
                 };
+                let before = by_hand.policy(claimed.before);
                 let has = record.options();
-                let unknown = application(&has, &Originals::default(), claimed.before.as_ref());
+                let unknown = application(&has, &Originals::default(), before);
                 let is_right = replan(policy, &has, &unknown) == has;
                 if counts {
                     let done = Counters {
@@ -120,12 +184,19 @@ impl Hand {
                         left_alone: u64::from(is_right),
                         ..Counters::default()
                     };
-                    by_hand.count(claimed.slot, &done);
+                    by_hand.count(claimed.now, &done);
                 }
                 // Only the socket itself knows what was replaced on it.
-                if !is_right || claimed.before.is_some_and(|before| before != *policy) {
+                let may_want = !is_right || before.is_some_and(|before| before != policy);
+                // 0 is one that waits to be accepted: no process holds it yet.
+                if !may_want || record.inode == 0 || !share.contains(record.inode) {
+                    return Ok(());
+                }
+                count += 1;
+                if candidates.len() < ROOM {
                     let candidate = Candidate {
-                        record: *record,
+                        has,
+                        silent_ms: record.silent_ms,
                         claimed,
                     };
                     candidates.insert(record.inode, candidate);
@@ -133,7 +204,9 @@ impl Hand {
                 Ok(())
             })
         })?;
-        listed.map(|listed| listed.map(|_| candidates)).transpose()
+        listed
+            .map(|listed| listed.map(|_| (candidates, count)))
+            .transpose()
     }
 
     /// Sets what is to be set now; whether the connection probes at once.
@@ -145,13 +218,17 @@ impl Hand {
         may_probe: bool,
         pass: &mut Pass,
     ) -> bool {
-        let Candidate { record, claimed } = candidate;
-        let Some(policy) = &claimed.now else {
+        let Candidate {
+            has,
+            silent_ms,
+            claimed,
+        } = *candidate;
+        let Some(policy) = self.by_hand.policy(claimed.now) else {
             return false;
         };
-        let has = record.options();
         let originals = self.by_hand.originals(socket);
-        let application = application(&has, &originals, claimed.before.as_ref());
+        let before = self.by_hand.policy(claimed.before);
+        let application = application(&has, &originals, before);
         let wants = replan(policy, &has, &application);
         if !policy.is_enforced() {
             // It gives nothing by which the next one could know what an earlier
@@ -160,11 +237,11 @@ impl Hand {
             self.remember(socket, &originals, &replaces);
             if counts {
                 let done = set(None, &application, &has, &wants);
-                self.by_hand.count(claimed.slot, &done);
+                self.by_hand.count(claimed.now, &done);
             }
             return false;
         }
-        let silence = Silence::new(record.silent_ms, 1000, &wants);
+        let silence = Silence::new(silent_ms, 1000, &wants);
         let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
         let replaces = Originals::of(&application, &now, &wants);
@@ -173,7 +250,7 @@ impl Hand {
             return false;
         }
         self.by_hand
-            .count(claimed.slot, &set(Some(socket), &application, &has, &now));
+            .count(claimed.now, &set(Some(socket), &application, &has, &now));
         silence.is_due && arms(&has, &now)
     }
 
@@ -286,8 +363,25 @@ fn set(
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
     fn takes_a_descriptor_of_this_process() {
-        assert!(super::works());
+        assert!(works());
+    }
+
+    #[test]
+    fn each_connection_is_in_one_share_and_shares_leave_room() {
+        for count in [ROOM + 1, 500_000, 1_000_000] {
+            let shares: Vec<_> = Share::of(count).collect();
+            let mut sizes = vec![0; shares.len()];
+            for inode in 77..77 + count as u64 {
+                let mut of = (0..shares.len()).filter(|index| shares[*index].contains(inode));
+                sizes[of.next().unwrap()] += 1;
+                assert_eq!(of.next(), None);
+            }
+            assert!(sizes.iter().all(|size| *size <= ROOM / 2 + 1), "{sizes:?}");
+            assert!(sizes.iter().all(|size| *size > ROOM / 5), "{sizes:?}");
+        }
     }
 }
