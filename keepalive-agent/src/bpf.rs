@@ -10,6 +10,8 @@ mod slots;
 use std::{
     fs::File,
     io::{self, Read as _},
+    os::fd::AsRawFd as _,
+    process,
     sync::atomic::{Ordering, fence},
 };
 
@@ -20,13 +22,16 @@ use aya::{
     programs::{Iter, ProgramError, iter::IterLink},
     util::KernelVersion,
 };
-use keepalive_common::layout::Layout;
+use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
 use rustix::{
     io::Errno,
     process::{Resource, getrlimit},
 };
 
-use crate::kernel::layout::{Hook, Kernel};
+use crate::{
+    kernel::layout::{Hook, Kernel},
+    netns,
+};
 
 pub use enforcer::{ByHand, Claimed, Counted, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
@@ -273,6 +278,31 @@ fn run_records<T: bytemuck::AnyBitPattern>(
     })?;
     ensure!(rest.is_empty(), "the listing ended within a record");
     Ok(count)
+}
+
+/// The same for a program that lists descriptors of processes, those of
+/// namespaces among them.
+///
+/// # Errors
+///
+/// When it does not list the namespace that is open here: then the program does
+/// not know what a namespace looks like in this kernel, or this process sees
+/// others under other ids than the kernel, being in a pid namespace.
+fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> Result<()> {
+    let own = File::open(netns::OWN)
+        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
+    let number = own.as_raw_fd().cast_unsigned();
+    let mut finds_own = false;
+    run_records(link, |record: &DescriptorRecord| {
+        finds_own |= (record.process, record.descriptor) == (process::id(), number);
+        each(record);
+        Ok(())
+    })?;
+    ensure!(
+        finds_own,
+        "the kernel does not show this process under its own id among those that hold namespaces"
+    );
+    Ok(())
 }
 
 /// A program that the kernel did not load. The verifier's log can be thousands

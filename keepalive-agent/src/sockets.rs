@@ -15,6 +15,7 @@ use keepalive_common::{
     plan::{Options, plan},
     socket::SocketRecord,
 };
+use tracing::debug;
 
 use crate::{
     assignment::Assigned,
@@ -128,7 +129,6 @@ const STEP: u64 = 1024;
 
 impl Listing<'_> {
     /// Walks through every namespace, and returns those that it could not see.
-    /// Where the lister `knows_files`, descriptors are not looked for in /proc.
     ///
     /// # Errors
     ///
@@ -136,13 +136,13 @@ impl Listing<'_> {
     pub fn walk(
         &self,
         lister: &mut Lister,
-        knows_files: bool,
         cgroups: &mut Cgroups,
         receiver: &mut dyn Receiver,
     ) -> Result<Vec<Unseen>> {
-        let (holders, descriptors) = knows_files
-            .then(|| Holders::list(lister))
-            .transpose()?
+        // Where the kernel cannot be asked they are looked for in /proc.
+        let (holders, descriptors) = Holders::list(lister)
+            .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
+            .ok()
             .unzip();
         let find = || {
             descriptors

@@ -69,6 +69,28 @@ fn governs_what_exists_and_nothing_new() -> Result<()> {
     Ok(())
 }
 
+/// The kernel's own ids of processes are others than those that the agent sees
+/// there. It holds a namespace open itself that nothing else leads to.
+#[test]
+fn in_a_pid_namespace() -> Result<()> {
+    require!(Need::Program("ip"), Need::Program("unshare"));
+    let cgroup = Cgroup::new()?;
+    let netns = Netns::held_open()?;
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let (socket, _) = probe.visit(&netns, Probe::connection)?;
+    let path = netns.path().to_str().context("no text")?;
+    let apart = [
+        "sh",
+        "-c",
+        "exec 9<\"$0\" && exec unshare --pid --fork --mount-proc \"$@\"",
+        path,
+    ];
+    let done = sweep(&apart, &cgroup, POLICY)?;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert_eq!(probe.options(socket)?, OURS);
+    Ok(())
+}
+
 #[test]
 fn says_what_it_did_to_people_too() -> Result<()> {
     require!(Need::NoConfig);

@@ -4,11 +4,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
-    fs::File,
-    io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
-    process,
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -25,7 +22,6 @@ use aya::{
 use aya_log::EbpfLogger;
 use keepalive_common::{
     counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
-    descriptor::DescriptorRecord,
     history::Originals,
     policy::Policy,
     slot::{Claim, FIRST, Found, PortKey, RemoteKey, Step, UNCLAIMED, resolve},
@@ -37,14 +33,14 @@ use tracing::debug;
 
 use super::{
     Lister, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
-    prepare_iterator, program, refused, run_iterator, run_records,
+    prepare_iterator, program, refused, run_descriptors, run_iterator,
     slots::{Held, Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
     kernel::layout::{Hook, Kernel},
-    netns::{self, Descriptor, Namespace},
+    netns::{Descriptor, Namespace},
 };
 
 /// How many cgroups can claim a policy.
@@ -695,9 +691,8 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program that looks for them, or it does not
-    /// find the one that is open here: then it does not know what a namespace
-    /// looks like in this kernel, or this process sees others under other ids.
+    /// When the kernel refuses the program that looks for them, or as
+    /// [`run_descriptors`].
     ///
     /// # Minimum kernel version
     ///
@@ -712,26 +707,14 @@ impl Enforcer {
             )?;
             self.can_find = true;
         }
-        let own = File::open(netns::OWN)
-            .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
-        let own = Descriptor {
-            process: process::id(),
-            number: own.as_raw_fd().cast_unsigned(),
-        };
         let link = prepare_iterator(&mut self.ebpf, program::NAMESPACES)?;
         let mut held = Vec::new();
-        run_records(link, |record: &DescriptorRecord| {
+        run_descriptors(link, |record| {
             held.push(Descriptor {
                 process: record.process,
                 number: record.descriptor,
             });
-            Ok(())
         })?;
-        ensure!(
-            held.contains(&own),
-            "the kernel does not show this process under its own id among those that hold \
-             namespaces"
-        );
         Ok(held)
     }
 

@@ -1,14 +1,19 @@
 //! Lists connections and descriptors, changes none.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use aya::Ebpf;
 use keepalive_common::{descriptor::DescriptorRecord, socket::SocketRecord};
 
-use super::{Room, create, load_iterator, prepare_iterator, program, run_records};
+use super::{Room, create, load_iterator, prepare_iterator, program, run_descriptors, run_records};
 use crate::kernel::layout::{Hook, Kernel};
 
 /// The listing program, loaded.
-pub struct Lister(Ebpf);
+pub struct Lister {
+    kernel: Kernel,
+    ebpf: Ebpf,
+    /// Whether the kernel takes the program over open files, once that was tried.
+    can_list_files: Option<bool>,
+}
 
 impl Lister {
     /// Loads the program; nothing is attached.
@@ -23,20 +28,11 @@ impl Lister {
     pub fn load(kernel: &Kernel) -> Result<Self> {
         let mut ebpf = create(&kernel.layout, Room::NONE, 1)?;
         load_iterator(&mut ebpf, program::LIST, kernel, Hook::Tcp)?;
-        Ok(Self(ebpf))
-    }
-
-    /// Loads the program over all open files too, for [`Self::descriptors`].
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses it, with its reason.
-    ///
-    /// # Minimum kernel version
-    ///
-    /// 5.8, for iterators over files.
-    pub fn load_files(&mut self, kernel: &Kernel) -> Result<()> {
-        load_iterator(&mut self.0, program::FILES, kernel, Hook::Files)
+        Ok(Self {
+            kernel: *kernel,
+            ebpf,
+            can_list_files: None,
+        })
     }
 
     /// Hands on every connection of the calling thread's network namespace and
@@ -46,7 +42,7 @@ impl Lister {
     ///
     /// When the listing breaks off, or `each` fails.
     pub fn list(&mut self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
-        let link = prepare_iterator(&mut self.0, program::LIST)?;
+        let link = prepare_iterator(&mut self.ebpf, program::LIST)?;
         run_records(link, each)
     }
 
@@ -55,13 +51,24 @@ impl Lister {
     ///
     /// # Errors
     ///
-    /// When the program is not loaded, or the listing breaks off.
-    pub fn descriptors(&mut self, mut each: impl FnMut(&DescriptorRecord)) -> Result<()> {
-        let link = prepare_iterator(&mut self.0, program::FILES)?;
-        run_records(link, |record| {
-            each(record);
-            Ok(())
-        })?;
-        Ok(())
+    /// When the kernel refuses the program over open files, with its reason the
+    /// first time, or as [`run_descriptors`].
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.8, for iterators over files.
+    pub fn descriptors(&mut self, each: impl FnMut(&DescriptorRecord)) -> Result<()> {
+        match self.can_list_files {
+            Some(true) => {}
+            Some(false) => bail!("the kernel refused program {}", program::FILES),
+            None => {
+                let kernel = &self.kernel;
+                let loaded = load_iterator(&mut self.ebpf, program::FILES, kernel, Hook::Files);
+                self.can_list_files = Some(loaded.is_ok());
+                loaded?;
+            }
+        }
+        let link = prepare_iterator(&mut self.ebpf, program::FILES)?;
+        run_descriptors(link, each)
     }
 }

@@ -2,9 +2,9 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::File,
     io::{self, BufWriter, IsTerminal as _, Write},
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
     thread,
@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 use tabwriter::TabWriter;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::PARTIAL;
 use crate::{
@@ -143,9 +143,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let kernel = Kernel::running()?;
-    let mut lister = Lister::load(&kernel)?;
-    let knows_files = load_files(&mut lister, &kernel);
+    let mut lister = Lister::load(&Kernel::running()?)?;
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
         let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?)?;
@@ -154,7 +152,6 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
             filter: &filter,
             risk,
             lister: &mut lister,
-            knows_files,
             cgroups: &mut cgroups,
         };
         let code = match pass.print() {
@@ -167,19 +164,6 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
         };
         thread::sleep(Duration::from_secs(seconds.into()));
     }
-}
-
-/// The program over all open files. It knows processes by their ids in the
-/// first pid namespace: in another one only /proc tells the right ones.
-fn load_files(lister: &mut Lister, kernel: &Kernel) -> bool {
-    /// `PROC_PID_INIT_INO` in include/linux/proc_ns.h.
-    const FIRST: u64 = 0xEFFF_FFFC;
-    let own = fs::metadata("/proc/self/ns/pid").map(|own| own.ino());
-    own.is_ok_and(|own| own == FIRST)
-        && lister
-            .load_files(kernel)
-            .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
-            .is_ok()
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -195,7 +179,6 @@ struct Pass<'a> {
     filter: &'a Filter,
     risk: Risk,
     lister: &'a mut Lister,
-    knows_files: bool,
     cgroups: &'a mut Cgroups,
 }
 
@@ -223,7 +206,7 @@ impl Pass<'_> {
             filter: self.filter,
             with_holders,
         };
-        listing.walk(self.lister, self.knows_files, self.cgroups, receiver)
+        listing.walk(self.lister, self.cgroups, receiver)
     }
 
     /// Returns what was not seen and how many connections are at risk.
