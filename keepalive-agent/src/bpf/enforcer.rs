@@ -691,8 +691,8 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program that looks for them, or as
-    /// [`run_descriptors`].
+    /// When the kernel refuses the program that looks for them, or knows this
+    /// process by another id than /proc.
     ///
     /// # Minimum kernel version
     ///

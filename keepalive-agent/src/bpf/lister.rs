@@ -52,7 +52,7 @@ impl Lister {
     /// # Errors
     ///
     /// When the kernel refuses the program over open files, with its reason the
-    /// first time, or as [`run_descriptors`].
+    /// first time, or knows this process by another id than /proc.
     ///
     /// # Minimum kernel version
     ///
