@@ -240,8 +240,13 @@ impl Pass<'_> {
                 "; no agent is running"
             };
             let at_risk = self.filter.at_risk.map_or_else(String::new, |risk| {
+                let left_out = if risk.loopback {
+                    ""
+                } else {
+                    " (those within this machine left out, see --loopback)"
+                };
                 format!(
-                    " at risk on a path that forgets them after {} of silence",
+                    " at risk on a path that forgets them after {} of silence{left_out}",
                     risk.timeout
                 )
             });

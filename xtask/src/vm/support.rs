@@ -137,8 +137,9 @@ const MISSING: &[Missing] = &[
     Missing {
         series: OLD,
         reason: "existing connections are changed from outside the kernel here",
-        means: "below Linux 5.15, existing connections that wait to be accepted are missed: \
-                no process holds them yet",
+        means: "below Linux 5.15, existing connections are changed through the processes that \
+                hold them: not those that wait to be accepted, and from within a pid namespace \
+                not those of processes outside",
     },
 ];
 
