@@ -1,6 +1,10 @@
 //! Debian's packages.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -38,11 +42,10 @@ pub(super) fn available() -> bool {
 }
 
 /// Installs `packages` without starting their daemons and without removing
-/// other packages.
+/// other packages. The lists are fetched first: those of a fresh machine can be
+/// months old, and what they offer too old to build this.
 pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
-    if !packages.iter().all(|package| known(package.as_ref())) {
-        update()?;
-    }
+    update()?;
     let names = packages.iter().map(AsRef::as_ref).collect::<Vec<_>>();
     let mut shell = workspace::as_root("sh");
     shell.args(["-c", INSTALL, "sh"]).args(&names);
@@ -63,9 +66,15 @@ pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
     Ok(())
 }
 
-/// Fetches the lists of packages.
+/// Fetches the lists of packages, once in the life of this process.
 pub(super) fn update() -> Result<()> {
-    exec::run(workspace::as_root("apt-get").arg("update"))
+    static FETCHED: AtomicBool = AtomicBool::new(false);
+    if FETCHED.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    exec::run(workspace::as_root("apt-get").arg("update"))?;
+    FETCHED.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Whether the lists of packages name `package`.

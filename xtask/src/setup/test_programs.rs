@@ -93,9 +93,8 @@ fn names(needs: &[&Need]) -> String {
 }
 
 fn install(needs: &[&Need]) -> anyhow::Result<()> {
-    if needs.iter().any(|need| need.package().is_none()) {
-        apt::update()?;
-    }
+    // Which package has a program is asked of fresh lists.
+    apt::update()?;
     let packages = needs
         .iter()
         .filter_map(|need| need.package())
