@@ -27,7 +27,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::{build, exec, workspace};
+use crate::{bpf, build, exec, workspace};
 use place::Place;
 use report::Report;
 
@@ -138,7 +138,7 @@ fn order(round: usize, cases: usize) -> (usize, usize) {
 
 pub(crate) fn main(options: &Options) -> Result<()> {
     let place = Place::prepare()?;
-    build::bench_object()?;
+    bpf::build_bench_object()?;
     let agent = if let Some(agent) = &options.agent {
         absolute(agent)?
     } else {

@@ -1,11 +1,12 @@
 //! `cargo xtask`: the one entry for building, running and testing keepalive.
 #![forbid(unsafe_code)]
 
+mod apt;
 mod bench;
+mod bpf;
 mod build;
 mod exec;
 mod run;
-mod setup;
 mod test;
 mod vm;
 mod workspace;
@@ -24,8 +25,8 @@ struct Options {
 
 #[derive(Subcommand)]
 enum Verb {
-    Setup(setup::Options),
     Build(build::Options),
+    Bpf(bpf::Options),
     Run(run::Options),
     Test(test::Options),
     Bench(bench::Options),
@@ -33,8 +34,8 @@ enum Verb {
 
 fn main() -> ExitCode {
     let result = match Options::parse().verb {
-        Verb::Setup(options) => setup::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Build(options) => build::main(&options).map(|()| ExitCode::SUCCESS),
+        Verb::Bpf(options) => bpf::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Run(options) => run::main(&options).map(|never| match never {}),
         Verb::Test(options) => Ok(test::main(&options)),
         Verb::Bench(options) => bench::main(&options).map(|()| ExitCode::SUCCESS),

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every check there is, and a summary.
 
+mod programs;
 mod report;
 
 use std::{
@@ -11,17 +12,25 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{build, exec, vm, workspace};
+use crate::{bpf, build, exec, vm, workspace};
 use report::{Counts, Outcome, Report, Step};
 
-/// Check formatting, lints, documentation and dependencies, run the tests, and
-/// as root the live tests
+/// Check formatting, lints, documentation, dependencies and the BPF object, and
+/// run the tests, the live ones among them
+///
+/// Installs with apt what the tests need and says so. A test whose program is
+/// missing all the same is skipped and named at the end; where CI is set, that
+/// is a failure.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 5.10 7\n\nThe live tests use this machine's kernel. `cargo xtask setup --tests` installs the programs they need; a test whose program is missing is skipped and says so."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n\nThe live tests use this machine's kernel and need root."
 )]
 pub(crate) struct Options {
-    /// Leave out what needs root and a BPF toolchain
+    /// Install nothing; what is missing is skipped
+    #[arg(long)]
+    no_install: bool,
+
+    /// Leave out what needs root or a BPF toolchain; installs nothing either
     #[arg(long)]
     no_live: bool,
 
@@ -54,7 +63,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
-        if report.add(step("BPF object", |_| build::object())) {
+        if report.add(step("build", |_| build::build())) {
             let writes = vm::Writes {
                 docs: options.write_docs,
                 types: options.write_types,
@@ -63,11 +72,15 @@ pub(crate) fn main(options: &Options) -> ExitCode {
         }
         return report.finish();
     }
+    if !options.no_install && !options.no_live {
+        programs::install_missing();
+    }
     if filter.is_none() {
         report.add(formatting());
+        if !options.no_live {
+            report.add(bpf_object(options.no_install));
+        }
     }
-    // Before what compiles the agent: its build script embeds the object, and
-    // would have everything compiled once more.
     let built = options.no_live || report.add(step("build", |_| build::build()));
     if filter.is_none() {
         report.add(lints());
@@ -92,6 +105,14 @@ pub(crate) fn main(options: &Options) -> ExitCode {
         ));
     }
     report.finish()
+}
+
+/// Whether the shipped object is what its sources come to.
+fn bpf_object(no_install: bool) -> Step {
+    if no_install && let Err(reason) = bpf::find_toolchain() {
+        return Step::skipped("BPF object", &format!("not rebuilt: {reason}"));
+    }
+    step("BPF object", |_| bpf::check()).remedy("run: cargo xtask bpf")
 }
 
 fn formatting() -> Step {

@@ -3,8 +3,7 @@
 
 use std::{env, fs, path::Path};
 
-use super::apt;
-use crate::exec;
+use crate::{apt, exec};
 
 /// A program or file the live tests use.
 struct Need {
