@@ -34,7 +34,8 @@ fn embed_object(workspace: &Path) {
     }
 }
 
-/// The commit for `--version`, "unknown" outside a git checkout.
+/// The commit for `--version` and its date for man pages; "unknown" and empty
+/// outside a git checkout.
 fn name_commit(workspace: &Path) {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
@@ -53,4 +54,6 @@ fn name_commit(workspace: &Path) {
     }
     let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
     println!("cargo::rustc-env=KEEPALIVE_COMMIT={commit}");
+    let date = git(&["log", "-1", "--format=%cs"]).unwrap_or_default();
+    println!("cargo::rustc-env=KEEPALIVE_DATE={date}");
 }

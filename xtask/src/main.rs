@@ -5,6 +5,7 @@ mod apt;
 mod bench;
 mod bpf;
 mod build;
+mod dist;
 mod exec;
 mod run;
 mod test;
@@ -29,6 +30,7 @@ enum Verb {
     Bpf(bpf::Options),
     Run(run::Options),
     Test(test::Options),
+    Dist(dist::Options),
     Bench(bench::Options),
 }
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Verb::Bpf(options) => bpf::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Run(options) => run::main(&options).map(|never| match never {}),
         Verb::Test(options) => Ok(test::main(&options)),
+        Verb::Dist(options) => dist::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Bench(options) => bench::main(&options).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
