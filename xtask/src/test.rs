@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{bpf, build, exec, vm, workspace};
+use crate::{apt, bpf, build, dist, exec, vm, workspace};
 use report::{Counts, Outcome, Report, Step};
 
 /// Check formatting, lints, documentation, dependencies and the BPF object, and
@@ -23,7 +23,7 @@ use report::{Counts, Outcome, Report, Step};
 /// is a failure.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n\nThe live tests use this machine's kernel and need root."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
 )]
 pub(crate) struct Options {
     /// Install nothing; what is missing is skipped
@@ -48,6 +48,11 @@ pub(crate) struct Options {
     )]
     vm: Option<Vec<vm::kernels::Series>>,
 
+    /// Install, upgrade and purge the .deb instead, on Debians of their own:
+    /// bookworm, or the suites named
+    #[arg(long, value_name = "SUITE", num_args = 0.., conflicts_with_all = ["no_live", "vm"])]
+    packages: Option<Vec<String>>,
+
     /// Write what came of it to docs/kernels.md
     #[arg(long, requires = "vm")]
     write_docs: bool,
@@ -70,6 +75,10 @@ pub(crate) fn main(options: &Options) -> ExitCode {
             };
             virtual_machines(kernels, filter, writes, &mut report);
         }
+        return report.finish();
+    }
+    if let Some(suites) = &options.packages {
+        packages(suites, options.no_install, &mut report);
         return report.finish();
     }
     if !options.no_install && !options.no_live {
@@ -105,6 +114,37 @@ pub(crate) fn main(options: &Options) -> ExitCode {
         ));
     }
     report.finish()
+}
+
+/// What becomes of a machine on which the .deb is installed, upgraded, purged.
+fn packages(suites: &[String], no_install: bool, report: &mut Report) {
+    if !no_install && let Err(error) = apt::install(&["debootstrap", "systemd-container"]) {
+        exec::warn(&format!("{error:#}"));
+    }
+    let mut packages = None;
+    report.add(step("packages", |_| {
+        let dist = dist::build()?;
+        // The same agent: there is no release before this one yet.
+        let before = dist::deb(&dist, "0.1.0~before")?;
+        let current = dist::deb(&dist, env!("CARGO_PKG_VERSION"))?;
+        packages = Some((dist.join(before), dist.join(current)));
+        Ok(())
+    }));
+    let Some((before, current)) = packages else {
+        return;
+    };
+    let default = ["bookworm".to_owned()];
+    let suites = if suites.is_empty() { &default } else { suites };
+    for suite in suites {
+        report.add(step("installation", |_| {
+            exec::run(
+                workspace::as_root(workspace::root().join("packaging/test-install.sh"))
+                    .arg(suite)
+                    .args([&before, &current])
+                    .arg(workspace::target_dir().join("debian")),
+            )
+        }));
+    }
 }
 
 /// Whether the shipped object is what its sources come to.
