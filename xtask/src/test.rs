@@ -37,8 +37,8 @@ pub(crate) struct Options {
     /// Run only the tests whose name contains this, and none of the checks
     filter: Option<String>,
 
-    /// Run the live tests on these kernels instead, in virtual machines: 5.10,
-    /// 6.1, 6.12, 7, or all of them
+    /// Run the live tests on these kernels instead, in virtual machines: 6.1,
+    /// 6.12, 7, or all of them
     #[arg(
         long,
         value_name = "KERNEL",
@@ -53,10 +53,6 @@ pub(crate) struct Options {
     #[arg(long, value_name = "SUITE", num_args = 0.., conflicts_with_all = ["no_live", "vm"])]
     packages: Option<Vec<String>>,
 
-    /// Write what came of it to docs/kernels.md
-    #[arg(long, requires = "vm")]
-    write_docs: bool,
-
     /// Write the kernels' types that the agent's unit tests resolve
     #[arg(long, requires = "vm")]
     write_types: bool,
@@ -69,11 +65,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
         if report.add(step("build", |_| build::build())) {
-            let writes = vm::Writes {
-                docs: options.write_docs,
-                types: options.write_types,
-            };
-            virtual_machines(kernels, filter, writes, &mut report);
+            virtual_machines(kernels, filter, options.write_types, &mut report);
         }
         return report.finish();
     }
@@ -233,10 +225,10 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
 fn virtual_machines(
     kernels: &[vm::kernels::Series],
     filter: Option<&str>,
-    writes: vm::Writes,
+    writes_types: bool,
     report: &mut Report,
 ) {
-    match vm::test(kernels, filter, writes) {
+    match vm::test(kernels, filter, writes_types) {
         Ok(summaries) => {
             for summary in summaries {
                 report.add(Step {
