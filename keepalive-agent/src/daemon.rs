@@ -51,7 +51,7 @@ const SHARE: u32 = 10;
 /// What failed for a reason outside the config is tried again after this time, at
 /// first, and after twice as much each time.
 const RETRY: Duration = Duration::from_secs(5);
-const LONGEST_RETRY: Duration = Duration::from_secs(300);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
 /// Changes of cgroups that are remembered while a set is built; more than these
 /// are found by reading the hierarchy.
@@ -169,6 +169,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 }
 
 /// What the daemon is woken by.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Wake {
     Stop(&'static str),
     Hangup,
@@ -199,7 +200,7 @@ struct Daemon {
     origin: Origin,
     claimants: Claimants,
     pins: Option<PinDirectory>,
-    _ownership: Option<Ownership>,
+    ownership: Option<Ownership>,
     control: Option<Control>,
     predecessor: Option<Client>,
     /// None while the cgroup does not exist.
@@ -248,7 +249,7 @@ impl Daemon {
         }
         let hierarchy = Hierarchy::find()?;
         let path = hierarchy.path(&options.cgroup)?;
-        let (ownership, predecessor) = own(&path, options.take_over)?;
+        let (owned, predecessor) = own(&path, options.take_over)?;
         let root = hierarchy.lookup(&path)?.unwrap_or(Cgroup { path, id: 0 });
         let kernel = Kernel::running()?;
         debug!(?kernel, "found the kernel's fields");
@@ -295,7 +296,7 @@ impl Daemon {
                 let every = within / 3;
                 (now + every, every)
             }),
-            _ownership: ownership.ok(),
+            ownership: owned.ok(),
         };
         match watch {
             Ok(watch) => {
@@ -304,7 +305,7 @@ impl Daemon {
             }
             Err(error) => daemon.files_unwatched(&error),
         }
-        if daemon._ownership.is_none() {
+        if daemon.ownership.is_none() {
             daemon.part_failed("lock", "see the log".to_owned());
         }
         daemon.listen();
@@ -463,7 +464,7 @@ impl Daemon {
         for _ in 0..TRIES {
             match Ownership::acquire(&self.root.path) {
                 Ok(ownership) => {
-                    self._ownership = Some(ownership);
+                    self.ownership = Some(ownership);
                     self.state.parts.remove("lock");
                     // The other one has removed the socket.
                     self.control = None;
@@ -544,7 +545,7 @@ impl Daemon {
                         built.set.record().set_state(&settled)?;
                     }
                     Err(error) => {
-                        warn!("{error:#}; connections may keep values of earlier policies")
+                        warn!("{error:#}; connections may keep values of earlier policies");
                     }
                 }
                 (attachment, built)
@@ -1176,22 +1177,13 @@ impl Daemon {
             self.published = State::default();
             return;
         };
-        if self.state == self.published && self.is_published_in(enforcement) {
+        if self.state == self.published && is_published_in(enforcement) {
             return;
         }
         match enforcement.set.record().set_state(&self.state) {
             Ok(()) => self.published = self.state.clone(),
             Err(error) => debug!("{}", chain(&error)),
         }
-    }
-
-    /// Whether the set in force is the one that the state was written to.
-    fn is_published_in(&self, enforcement: &Enforcement) -> bool {
-        enforcement
-            .set
-            .record()
-            .state()
-            .is_ok_and(|state| state.owner.is_some())
     }
 
     fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {
@@ -1215,10 +1207,10 @@ impl Daemon {
                 debug!("{}", chain(&error));
             }
         }
-        if leaves == Leaves::Nothing {
-            if let Err(error) = enforcement.attachment.detach() {
-                error!("{}", chain(&error));
-            }
+        if leaves == Leaves::Nothing
+            && let Err(error) = enforcement.attachment.detach()
+        {
+            error!("{}", chain(&error));
         }
         reporter.report(&Event::Stopped {
             by,
@@ -1256,6 +1248,12 @@ fn own(
             }
         }
     }
+}
+
+/// Whether the set in force is the one that the state was written to.
+fn is_published_in(enforcement: &Enforcement) -> bool {
+    let state = enforcement.set.record().state();
+    state.is_ok_and(|state| state.owner.is_some())
 }
 
 fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

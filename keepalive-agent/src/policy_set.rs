@@ -153,11 +153,7 @@ impl PolicySet {
             slots: self.policies.end(),
             steps: self.steps.end(),
             remotes: self.rules.from(0).map(|(_, table)| table.len()).sum(),
-            ports: self
-                .ports
-                .from(0)
-                .map(|(_, table)| table.iter().count())
-                .sum(),
+            ports: self.ports.from(0).map(|(_, table)| table.len()).sum(),
             cgroups: self.claims().count(),
         }
     }
@@ -366,18 +362,16 @@ impl PolicySet {
             return Ok(otherwise);
         }
         let indices: Vec<_> = with_rules.iter().map(|(index, _)| *index).collect();
-        let rules = match self.compiled.get(&indices) {
-            Some(rules) => *rules,
-            None => {
-                let claimants: Vec<_> = with_rules
-                    .iter()
-                    .map(|(_, (slot, rules))| (*slot, rules))
-                    .collect();
-                let rules = self.compile(&claimants);
-                self.compiled.insert(indices, rules);
-                rules
-            }
-        };
+        let known = self.compiled.get(&indices).copied();
+        let rules = known.unwrap_or_else(|| {
+            let claimants: Vec<_> = with_rules
+                .iter()
+                .map(|(_, (slot, rules))| (*slot, rules))
+                .collect();
+            let rules = self.compile(&claimants);
+            self.compiled.insert(indices, rules);
+            rules
+        });
         if self.steps_from(otherwise) >= MAX_STEPS {
             return Err(Error::TooManySteps {
                 cgroup: path.to_owned(),

@@ -30,11 +30,11 @@ pub(super) struct Report {
 impl Reporter for Report {
     fn report(&mut self, event: &daemon::Event<'_>) {
         let text = if self.json {
-            record_of(event).map(|record| line(&record))
+            line(&record_of(event))
         } else {
-            Some(text_of(event))
+            text_of(event)
         };
-        Stream::Output.send(text.unwrap_or_default().as_bytes());
+        Stream::Output.send(text.as_bytes());
         if matches!(event, daemon::Event::Stopped { .. }) {
             // It is the last one: give a slow reader a moment.
             Stream::Output.finish(Duration::from_millis(500));
@@ -229,8 +229,8 @@ pub(super) fn origin(origin: &Origin) -> String {
     }
 }
 
-fn record_of<'a>(event: &'a daemon::Event<'a>) -> Option<Record<'a>> {
-    Some(match event {
+fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
+    match event {
         daemon::Event::Started {
             cgroup,
             origin,
@@ -268,7 +268,7 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Option<Record<'a>> {
         daemon::Event::Stopped {
             by, leaves, record, ..
         } => stopped(Some(by), *leaves != Leaves::Nothing, *record),
-    })
+    }
 }
 
 fn stopped<'a>(by: Option<&'a str>, goes_on: bool, record: Option<&SetRecord>) -> Record<'a> {
@@ -389,8 +389,7 @@ pub(super) fn swept_text(swept: &Swept) -> String {
 /// What `sweep` did, in numbers.
 pub(super) fn swept(json: bool, swept: &Swept) -> String {
     if json {
-        return record_of(&daemon::Event::Swept(swept))
-            .map_or_else(String::new, |record| line(&record));
+        return line(&record_of(&daemon::Event::Swept(swept)));
     }
     swept_text(swept)
 }

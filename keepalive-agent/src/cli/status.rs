@@ -114,7 +114,13 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
         {
             continue;
         }
-        sets.push(look_at(set, root, &roots, pins.as_ref(), &hierarchy)?);
+        sets.push(look_at(
+            set,
+            root.as_ref(),
+            &roots,
+            pins.as_ref(),
+            &hierarchy,
+        )?);
     }
     let healthy = !sets.is_empty() && sets.iter().all(Set::is_healthy);
     let code = match (sets.is_empty(), healthy) {
@@ -142,7 +148,7 @@ fn root_of(set: &InForce) -> Option<Cgroup> {
 
 fn look_at(
     set: &InForce,
-    root: Option<Cgroup>,
+    root: Option<&Cgroup>,
     roots: &[Cgroup],
     pins: Option<&PinDirectory>,
     hierarchy: &Hierarchy,
@@ -157,19 +163,16 @@ fn look_at(
         }
         Err(error) => (None, None, Some(datapath::chain(error))),
     };
-    let directory = root.as_ref().map(|root| hierarchy.open(root));
+    let directory = root.map(|root| hierarchy.open(root));
     let foreign_programs = match directory {
         Some(Ok(directory)) => datapath::programs_on_the_way(directory)?,
         _ => Vec::new(),
     };
-    let above = roots.iter().filter(|other| {
-        root.as_ref()
-            .is_some_and(|root| other.contains(&root.path) && other.id != root.id)
-    });
+    let above = roots
+        .iter()
+        .filter(|other| root.is_some_and(|root| other.contains(&root.path) && other.id != root.id));
     Ok(Set {
-        cgroup: root
-            .as_ref()
-            .map_or_else(String::new, |root| root.path.clone()),
+        cgroup: root.map_or_else(String::new, |root| root.path.clone()),
         cgroup_id: set.cgroup,
         error,
         pinned: pins.is_some_and(|pins| set.is_pinned_in(pins)),

@@ -146,7 +146,8 @@ impl Tables for Maps {
 impl Maps {
     fn of(set: &PolicySet) -> Self {
         let mut maps = Self::default();
-        assert!(maps.write(set, Mark::START, &mut usize::MAX));
+        let mut all = usize::MAX;
+        assert!(maps.write(set, Mark::START, &mut all));
         for (cgroup, claim) in set.claims() {
             assert!(maps.cgroups.insert(cgroup.id, claim).is_none());
         }
