@@ -1,7 +1,7 @@
 //! Daemon: enforces the policy until it is stopped, while files, cgroups and the
 //! agent itself come and go.
 //!
-//! Everything that wakes it comes in through [`Daemon::next`]; nothing that it
+//! Everything that wakes it comes in through `Daemon::next`; nothing that it
 //! does then waits for anybody. Sets are built and connections swept on threads of
 //! their own. Only at the start can an error end it.
 

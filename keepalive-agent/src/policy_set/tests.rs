@@ -225,8 +225,8 @@ proptest! {
         let nothing = Assignment { policies: Vec::new(), claims: Vec::new() };
         prop_assert_eq!(maps.all(false), all_meant(before.as_ref().unwrap_or(&nothing)));
         let sizes = set.sizes();
-        prop_assert_eq!(maps.policies.len() as u32 + FIRST, sizes.slots);
-        prop_assert_eq!(maps.steps.len() as u32, sizes.steps);
+        prop_assert_eq!(maps.policies.len() + FIRST as usize, sizes.slots as usize);
+        prop_assert_eq!(maps.steps.len(), sizes.steps as usize);
         prop_assert_eq!(maps.remotes.len(), sizes.remotes);
         prop_assert_eq!(maps.ports.len(), sizes.ports);
         prop_assert_eq!(maps.cgroups.len(), sizes.cgroups);
