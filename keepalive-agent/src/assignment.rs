@@ -13,7 +13,7 @@ use keepalive_common::{
 
 use crate::{
     config::Config,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     rules::Rules,
 };
 
@@ -62,7 +62,7 @@ pub enum Warning {
         /// Name of the policy.
         policy: String,
         /// The path as configured.
-        path: String,
+        path: CgroupPath,
     },
     /// No cgroup matches this glob.
     NoMatch {
@@ -76,16 +76,16 @@ pub enum Warning {
         /// Name of the policy.
         policy: String,
         /// The path as configured.
-        path: String,
+        path: CgroupPath,
         /// Where the program is attached.
-        root: String,
+        root: CgroupPath,
     },
     /// Another policy claims the cgroup.
     Taken {
         /// Name of the policy that lost.
         policy: String,
         /// The cgroup.
-        path: String,
+        path: CgroupPath,
         /// Name of the policy that claims it.
         by: String,
     },
@@ -116,11 +116,11 @@ impl fmt::Display for Warning {
 
 impl Assignment {
     /// The cgroups that point to a policy, by its index.
-    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &str> {
+    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &CgroupPath> {
         self.claims
             .iter()
             .filter(move |claim| claim.policies.contains(&policy))
-            .map(|claim| claim.cgroup.path.as_str())
+            .map(|claim| &claim.cgroup.path)
     }
 }
 
@@ -130,7 +130,7 @@ pub struct Claimants {
     root: Cgroup,
     policies: Vec<Assigned>,
     /// Path → policies that name it.
-    by_path: HashMap<String, Vec<usize>>,
+    by_path: HashMap<CgroupPath, Vec<usize>>,
     globs: GlobSet,
     /// The policy of each glob, and the glob as configured.
     by_glob: Vec<(usize, String)>,
@@ -169,9 +169,9 @@ impl Claimants {
             for pattern in &named.cgroups {
                 if let Some(glob) = pattern.glob() {
                     globs.add(glob.clone());
-                    claimants.by_glob.push((index, pattern.to_string()));
+                    claimants.by_glob.push((index, pattern.as_str().to_owned()));
                 } else {
-                    let path = pattern.to_string();
+                    let path = CgroupPath::from(pattern.as_str());
                     claimants.by_path.entry(path).or_default().push(index);
                 }
             }
@@ -207,14 +207,14 @@ impl Claimants {
     /// The policies that claim a path, in the order of [`Claim::policies`]. A
     /// path in the config stands before a glob, the first before the others.
     #[must_use]
-    pub fn of(&self, path: &str) -> Vec<usize> {
+    pub fn of(&self, path: &CgroupPath) -> Vec<usize> {
         if !self.root.contains(path) {
             return Vec::new();
         }
         let mut all = self.by_path.get(path).cloned().unwrap_or_default();
         let matching = self.globs.matches(path);
         all.extend(matching.into_iter().map(|glob| self.by_glob[glob].0));
-        if path == self.root.path {
+        if *path == self.root.path {
             all.extend(&self.everywhere);
         }
         let mut claiming: Vec<usize> = Vec::new();
@@ -262,7 +262,7 @@ impl Claimants {
     /// The same without looking at the file system.
     fn assign_existing(
         &self,
-        mut existing: BTreeMap<String, Cgroup>,
+        mut existing: BTreeMap<CgroupPath, Cgroup>,
     ) -> (Assignment, Vec<Warning>) {
         existing.insert(self.root.path.clone(), self.root.clone());
         let warnings = self.warnings(&existing);
@@ -278,13 +278,13 @@ impl Claimants {
     }
 
     /// What has no effect with these cgroups.
-    fn warnings(&self, existing: &BTreeMap<String, Cgroup>) -> Vec<Warning> {
+    fn warnings(&self, existing: &BTreeMap<CgroupPath, Cgroup>) -> Vec<Warning> {
         // In the order of the config.
-        let mut warnings: BTreeMap<(usize, usize, &str), Warning> = BTreeMap::new();
+        let mut warnings: BTreeMap<(usize, usize, &[u8]), Warning> = BTreeMap::new();
         for (path, policies) in &self.by_path {
             for index in policies {
                 if let Some(warning) = self.path_warning(*index, path, existing) {
-                    warnings.insert((*index, 0, path), warning);
+                    warnings.insert((*index, 0, path.as_bytes()), warning);
                 }
             }
         }
@@ -301,7 +301,7 @@ impl Claimants {
                     policy: self.policies[*index].name.clone(),
                     glob: glob.clone(),
                 };
-                warnings.insert((*index, 1 + position, glob), warning);
+                warnings.insert((*index, 1 + position, glob.as_bytes()), warning);
             }
         }
         warnings.into_values().collect()
@@ -310,12 +310,12 @@ impl Claimants {
     fn path_warning(
         &self,
         index: usize,
-        path: &str,
-        existing: &BTreeMap<String, Cgroup>,
+        path: &CgroupPath,
+        existing: &BTreeMap<CgroupPath, Cgroup>,
     ) -> Option<Warning> {
         let assigned = &self.policies[index];
         let policy = assigned.name.clone();
-        let path = path.to_owned();
+        let path = path.clone();
         if !self.root.contains(&path) {
             let root = self.root.path.clone();
             return Some(Warning::Outside { policy, path, root });
@@ -341,15 +341,15 @@ mod tests {
     }
 
     /// The cgroups with these paths; the first is where the program is attached.
-    fn hierarchy(paths: &[&str]) -> (Cgroup, BTreeMap<String, Cgroup>) {
+    fn hierarchy(paths: &[&str]) -> (Cgroup, BTreeMap<CgroupPath, Cgroup>) {
         let cgroups: BTreeMap<_, _> = (1..)
             .zip(paths)
             .map(|(id, path)| {
-                let path = (*path).to_owned();
+                let path = CgroupPath::from(*path);
                 (path.clone(), Cgroup { path, id })
             })
             .collect();
-        (cgroups[paths[0]].clone(), cgroups)
+        (cgroups[paths[0].as_bytes()].clone(), cgroups)
     }
 
     /// Who claims what, as `path=policy`.
@@ -417,6 +417,25 @@ mod tests {
     }
 
     #[test]
+    fn a_glob_matches_names_that_are_not_utf_8() {
+        let config = config("[[policy]]\nname = 'a'\ncgroup = ['/ten/**', '/one?']\n");
+        let root = Cgroup {
+            path: CgroupPath::root(),
+            id: 1,
+        };
+        let claimants = Claimants::new(&config, &root).unwrap();
+        for (path, claiming) in [
+            (&b"/ten/bad\xff"[..], &[0][..]),
+            (b"/ten/bad\xff/inner", &[0]),
+            (b"/one\xff", &[0]),
+            (b"/one\xff\xfe", &[]),
+        ] {
+            let path = CgroupPath::from(path);
+            assert_eq!(claimants.of(&path), claiming, "{path}");
+        }
+    }
+
+    #[test]
     fn a_policy_on_the_root_stands_before_the_default() {
         let config = config("[default]\n[[policy]]\nname = 'all'\ncgroup = '/'\n");
         let (root, existing) = hierarchy(&["/"]);
@@ -447,7 +466,7 @@ mod tests {
             "#,
         );
         let (_, existing) = hierarchy(&["/", "/s", "/other"]);
-        let root = existing["/s"].clone();
+        let root = existing[&b"/s"[..]].clone();
         let (assignment, warnings) = Claimants::new(&config, &root)
             .unwrap()
             .assign_existing(existing.clone());

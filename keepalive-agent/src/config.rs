@@ -148,6 +148,12 @@ impl CgroupPattern {
         Ok(Self { text, glob })
     }
 
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
     /// The glob, unless it is a path.
     #[must_use]
     pub fn glob(&self) -> Option<&Glob> {

@@ -25,6 +25,7 @@ pub mod duration;
 pub mod explain;
 pub mod hierarchy;
 pub mod kernel;
+pub mod names;
 pub mod netns;
 pub mod network;
 pub mod paths;

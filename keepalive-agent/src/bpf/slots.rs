@@ -17,7 +17,7 @@ use keepalive_common::{
 
 use crate::{
     assignment::Assignment,
-    hierarchy::{Cgroup, parent, upward},
+    hierarchy::{Cgroup, CgroupPath},
     rules::{
         Rules,
         compiled::{PortTable, Verdict, compile},
@@ -56,9 +56,9 @@ pub(super) struct Slots {
     /// Policies by index → their compiled rules, of the assignment in force.
     compiled: HashMap<Vec<usize>, u32>,
     /// Path → what it claimed itself before the switch that is not settled yet.
-    before: BTreeMap<String, Claimed>,
+    before: BTreeMap<CgroupPath, Claimed>,
     /// Path → what it claims itself.
-    now: BTreeMap<String, Claimed>,
+    now: BTreeMap<CgroupPath, Claimed>,
     /// Whether the program runs for connections.
     live: bool,
 }
@@ -145,7 +145,7 @@ impl Slots {
     }
 
     /// Where the sockets of a cgroup find their policy: now, and before.
-    pub(super) fn claim(&self, path: &str) -> Claim {
+    pub(super) fn claim(&self, path: &CgroupPath) -> Claim {
         Claim {
             now: effective(&self.now, path),
             before: effective(&self.before, path),
@@ -179,8 +179,8 @@ impl Slots {
     }
 
     /// Claims on the way to these.
-    fn claims_towards(&self, now: &BTreeMap<String, Claimed>) -> Vec<(Cgroup, Claim)> {
-        let mut union: BTreeMap<&str, u64> = BTreeMap::new();
+    fn claims_towards(&self, now: &BTreeMap<CgroupPath, Claimed>) -> Vec<(Cgroup, Claim)> {
+        let mut union: BTreeMap<&CgroupPath, u64> = BTreeMap::new();
         for (path, claimed) in self.before.iter().chain(now) {
             union.insert(path, claimed.id);
         }
@@ -245,8 +245,8 @@ impl Slots {
     /// When there is no room for its steps; nothing has changed then.
     pub(super) fn appear(&mut self, made: &Cgroup, policies: &[usize]) -> Result<Switch> {
         let mut placing = Placing::of(self);
-        let above = parent(&made.path).map_or(Target::UNCLAIMED, |above| {
-            effective(&placing.slots.now, above)
+        let above = made.path.parent().map_or(Target::UNCLAIMED, |above| {
+            effective(&placing.slots.now, &above)
         });
         let assigned = placing.slots.assigned.clone();
         let target = placing.target(&assigned, policies, above)?;
@@ -378,7 +378,7 @@ impl<'a> Placing<'a> {
     fn assignment(
         &mut self,
         next: &Assignment,
-    ) -> Result<(Arc<[(u32, Rules)]>, BTreeMap<String, Claimed>)> {
+    ) -> Result<(Arc<[(u32, Rules)]>, BTreeMap<CgroupPath, Claimed>)> {
         let mut assigned = Vec::with_capacity(next.policies.len());
         for policy in &next.policies {
             let held = Held {
@@ -395,7 +395,9 @@ impl<'a> Placing<'a> {
         let mut now = BTreeMap::new();
         for claim in claims {
             let Cgroup { path, id } = &claim.cgroup;
-            let above = parent(path).map_or(Target::UNCLAIMED, |above| effective(&now, above));
+            let above = path
+                .parent()
+                .map_or(Target::UNCLAIMED, |above| effective(&now, &above));
             let target = self.target(&assigned, &claim.policies, above)?;
             now.insert(path.clone(), Claimed { id: *id, target });
         }
@@ -518,17 +520,17 @@ impl Tables for Index {
     }
 }
 
-fn cgroup(path: &str, id: u64) -> Cgroup {
+fn cgroup(path: &CgroupPath, id: u64) -> Cgroup {
     Cgroup {
-        path: path.to_owned(),
+        path: path.clone(),
         id,
     }
 }
 
 /// Where the sockets of a cgroup find their policy: by its own claim or by the
 /// nearest above.
-fn effective(claims: &BTreeMap<String, Claimed>, path: &str) -> Target {
-    upward(path)
+fn effective(claims: &BTreeMap<CgroupPath, Claimed>, path: &CgroupPath) -> Target {
+    path.upward()
         .find_map(|path| claims.get(path))
         .map_or(Target::UNCLAIMED, |claimed| claimed.target)
 }
@@ -552,12 +554,15 @@ mod tests {
         steps: 64,
     };
 
+    /// An id that follows from the path, as an inode number does.
+    fn id_of(path: &[u8]) -> u64 {
+        path.iter().fold(7, |id: u64, byte| {
+            id.wrapping_mul(31).wrapping_add(u64::from(*byte))
+        })
+    }
+
     fn at(path: &str) -> Cgroup {
-        // An id that follows from the path, as an inode number does.
-        let id = path.bytes().fold(7, |id: u64, byte| {
-            id.wrapping_mul(31).wrapping_add(u64::from(byte))
-        });
-        cgroup(path, id)
+        cgroup(&path.into(), id_of(path.as_bytes()))
     }
 
     /// A policy told by its idle time, for remote ends with this address or for
@@ -594,11 +599,11 @@ mod tests {
     /// The idle time that an assignment means for a socket; 0 is none.
     fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
         let remote = remote.parse().unwrap();
-        for path in upward(path) {
+        for path in CgroupPath::from(path).upward() {
             let claim = assignment
                 .claims
                 .iter()
-                .find(|claim| claim.cgroup.path == path);
+                .find(|claim| claim.cgroup.path.as_bytes() == path);
             let Some(claim) = claim else { continue };
             let claiming = || {
                 claim
@@ -698,7 +703,9 @@ mod tests {
 
         /// What the BPF program finds for a socket, now or before.
         fn idle(&self, path: &str, remote: &str, now: bool) -> u32 {
-            let nearest = upward(path).find_map(|path| self.cgroups.get(&at(path).id));
+            let nearest = CgroupPath::from(path)
+                .upward()
+                .find_map(|path| self.cgroups.get(&id_of(path)));
             let claim = nearest.copied().unwrap_or(Claim::NONE);
             let target = if now { claim.now } else { claim.before };
             let remote: std::net::SocketAddr = remote.parse().unwrap();
@@ -810,7 +817,7 @@ mod tests {
             prop_assert_eq!(kernel.all(false), wanted);
             // From the leaves, as the kernel lets cgroups be removed.
             for (path, vanishing) in PATHS.into_iter().zip(vanishing).rev() {
-                let claimed = next.claims.iter().any(|claim| claim.cgroup.path == path);
+                let claimed = next.claims.iter().any(|claim| claim.cgroup.path == at(path).path);
                 if vanishing {
                     prop_assert_eq!(slots.vanish(&at(path)), claimed);
                     kernel.cgroups.remove(&at(path).id);
@@ -894,6 +901,6 @@ mod tests {
         assert_eq!(switch.claims[0].0.id, again.id);
         // The event of the first one's end may come late.
         assert!(slots.vanish(&at("/a")));
-        assert_eq!(slots.claim("/a").now, switch.claims[0].1.now);
+        assert_eq!(slots.claim(&"/a".into()).now, switch.claims[0].1.now);
     }
 }

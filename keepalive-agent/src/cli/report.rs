@@ -179,7 +179,7 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
             some_of(assignment.paths_of(index)),
             match remotes.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter().map(String::as_str)),
+                _ => some_of(remotes.iter()),
             },
         ]
     });
@@ -408,13 +408,13 @@ pub(super) fn waiting(connections: u64) {
 }
 
 /// A list that fits on a line.
-fn some_of<'a>(paths: impl Iterator<Item = &'a str>) -> String {
+fn some_of(names: impl Iterator<Item: ToString>) -> String {
     const SHOWN: usize = 3;
-    let paths: Vec<_> = paths.collect();
-    match paths.len() {
+    let names: Vec<_> = names.map(|name| name.to_string()).collect();
+    match names.len() {
         0 => "none yet".to_owned(),
-        count if count <= SHOWN => paths.join(" "),
-        count => format!("{} and {} more", paths[..SHOWN].join(" "), count - SHOWN),
+        count if count <= SHOWN => names.join(" "),
+        count => format!("{} and {} more", names[..SHOWN].join(" "), count - SHOWN),
     }
 }
 

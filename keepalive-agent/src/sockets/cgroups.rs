@@ -14,7 +14,7 @@ use keepalive_common::slot::MAX_DEPTH;
 
 use crate::{
     assignment::{Assigned, Claimants},
-    hierarchy::{Cgroup, Hierarchy, parent},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     rules::most_exact,
     state::Running,
 };
@@ -36,7 +36,7 @@ pub struct Cgroups {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
     /// Its path from the root of the hierarchy.
-    pub path: String,
+    pub path: CgroupPath,
     /// By agent, in the order in which they have the last word.
     claims: Vec<Option<Found>>,
 }
@@ -46,7 +46,7 @@ impl Known {
     #[cfg(test)]
     pub(crate) fn unclaimed(path: &str) -> Self {
         Self {
-            path: path.to_owned(),
+            path: path.into(),
             claims: Vec::new(),
         }
     }
@@ -99,7 +99,7 @@ impl Cgroups {
     pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Running>) -> Result<Self> {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
-        running.sort_by_key(|agent| agent.root.path.trim_end_matches('/').len());
+        running.sort_by_key(|agent| agent.root.path.depth());
         let agents = running
             .iter()
             .map(|agent| Claimants::new(&agent.config, &agent.root));
@@ -144,7 +144,7 @@ impl Cgroups {
 
     fn walk(&mut self) -> io::Result<()> {
         if let Some(hierarchy) = &self.hierarchy
-            && let Some(root) = hierarchy.lookup("/")?
+            && let Some(root) = hierarchy.lookup(&CgroupPath::root())?
         {
             self.by_id = known(hierarchy.walk(&root)?, &self.agents);
         }
@@ -155,10 +155,10 @@ impl Cgroups {
 
 /// Settles who claims each cgroup; parents come before their children.
 fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
-    let mut by_path: HashMap<String, Vec<Option<Found>>> = HashMap::new();
+    let mut by_path: HashMap<CgroupPath, Vec<Option<Found>>> = HashMap::new();
     let mut by_id = HashMap::with_capacity(cgroups.len());
     for Cgroup { path, id } in cgroups {
-        let above = parent(&path).and_then(|parent| by_path.get(parent));
+        let above = path.parent().and_then(|parent| by_path.get(&parent));
         let claims: Vec<_> = agents
             .iter()
             .enumerate()
@@ -215,7 +215,7 @@ mod tests {
         (1..)
             .zip(paths)
             .map(|(id, path)| Cgroup {
-                path: (*path).to_owned(),
+                path: (*path).into(),
                 id,
             })
             .collect()
@@ -232,7 +232,7 @@ mod tests {
         Running {
             pid: 1,
             root: Cgroup {
-                path: root.to_owned(),
+                path: root.into(),
                 id: 0,
             },
             config: Config {

@@ -23,6 +23,7 @@ use crate::{
     config::Config,
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    names::printable_path,
     state,
     sweep::{self, Rest, Swept},
     watch::Watch,
@@ -119,7 +120,7 @@ impl Agent {
         let mut enforcer = Loaded::load(&kernel, assignment.policies.len())?
             .fill(before.as_ref(), &assignment)?
             .attach(&directory)
-            .with_context(|| format!("cgroup {}", hierarchy.directory(&root.path).display()))?;
+            .with_context(|| format!("cgroup {}", root.path))?;
         #[expect(
             deprecated,
             reason = "its successor is unsafe; the logger keeps its descriptor open"
@@ -161,7 +162,7 @@ impl Agent {
     /// Where it is attached.
     pub(super) fn place(&self) -> String {
         let directory = self.hierarchy.directory(&self.root.path);
-        directory.display().to_string()
+        printable_path(&directory).to_string()
     }
 
     /// What each policy did so far.
@@ -363,7 +364,7 @@ impl Agent {
         if policies.is_empty() || !self.enforcer.appear(cgroup, &policies)? {
             return Ok(());
         }
-        debug!(cgroup = cgroup.path, "a new cgroup has its policy");
+        debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
         // One without processes cannot have had connections.
         if self.hierarchy.has_processes(cgroup) {
             self.sweep_later();
