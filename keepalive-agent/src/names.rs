@@ -10,6 +10,7 @@ use std::{
     ffi::OsStr,
     fmt::{self, Write as _},
     os::unix::ffi::OsStrExt as _,
+    path::Path,
 };
 
 /// Begins a name in JSON that is not there as it is.
@@ -32,7 +33,7 @@ pub fn printable<T: AsRef<[u8]> + ?Sized>(name: &T) -> Printable<'_> {
     Printable(name.as_ref())
 }
 
-/// The same for the name of a file.
+/// The same for the path of a file.
 #[must_use]
 pub fn printable_path<T: AsRef<OsStr> + ?Sized>(path: &T) -> Printable<'_> {
     Printable(path.as_ref().as_bytes())
@@ -42,7 +43,7 @@ impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.0.utf8_chunks() {
             for character in chunk.valid().chars() {
-                if is_harmless(character) {
+                if is_printable(character) {
                     f.write_char(character)?;
                 } else {
                     write!(f, "{}", character.escape_debug())?;
@@ -62,9 +63,28 @@ impl fmt::Debug for Printable<'_> {
     }
 }
 
-/// Quotes and backslashes are, and what the standard library takes for printable.
-fn is_harmless(character: char) -> bool {
-    matches!(character, '\'' | '"' | '\\') || character.escape_debug().eq([character])
+/// Whether [`printable`] leaves a character as it is: quotes and backslashes, and
+/// what the standard library takes for printable.
+#[must_use]
+pub fn is_printable(character: char) -> bool {
+    // Almost all names are made of these.
+    matches!(character, ' '..='~') || character.escape_debug().eq([character])
+}
+
+/// Text of several lines, each made [`printable`].
+#[derive(Clone, Copy)]
+pub struct PrintableLines<'a>(pub &'a str);
+
+impl fmt::Display for PrintableLines<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in self.0.split_inclusive('\n') {
+            match line.strip_suffix('\n') {
+                Some(line) => writeln!(f, "{}", printable(line))?,
+                None => write!(f, "{}", printable(line))?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A name as a string of JSON: itself where it is UTF-8; else `bytes:` and the
@@ -86,6 +106,12 @@ pub fn to_json(name: &[u8]) -> Cow<'_, str> {
             Cow::Owned(text)
         }
     }
+}
+
+/// The same for the path of a file.
+#[must_use]
+pub fn path_to_json(path: &Path) -> Cow<'_, str> {
+    to_json(path.as_os_str().as_bytes())
 }
 
 /// The name behind a string of JSON; none where [`to_json`] writes no such
@@ -143,6 +169,17 @@ mod tests {
             (b"cut\xe2\x82", r"cut\xe2\x82"),
         ] {
             assert_eq!(printable(name).to_string(), shown, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn lines_stay_lines() {
+        for (text, shown) in [
+            ("", ""),
+            ("a\nb\x1b\n", "a\nb\\u{1b}\n"),
+            ("\n\na\rb", "\n\na\\rb"),
+        ] {
+            assert_eq!(PrintableLines(text).to_string(), shown);
         }
     }
 

@@ -16,6 +16,7 @@ use super::{load, program, refused, types_of};
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
+    names::printable_path,
 };
 
 /// The id of the root of the hierarchy, where a process sees all of it
@@ -67,7 +68,7 @@ impl Events {
         let mount = hierarchy.mount();
         let root = mount
             .metadata()
-            .with_context(|| format!("looking at {}", mount.display()))?;
+            .with_context(|| format!("looking at {}", printable_path(mount)))?;
         ensure!(
             root.ino() == ROOT,
             "this process sees only a part of the cgroup hierarchy, and the kernel names cgroups \

@@ -10,14 +10,17 @@ use keepalive_common::policy::{Keepalive, Policy, Range};
 use serde::Serialize;
 use tabwriter::TabWriter;
 
-use crate::duration;
+use crate::{
+    duration,
+    names::{PrintableLines, printable},
+};
 
 const PRINTING: &str = "printing to standard output";
 
-/// Prints text as it is. Unlike `println!` it does not panic when nobody reads.
+/// Prints lines of text. Unlike `println!` it does not panic when nobody reads.
 pub(super) fn text(text: impl Display) -> Result<()> {
     let mut out = io::stdout().lock();
-    write!(out, "{text}")?;
+    write!(out, "{}", PrintableLines(&text.to_string()))?;
     out.flush().context(PRINTING)
 }
 
@@ -29,7 +32,8 @@ pub(super) fn table<const COLUMNS: usize>(
     let mut out = TabWriter::new(io::stdout().lock()).padding(2);
     writeln!(out, "{}", header.join("\t"))?;
     for row in rows {
-        writeln!(out, "{}", row.join("\t"))?;
+        let cells = row.map(|cell| printable(&cell).to_string());
+        writeln!(out, "{}", cells.join("\t"))?;
     }
     out.flush().context(PRINTING)
 }

@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
-    path::Path,
     sync::mpsc::{self, RecvTimeoutError, Sender},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -17,6 +16,7 @@ use crate::{
     assignment::{Assigned, Assignment},
     bpf::{Counted, Done, Failure},
     duration, kernel,
+    names::path_to_json,
     sweep::Swept,
 };
 
@@ -200,12 +200,11 @@ pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
             config: source
                 .main
                 .as_deref()
-                .map(Path::display)
-                .map(|file| file.to_string()),
+                .map(|file| path_to_json(file).into_owned()),
             drop_ins: source
                 .drop_ins
                 .iter()
-                .map(|file| file.display().to_string())
+                .map(|file| path_to_json(file).into_owned())
                 .collect(),
             policies: policies(assignment),
         });

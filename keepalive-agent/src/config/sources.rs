@@ -20,6 +20,7 @@ use super::{
     merge::{self, Base},
     text::{Findings, Text},
 };
+use crate::names::printable_path;
 
 /// The main file, where no other one is named.
 pub const DEFAULT_FILE: &str = "/etc/keepalive/keepalive.toml";
@@ -291,7 +292,7 @@ impl Failure {
         let message = match fs::read_link(path) {
             Ok(target) if dangling => format!(
                 "a symbolic link to {}, which does not exist",
-                target.display()
+                printable_path(&target)
             ),
             _ => self.message,
         };

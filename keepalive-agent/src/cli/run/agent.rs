@@ -459,9 +459,12 @@ pub(in crate::cli) fn claimants(config: &Config, root: &Cgroup) -> Result<Claima
 
 /// Assigns, and warns of what has no effect.
 pub(in crate::cli) fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<Assignment> {
-    let (assignment, warnings) = claimants
-        .assign(hierarchy)
-        .with_context(|| format!("reading the hierarchy {}", hierarchy.mount().display()))?;
+    let (assignment, warnings) = claimants.assign(hierarchy).with_context(|| {
+        format!(
+            "reading the hierarchy {}",
+            printable_path(hierarchy.mount())
+        )
+    })?;
     for warning in &warnings {
         warn!("{warning}");
     }
