@@ -3,15 +3,19 @@
 //! To Linux they are bytes. Whoever may make a cgroup or start a process may put
 //! escape sequences for the terminal into its name, line breaks, or bytes that
 //! are no text at all. So whatever is printed or logged goes through
-//! [`printable`], and whatever is JSON through [`to_json`].
+//! [`printable`], and names in JSON through [`to_json`] and [`write_json`].
 
 use std::{
     borrow::Cow,
     ffi::OsStr,
     fmt::{self, Write as _},
+    io,
     os::unix::ffi::OsStrExt as _,
     path::Path,
 };
+
+use serde::Serialize;
+use serde_json::ser::Formatter;
 
 /// Begins a name in JSON that is not there as it is.
 const ESCAPED: &str = "bytes:";
@@ -135,6 +139,41 @@ pub fn from_json(text: &str) -> Option<Cow<'_, [u8]>> {
     Some(Cow::Owned(name))
 }
 
+/// Writes a value as JSON on one line. What [`printable`] would escape, JSON has
+/// an escape of its own for: a terminal is not harmed, and nothing is lost.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub fn write_json(value: &impl Serialize, out: &mut impl io::Write) -> io::Result<()> {
+    value.serialize(&mut serde_json::Serializer::with_formatter(
+        &mut *out,
+        PrintableJson,
+    ))?;
+    out.write_all(b"\n")
+}
+
+struct PrintableJson;
+
+impl Formatter for PrintableJson {
+    fn write_string_fragment<W: io::Write + ?Sized>(
+        &mut self,
+        out: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut plain = fragment;
+        while let Some((start, escaped)) = plain.char_indices().find(|(_, c)| !is_printable(*c)) {
+            let (before, rest) = plain.split_at(start);
+            out.write_all(before.as_bytes())?;
+            for unit in escaped.encode_utf16(&mut [0; 2]) {
+                write!(out, "\\u{unit:04x}")?;
+            }
+            plain = rest.get(escaped.len_utf8()..).unwrap_or_default();
+        }
+        out.write_all(plain.as_bytes())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, prelude::*};
@@ -199,12 +238,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn json_is_harmless_and_complete() {
+        let mut line = Vec::new();
+        let text = "a\u{202e}\u{9b}\u{7f}\u{e0001}\n\"\\é🦀";
+        write_json(&text, &mut line).unwrap();
+        let expected = "\"a\\u202e\\u009b\\u007f\\udb40\\udc01\\n\\\"\\\\é🦀\"\n";
+        assert_eq!(str::from_utf8(&line).unwrap(), expected);
+        assert_eq!(serde_json::from_slice::<String>(&line).unwrap(), text);
+    }
+
     proptest! {
         #[test]
         fn every_name_survives_json(name in vec(any::<u8>(), 0..40)) {
             let text = to_json(&name);
             let again = from_json(&text);
             prop_assert_eq!(again.as_deref(), Some(&name[..]));
+            let mut line = Vec::new();
+            write_json(&text, &mut line).unwrap();
+            prop_assert_eq!(&serde_json::from_slice::<String>(&line).unwrap(), &text);
+            let line = str::from_utf8(&line).unwrap();
+            prop_assert!(line.trim_end_matches('\n').chars().all(is_printable), "{line:?}");
         }
 
         #[test]

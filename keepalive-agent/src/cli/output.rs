@@ -12,7 +12,7 @@ use tabwriter::TabWriter;
 
 use crate::{
     duration,
-    names::{PrintableLines, printable},
+    names::{PrintableLines, printable, write_json},
 };
 
 const PRINTING: &str = "printing to standard output";
@@ -41,8 +41,7 @@ pub(super) fn table<const COLUMNS: usize>(
 /// Prints one JSON object on a line of its own.
 pub(super) fn json(record: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
-    serde_json::to_writer(&mut out, record)?;
-    writeln!(out)?;
+    write_json(record, &mut out).context(PRINTING)?;
     out.flush().context(PRINTING)
 }
 

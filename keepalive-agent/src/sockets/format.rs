@@ -20,7 +20,7 @@ use super::{
 use crate::{
     duration,
     hierarchy::CgroupPath,
-    names::{printable, to_json},
+    names::{printable, to_json, write_json},
     paths::IdleTimeout,
 };
 
@@ -294,8 +294,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         noticed_by,
         would: would.map(Would::from),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 /// The states in which a process holds a connection open, as `ss` calls them.
@@ -357,8 +356,7 @@ pub fn summary_json_line(
         summary,
         at_risk_timeout_ms: u64::try_from(timeout.duration().as_millis()).unwrap_or(u64::MAX),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 #[cfg(test)]
