@@ -53,6 +53,7 @@ pub enum Verdict {
 pub fn walk(claimants: &Claimants, path: &CgroupPath, remote: Option<SocketAddr>) -> Walk {
     let mut cgroups = Vec::new();
     let mut nearest = None;
+    let in_reach = claimants.is_in_reach(path);
     for (distance, path) in (0..).zip(path.upward()) {
         let path = CgroupPath::from(path);
         let claiming = claimants.of(&path);
@@ -92,7 +93,7 @@ pub fn walk(claimants: &Claimants, path: &CgroupPath, remote: Option<SocketAddr>
             };
         }
         // The kernel gives up where the nearest claim is too far away.
-        if nearest.is_none() && distance + 1 >= MAX_DEPTH {
+        if nearest.is_none() && distance + 1 >= MAX_DEPTH && !in_reach {
             break;
         }
     }
@@ -241,7 +242,7 @@ mod tests {
     #[test]
     fn a_policy_too_far_up_is_not_found() {
         let claimants = claimants("[default]\n");
-        for (depth, claimed) in [(31, Some(0)), (32, None)] {
+        for (depth, claimed) in [(31, Some(0)), (127, Some(0)), (128, None)] {
             assert_eq!(
                 walk(&claimants, &"/x".repeat(depth).as_str().into(), None).claimed,
                 claimed,

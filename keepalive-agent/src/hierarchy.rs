@@ -142,13 +142,30 @@ impl Hierarchy {
     ///
     /// When a directory of the hierarchy cannot be read.
     pub fn walk(&self, top: &Cgroup) -> io::Result<Vec<Cgroup>> {
+        let mut found = Vec::new();
+        self.descend(top, (), |cgroup, ()| found.push(cgroup.clone()))?;
+        Ok(found)
+    }
+
+    /// Visits the cgroup and everything below it, parents before children, with
+    /// what the visit of the parent returned; `above` for the first. What
+    /// vanishes meanwhile is left out.
+    ///
+    /// # Errors
+    ///
+    /// When a directory of the hierarchy cannot be read.
+    pub fn descend<S>(
+        &self,
+        top: &Cgroup,
+        above: S,
+        mut visit: impl FnMut(&Cgroup, &S) -> S,
+    ) -> io::Result<()> {
         /// A directory without directories in it has two links, its name and
         /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
         /// one takes much longer: it is full of files.
         const NONE_BELOW: u64 = 2;
-        let mut found = vec![top.clone()];
-        let mut unread = vec![top.path.clone()];
-        while let Some(parent) = unread.pop() {
+        let mut unread = vec![(top.path.clone(), visit(top, &above))];
+        while let Some((parent, above)) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,
                 Err(error) if is_absent(&error) => continue,
@@ -161,19 +178,21 @@ impl Hierarchy {
                 }
                 match entry.metadata() {
                     Ok(metadata) => {
-                        let path = parent.join(entry.file_name().as_bytes());
+                        let cgroup = Cgroup {
+                            path: parent.join(entry.file_name().as_bytes()),
+                            id: id(&metadata),
+                        };
+                        let visited = visit(&cgroup, &above);
                         if metadata.nlink() != NONE_BELOW {
-                            unread.push(path.clone());
+                            unread.push((cgroup.path, visited));
                         }
-                        let id = id(&metadata);
-                        found.push(Cgroup { path, id });
                     }
                     Err(error) if is_absent(&error) => {}
                     Err(error) => return Err(error),
                 }
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Whether any process is in a cgroup or below it. Where that cannot be found

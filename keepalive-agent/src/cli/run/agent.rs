@@ -110,7 +110,7 @@ impl Agent {
         debug!(?kernel, "found the kernel's fields");
         let claimants = claimants(&config, &root)?;
         // As with the files.
-        let events = events(&claimants, &kernel, &hierarchy);
+        let events = events(&kernel, &hierarchy);
         let assignment = assign(&claimants, &hierarchy)?;
         let before = take_over(&hierarchy, &root).unwrap_or_else(|error| {
             warn!("{error:#}; values that an earlier agent set count as the applications' own");
@@ -291,8 +291,8 @@ impl Agent {
             return Ok(None);
         }
         let claimants = claimants(&config, &self.root)?;
-        if self.events.is_none() || !claimants.name_cgroups() {
-            self.events = events(&claimants, &self.kernel, &self.hierarchy);
+        if self.events.is_none() {
+            self.events = events(&self.kernel, &self.hierarchy);
         }
         let assignment = assign(&claimants, &self.hierarchy)?;
         for warning in &warnings.0 {
@@ -360,7 +360,7 @@ impl Agent {
 
     /// Gives a new cgroup its policy.
     fn welcome(&mut self, cgroup: &Cgroup) -> Result<()> {
-        let policies = self.claimants.of(&cgroup.path);
+        let policies = self.claimants.claim_of(&cgroup.path);
         if policies.is_empty() || !self.enforcer.appear(cgroup, &policies)? {
             return Ok(());
         }
@@ -432,11 +432,8 @@ impl Agent {
     }
 }
 
-/// Has cgroups told of that come and go from here on, where that matters.
-fn events(claimants: &Claimants, kernel: &Kernel, hierarchy: &Hierarchy) -> Option<Events> {
-    if !claimants.name_cgroups() {
-        return None;
-    }
+/// Has cgroups told of that come and go from here on.
+fn events(kernel: &Kernel, hierarchy: &Hierarchy) -> Option<Events> {
     Events::load(kernel, hierarchy)
         .inspect_err(|error| warn!("{error:#}; {AFTER_SIGHUP}"))
         .ok()
