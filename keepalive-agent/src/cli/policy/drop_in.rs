@@ -13,7 +13,7 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 
 use super::{Diagnostics, Origins};
 use crate::{
-    config::{Place, RUNTIME_DIRECTORY},
+    config::{Place, RUNTIME_DIRECTORY, Refusal, read_trusted},
     names::printable_path,
 };
 
@@ -168,11 +168,11 @@ impl DropIn {
 
     /// What is written in it; none where it does not exist.
     pub(super) fn keys(&self) -> Result<Option<Keys>> {
-        let text = match fs::read_to_string(&self.path) {
+        let text = match read_trusted(&self.path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| printable_path(&self.path).to_string());
+            Err(Refusal::Absent) => return Ok(None),
+            Err(refusal) => {
+                return Err(refusal).with_context(|| printable_path(&self.path).to_string());
             }
         };
         if text.is_empty() {
