@@ -29,7 +29,10 @@ use rustix::{
 };
 
 use crate::{
-    kernel::layout::{Hook, Kernel},
+    kernel::{
+        layout::{Hook, Kernel},
+        preflight,
+    },
     netns,
 };
 
@@ -309,7 +312,10 @@ fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> R
 /// of lines; what matters stands near its end.
 fn refused(name: &str, error: ProgramError) -> Error {
     const LINES: usize = 20;
-    let what = format!("the kernel refused program {name}");
+    let mut what = format!("the kernel refused program {name}");
+    if let Some(cause) = preflight::cause_of_refusal() {
+        what = format!("{what}: {cause}");
+    }
     let ProgramError::LoadError {
         io_error,
         verifier_log,

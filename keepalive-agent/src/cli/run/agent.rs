@@ -26,6 +26,7 @@ use crate::{
     names::printable_path,
     state,
     sweep::{self, Rest, Swept},
+    view,
     watch::Watch,
 };
 
@@ -106,6 +107,9 @@ impl Agent {
         }
         let config = config.in_dry_run(dry_run);
         let (hierarchy, root) = target.root()?;
+        for missing in view::missing(Some(&hierarchy)) {
+            warn!("{missing}");
+        }
         let kernel = Kernel::running()?;
         debug!(?kernel, "found the kernel's fields");
         let claimants = claimants(&config, &root)?;
