@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod check;
+mod detach;
 mod explain;
 mod generate;
 mod output;
@@ -8,6 +9,7 @@ mod policy;
 mod report;
 mod run;
 mod sockets;
+mod status;
 mod sweep;
 mod trial;
 
@@ -31,18 +33,12 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    config::{Config, DEFAULT_FILE, Diagnostics, Sources},
+    VERSION,
+    config::Sources,
     hierarchy::{Cgroup, Hierarchy},
-    names::{PrintableLines, printable_path},
+    names::PrintableLines,
+    unblocked::Stream,
 };
-
-/// Version and commit, for `--version` and reports.
-pub(crate) const VERSION: &str = concat!(
-    env!("CARGO_PKG_VERSION"),
-    " (",
-    env!("KEEPALIVE_COMMIT"),
-    ")"
-);
 
 /// Exit code: some network namespace could not be entered, the rest is done.
 const PARTIAL: u8 = 4;
@@ -60,6 +56,8 @@ const PARTIAL: u8 = 4;
                   keepalive-agent check                     is this kernel able?\n  \
                   keepalive-agent run                       keepalive for all new connections\n  \
                   keepalive-agent run --config my.toml      with a policy of your own\n  \
+                  keepalive-agent run --pin                 that go on when the agent ends\n  \
+                  keepalive-agent status                    what is in force\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
@@ -80,6 +78,10 @@ enum Command {
     Run(run::Arguments),
     /// Bring the policy to the connections that exist now, once
     Sweep(sweep::Arguments),
+    /// Show what is in force in the kernel, with or without a running agent
+    Status(status::Arguments),
+    /// Take enforcement off, with all its pins
+    Detach(detach::Arguments),
     /// Find out whether this kernel is able, and whether a config is right
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
@@ -136,43 +138,11 @@ impl ConfigFiles {
 }
 
 impl Target {
-    /// The config to use, where it came from, and its warnings.
-    fn config(&self) -> Result<(Config, ConfigSource, Diagnostics)> {
-        let merged = self.files.sources().read()?;
-        let source = ConfigSource {
-            main: merged.main,
-            drop_ins: merged.drop_ins,
-        };
-        Ok((merged.config, source, merged.warnings))
-    }
-
     /// The hierarchy, and the cgroup to attach to.
     fn root(&self) -> Result<(Hierarchy, Cgroup)> {
         let hierarchy = Hierarchy::find()?;
         let root = hierarchy.existing(&self.cgroup)?;
         Ok((hierarchy, root))
-    }
-}
-
-/// Where a config came from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct ConfigSource {
-    /// None where the built-in policy stands in for it.
-    main: Option<PathBuf>,
-    drop_ins: Vec<PathBuf>,
-}
-
-impl fmt::Display for ConfigSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.main {
-            None => write!(f, "built in ({DEFAULT_FILE} does not exist)")?,
-            Some(file) => printable_path(file).fmt(f)?,
-        }
-        match &self.drop_ins[..] {
-            [] => Ok(()),
-            [one] => write!(f, " and {}", printable_path(one)),
-            several => write!(f, " and {} drop-ins", several.len()),
-        }
     }
 }
 
@@ -184,6 +154,8 @@ pub fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Run(arguments) => run::run(arguments),
         Command::Sweep(arguments) => sweep::sweep(arguments),
+        Command::Status(arguments) => status::status(arguments),
+        Command::Detach(arguments) => detach::detach(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
         Command::Explain(arguments) => explain::explain(arguments),
@@ -226,7 +198,7 @@ fn log_to_stderr(verbose: bool) {
         // Warns of the limit for locked memory when an error is about to tell of it.
         .with_target("aya::sys::bpf", Level::ERROR);
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
+        .with_writer(Stream::Error)
         .fmt_fields(debug_fn(printable_field).delimited(" "))
         .with_ansi(colour)
         .with_target(false)

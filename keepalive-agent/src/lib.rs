@@ -1,9 +1,10 @@
 //! The agent: tells the kernel the policy and shows what became of it.
 //!
 //! [`config`] reads what a person wrote, [`assignment`] finds out which cgroups
-//! it concerns, [`bpf`] brings both into the kernel. [`cli`] has one file per
-//! subcommand.
-#![forbid(unsafe_code)]
+//! it concerns, [`policy_set`] makes records of both, [`datapath`] builds them in
+//! the kernel and puts them in force. [`daemon`] keeps all that up to date while
+//! the node changes; [`cli`] has one file per subcommand.
+#![deny(unsafe_code)]
 
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
 compile_error!(
@@ -17,11 +18,21 @@ compile_error!(
      keepalive-common are those of all other machines"
 );
 
+/// Version and commit, for `--version` and reports.
+pub(crate) const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (",
+    env!("KEEPALIVE_COMMIT"),
+    ")"
+);
+
 pub mod assignment;
-pub mod bpf;
 pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod datapath;
 pub mod duration;
+pub mod enforcing;
 pub mod explain;
 pub mod hierarchy;
 pub mod kernel;
@@ -30,9 +41,10 @@ pub mod names;
 pub mod netns;
 pub mod network;
 pub mod paths;
+pub mod policy_set;
 pub mod rules;
 pub mod sockets;
-pub mod state;
 pub mod sweep;
+pub mod unblocked;
 pub mod view;
 pub mod watch;

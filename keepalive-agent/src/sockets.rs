@@ -19,7 +19,7 @@ use tracing::debug;
 
 use crate::{
     assignment::Assigned,
-    bpf::Lister,
+    datapath::Lister,
     netns::{self, Namespace},
 };
 use cgroups::{Cgroups, Known};

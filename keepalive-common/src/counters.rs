@@ -3,6 +3,7 @@
 /// What a policy did. One record per policy and CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Counters {
     /// Connections that the policy claimed.
     pub seen: u64,

@@ -8,6 +8,19 @@
 
 use crate::{plan::Options, slot::Claim};
 
+/// Idle times are told apart by their power of two, so that a policy with short
+/// ones does not set the pace for all.
+pub const CLASSES: u32 = 16;
+
+/// The class of an idle time in seconds: from 2 to the power of this number on,
+/// and below the next power.
+#[must_use]
+#[inline(always)]
+pub const fn class(idle: u32) -> u32 {
+    // Never more than 14 for an idle time that the kernel accepts.
+    (idle | 1).ilog2() & (CLASSES - 1)
+}
+
 /// What a pass is to do, and what it has done so far.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,14 +30,19 @@ pub struct Pass {
     pub batch: u32,
     /// How many of the batch are done.
     pub in_batch: u32,
+    /// The [`class`] whose connections may probe in a pass with batches.
+    pub class: u32,
     /// 1 to count connections per policy, 0 where they have been counted.
     pub counts: u32,
+    /// 1 where no connection has a value of the set before any more.
+    pub settled: u32,
     /// Explicit padding, always 0.
     pub reserved: u32,
     /// Connections that were looked at.
     pub seen: u64,
-    /// Connections that a change is still waiting for.
-    pub waiting: u64,
+    /// Connections that a change is still waiting for, by the class of the idle
+    /// time that they are to get.
+    pub waiting: [u64; CLASSES as usize],
     /// Id of the cgroup of the last connection; 0 where there is none.
     pub cgroup: u64,
     /// What claims its sockets.
@@ -115,6 +133,24 @@ mod tests {
     };
 
     #[test]
+    fn classes_are_powers_of_two() {
+        for (idle, expected) in [
+            (0, 0),
+            (1, 0),
+            (2, 1),
+            (3, 1),
+            (59, 5),
+            (60, 5),
+            (64, 6),
+            (7200, 12),
+            (32_767, 14),
+            (u32::MAX, 15),
+        ] {
+            assert_eq!(class(idle), expected, "{idle}");
+        }
+    }
+
+    #[test]
     fn silence_is_told_by_the_wanted_timers() {
         for (seconds, is_due, is_stale) in [
             (59, false, false),
@@ -187,6 +223,9 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Pass>(), 4 * 4 + 3 * 8 + size_of::<Claim>());
+        assert_eq!(
+            size_of::<Pass>(),
+            6 * 4 + (2 + CLASSES as usize) * 8 + size_of::<Claim>()
+        );
     }
 }

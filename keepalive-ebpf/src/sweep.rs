@@ -13,7 +13,7 @@ use keepalive_common::{
     history::{Originals, application, replan},
     plan::Options,
     slot::Claim,
-    sweep::{Pass, Silence, arms, now},
+    sweep::{Pass, Silence, arms, class, now},
 };
 
 use crate::{
@@ -60,7 +60,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         // Nothing can have been written over what is unset.
         enforce::forget_originals()
     };
-    let before = if claim.before == claim.now {
+    let before = if pass.settled != 0 || claim.before == claim.now {
         Some(policy)
     } else {
         claim::policy(claim::slot(claim.before, sock))
@@ -87,11 +87,12 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         }
         return;
     }
-    let may_probe = pass.batch != 0;
+    let class = class(wants.idle);
+    let may_probe = pass.batch != 0 && pass.class == class;
     let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
     let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
     if now != wants {
-        pass.waiting += 1;
+        pass.waiting[class as usize] += 1;
     }
     keep_originals(sock, &application, &now, &wants, &originals);
     if now == has {

@@ -6,11 +6,11 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Target, output, trial};
+use super::{Target, output, report, trial};
 use crate::{
     assignment::Claimants,
-    bpf::Loaded,
     config::Diagnostics,
+    daemon::target,
     hierarchy::Hierarchy,
     kernel::{
         self,
@@ -18,7 +18,7 @@ use crate::{
         preflight,
     },
     names::printable_path,
-    sweep, view,
+    view,
 };
 
 #[derive(Args, Debug)]
@@ -207,8 +207,8 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     } else {
         new_cgroups(CGROUPS, trial::new_cgroup(&kernel, &hierarchy, &root))
     };
-    let mut loaded = match Loaded::load(&kernel, 1) {
-        Ok(loaded) => loaded,
+    let set = match trial::build(&kernel, &root) {
+        Ok(set) => set,
         Err(error) => {
             findings.push(Finding::no(PROGRAM, format_args!("{error:#}")));
             for feature in [SWEEP, EFFECT] {
@@ -218,23 +218,18 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
             return findings;
         }
     };
-    findings.push(accepted(PROGRAM, &loaded.verified_instructions()));
-    findings.push(match loaded.load_sweep() {
-        Err(refused) if sweep::works_by_hand() => Finding::yes(
-            SWEEP,
-            format_args!(
-                "changed from outside, which is slower and misses those that wait to be accepted: \
-                 {refused:#}"
-            ),
-        ),
-        answer => accepted(SWEEP, &answer),
+    findings.push(accepted(PROGRAM, set.verified_instructions()));
+    findings.push(match set.sweeper().load() {
+        Ok(()) => accepted(SWEEP, set.sweeper().verified_instructions()),
+        Err(error) => Finding::no(SWEEP, format_args!("{:#}", anyhow::Error::new(error))),
     });
+    drop(set);
     if hierarchy.is_read_only() {
         findings.push(Finding::inconclusive(EFFECT, needs_cgroup).not_needed());
         findings.push(cgroups);
         return findings;
     }
-    findings.push(match trial::parent(loaded, &hierarchy, &root) {
+    findings.push(match trial::parent(&kernel, &hierarchy, &root) {
         Ok(()) => Finding::yes(EFFECT, "on both ends of a trial connection over loopback"),
         Err(trial::Failure::NoEffect(what)) => Finding::no(EFFECT, what),
         Err(trial::Failure::NotTried(error)) => {
@@ -276,27 +271,27 @@ fn new_cgroups(feature: &'static str, told: Result<(), trial::Failure>) -> Findi
     finding.not_needed()
 }
 
-/// What the verifier said to a program.
-fn accepted(feature: &'static str, instructions: &Result<Option<u32>>) -> Finding {
+/// What the verifier said to a program that it took.
+fn accepted(feature: &'static str, instructions: Option<u32>) -> Finding {
     match instructions {
-        Ok(None) => Finding::yes(feature, "the verifier accepts the program"),
-        Ok(Some(count)) => Finding::yes(
+        None => Finding::yes(feature, "the verifier accepts the program"),
+        Some(count) => Finding::yes(
             feature,
             format_args!("the verifier accepts the program, after {count} instructions"),
         ),
-        Err(error) => Finding::no(feature, format_args!("{error:#}")),
     }
 }
 
 /// Reads the config that `run` would use.
 fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
     const CONFIG: &str = "config";
-    match target.config() {
-        Ok((config, source, warnings)) => {
+    match target::read(&target.files.sources(), false) {
+        Ok(read) => {
+            let config = read.config;
             let policies = config.policies.len() + usize::from(config.default.is_some());
             let plural = if policies == 1 { "policy" } else { "policies" };
-            let mut detail = format!("{source}: {policies} {plural}");
-            let mut remarks: Vec<_> = warnings.0.iter().map(ToString::to_string).collect();
+            let mut detail = format!("{}: {policies} {plural}", report::origin(&read.origin));
+            let mut remarks = read.warnings;
             if let Ok((hierarchy, root)) = target.root()
                 && let Ok(claimants) = Claimants::new(&config, &root)
                 && let Ok((_, warnings)) = claimants.assign(&hierarchy)

@@ -14,15 +14,15 @@ use tracing::warn;
 use super::{ConfigFiles, output};
 use crate::{
     assignment::{Assigned, Claimants, DEFAULT},
-    bpf::Lister,
     config::{Config, Merged},
+    datapath::Lister,
     duration,
+    enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
     sockets::source::{Setting, SettingsRecord, Source, Sysctls},
-    state,
 };
 
 #[derive(Args, Debug)]
@@ -248,7 +248,7 @@ impl Enforced {
     fn find(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Vec<Self>> {
         let files = &arguments.files;
         let named = files.config.is_some() || !files.drop_in_dir.is_empty();
-        let mut running = if named { Vec::new() } else { state::running()? };
+        let mut running = if named { Vec::new() } else { enforcing()? };
         running.sort_by_key(|agent| agent.root.path.depth());
         let merged = files.sources().read();
         if running.is_empty() {
@@ -274,8 +274,8 @@ impl Enforced {
         Ok(running
             .into_iter()
             .map(|agent| Self {
-                by: format!("agent {} on {}", agent.pid, agent.root.path),
-                agent: Some(agent.pid),
+                by: agent.name(),
+                agent: agent.agent,
                 root: agent.root,
                 files: files
                     .clone()

@@ -29,13 +29,24 @@ pub(super) fn table<const COLUMNS: usize>(
     header: [&str; COLUMNS],
     rows: impl IntoIterator<Item = [String; COLUMNS]>,
 ) -> Result<()> {
-    let mut out = TabWriter::new(io::stdout().lock()).padding(2);
-    writeln!(out, "{}", header.join("\t"))?;
+    text(table_text(header, rows))
+}
+
+/// A table with a header, columns aligned.
+pub(super) fn table_text<const COLUMNS: usize>(
+    header: [&str; COLUMNS],
+    rows: impl IntoIterator<Item = [String; COLUMNS]>,
+) -> String {
+    let mut lines = header.join("\t") + "\n";
     for row in rows {
-        let cells = row.map(|cell| printable(&cell).to_string());
-        writeln!(out, "{}", cells.join("\t"))?;
+        lines += &row.map(|cell| printable(&cell).to_string()).join("\t");
+        lines.push('\n');
     }
-    out.flush().context(PRINTING)
+    let mut out = TabWriter::new(Vec::new()).padding(2);
+    // Memory can always be written to.
+    let _ = out.write_all(lines.as_bytes());
+    let aligned = out.into_inner().unwrap_or_default();
+    String::from_utf8(aligned).unwrap_or(lines)
 }
 
 /// Prints one JSON object on a line of its own.

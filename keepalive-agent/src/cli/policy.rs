@@ -22,9 +22,10 @@ use crate::{
         CgroupPattern, Config, Diagnostics, Merged, NamedPolicy, Origin, Origins,
         PERMANENT_DIRECTORY, RUNTIME_DIRECTORY,
     },
+    datapath,
+    enforcing::{Enforcing, enforcing},
     names::printable_path,
     rules::{Ports, Remote, Rules},
-    state,
 };
 use drop_in::{DropIn, Key};
 
@@ -476,13 +477,13 @@ fn quoted(word: &str) -> String {
 
 /// The agents that run, and what they enforced before a change.
 struct Agents {
-    before: Result<Vec<state::Running>>,
+    before: Result<Vec<Enforcing>, datapath::Error>,
 }
 
 impl Agents {
     fn find() -> Self {
         Self {
-            before: state::running(),
+            before: enforcing(),
         }
     }
 
@@ -498,9 +499,9 @@ impl Agents {
         };
         let end = Instant::now() + PATIENCE;
         let now = loop {
-            let mut now = state::running()?;
-            now.retain(|now| agents.iter().any(|agent| agent.pid == now.pid));
-            let waits = |now: &state::Running| before.is_some_and(|before| goes_by(now, before));
+            let mut now = enforcing()?;
+            now.retain(|now| agents.iter().any(|agent| agent.agent == now.agent));
+            let waits = |now: &Enforcing| before.is_some_and(|before| goes_by(now, before));
             let waiting = now.iter().any(|now| waits(now) && !goes_by(now, after));
             if !waiting || Instant::now() > end {
                 break now;
@@ -519,14 +520,14 @@ impl Agents {
             } else {
                 "goes by another config"
             };
-            writeln!(text, "agent {} on {} {what}", agent.pid, agent.root.path)?;
+            writeln!(text, "{} {what}", agent.name())?;
         }
         output::text(text)
     }
 }
 
 /// Whether an agent enforces a config, or counts what it would do.
-fn goes_by(agent: &state::Running, config: &Config) -> bool {
+fn goes_by(agent: &Enforcing, config: &Config) -> bool {
     agent.config == *config || agent.config == config.clone().in_dry_run(true)
 }
 

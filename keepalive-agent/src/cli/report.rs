@@ -1,45 +1,73 @@
-//! What `run` and `sweep` tell: for people, or as JSON lines.
+//! What `run` and `sweep` report: for people, or as JSON lines.
 
 use std::{
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
-    sync::mpsc::{self, RecvTimeoutError, Sender},
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::Result;
 use keepalive_common::counters::Counters;
 use serde::Serialize;
 
-use super::{ConfigSource, Target, VERSION, output};
+use super::output;
 use crate::{
+    VERSION,
     assignment::{Assigned, Assignment},
-    bpf::{Counted, Done, Failure},
-    duration, kernel,
-    names::path_to_json,
+    config::DEFAULT_FILE,
+    daemon::{self, Leaves, Reporter},
+    datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord},
+    duration,
+    hierarchy::CgroupPath,
+    kernel,
+    names::{path_to_json, printable_path},
     sweep::Swept,
+    unblocked::Stream,
 };
 
-/// What a sweep says while it goes on.
-pub(super) const SWEEPING: &str = "bringing the policy to existing connections";
+/// Writes reports to standard output, without waiting for whoever reads them.
+pub(super) struct Report {
+    /// Whether for machines.
+    pub(super) json: bool,
+}
 
-/// What is enforced, and where.
-pub(super) struct Started<'a> {
-    pub(super) place: &'a str,
-    pub(super) source: &'a ConfigSource,
-    pub(super) assignment: &'a Assignment,
+impl Reporter for Report {
+    fn report(&mut self, event: &daemon::Event<'_>) {
+        let text = if self.json {
+            line(&record_of(event))
+        } else {
+            text_of(event)
+        };
+        Stream::Output.send(text.as_bytes());
+        if matches!(event, daemon::Event::Stopped { .. }) {
+            // It is the last one: give a slow reader a moment.
+            Stream::Output.finish(Duration::from_millis(500));
+        }
+    }
+}
+
+/// One JSON object on a line of its own.
+fn line(record: &impl Serialize) -> String {
+    // Numbers and strings cannot fail to be written.
+    serde_json::to_string(record).map_or_else(|_| String::new(), |line| line + "\n")
 }
 
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-enum Event<'a> {
+enum Record<'a> {
     Started {
         version: &'a str,
         kernel: String,
         cgroup: &'a str,
         config: Option<String>,
         drop_ins: Vec<String>,
+        /// The directory of the pins by which enforcement outlives the agent.
+        pinned: Option<String>,
+        /// Whether enforcement was in force already.
+        continued: bool,
         policies: Vec<PolicyRecord<'a>>,
+    },
+    Waiting {
+        cgroup: &'a CgroupPath,
     },
     Reloaded {
         policies: Vec<PolicyRecord<'a>>,
@@ -51,8 +79,10 @@ enum Event<'a> {
         missed: Vec<String>,
     },
     Stopped {
-        policies: Vec<DoneRecord<'a>>,
-        failures: Vec<FailureRecord<'a>>,
+        by: Option<&'a str>,
+        enforcement_goes_on: bool,
+        policies: Vec<DoneRecord>,
+        failures: Vec<Refusals>,
     },
 }
 
@@ -71,8 +101,8 @@ struct PolicyRecord<'a> {
 }
 
 #[derive(Serialize)]
-struct DoneRecord<'a> {
-    name: &'a str,
+pub(super) struct DoneRecord {
+    name: String,
     enforced: bool,
     /// Connections that were established under the policy.
     #[serde(flatten)]
@@ -90,14 +120,6 @@ struct CountersRecord {
     clamped: u64,
     left_alone: u64,
     failed: u64,
-}
-
-#[derive(Serialize)]
-struct FailureRecord<'a> {
-    policy: &'a str,
-    option: &'a str,
-    errno: u32,
-    count: u64,
 }
 
 impl From<Counters> for CountersRecord {
@@ -119,6 +141,17 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+        }
+    }
+}
+
+impl From<(Counted, Done)> for DoneRecord {
+    fn from((whose, done): (Counted, Done)) -> Self {
+        Self {
+            name: whose.name,
+            enforced: whose.enforced,
+            established: done.established.into(),
+            existing: done.existing.into(),
         }
     }
 }
@@ -152,7 +185,7 @@ fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     records.collect()
 }
 
-fn policy_table(assignment: &Assignment) -> Result<()> {
+fn policy_table(assignment: &Assignment) -> String {
     let header = [
         "POLICY",
         "KEEPALIVE",
@@ -183,140 +216,211 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
             },
         ]
     });
-    output::table(header, rows)
+    output::table_text(header, rows)
 }
 
-pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
-    let Started {
-        place,
-        source,
-        assignment,
-    } = *started;
-    if target.json {
-        return output::json(&Event::Started {
+/// The files of a config, in words.
+pub(super) fn origin(origin: &Origin) -> String {
+    let main = match &origin.main {
+        None => format!("built in ({DEFAULT_FILE} does not exist)"),
+        Some(file) => printable_path(file).to_string(),
+    };
+    match &origin.drop_ins[..] {
+        [] => main,
+        [one] => format!("{main} and {}", printable_path(one)),
+        several => format!("{main} and {} drop-ins", several.len()),
+    }
+}
+
+fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
+    match event {
+        daemon::Event::Started {
+            cgroup,
+            origin,
+            assignment,
+            pinned,
+            continued,
+        } => Record::Started {
             version: VERSION,
             kernel: kernel::release(),
-            cgroup: place,
-            config: source
+            cgroup,
+            config: origin
                 .main
                 .as_deref()
                 .map(|file| path_to_json(file).into_owned()),
-            drop_ins: source
+            drop_ins: origin
                 .drop_ins
                 .iter()
                 .map(|file| path_to_json(file).into_owned())
                 .collect(),
+            pinned: pinned.map(|pins| pins.path().display().to_string()),
+            continued: *continued,
             policies: policies(assignment),
-        });
+        },
+        daemon::Event::Waiting { cgroup } => Record::Waiting { cgroup },
+        daemon::Event::Reloaded { assignment } => Record::Reloaded {
+            policies: policies(assignment),
+        },
+        daemon::Event::Swept(swept) => Record::Swept {
+            namespaces: swept.namespaces,
+            connections: swept.seen,
+            waiting: swept.waiting(),
+            missed: swept
+                .missed
+                .iter()
+                .map(|(namespace, error)| format!("{namespace}: {error:#}"))
+                .collect(),
+        },
+        daemon::Event::Stopped {
+            by, leaves, record, ..
+        } => stopped(Some(by), *leaves != Leaves::Nothing, *record),
     }
-    output::text(format_args!(
-        "keepalive-agent {VERSION} on Linux {}\n\
-         config    {source}\n\
-         attached  {place}: every new TCP connection in it and below\n\n",
-        kernel::release()
-    ))?;
-    policy_table(assignment)?;
+}
+
+fn stopped<'a>(by: Option<&'a str>, goes_on: bool, record: Option<&SetRecord>) -> Record<'a> {
+    let (done, refusals) = counted(record);
+    Record::Stopped {
+        by,
+        enforcement_goes_on: goes_on,
+        policies: done.into_iter().map(DoneRecord::from).collect(),
+        failures: refusals,
+    }
+}
+
+/// What was done, as far as it can be read.
+fn counted(record: Option<&SetRecord>) -> (Vec<(Counted, Done)>, Vec<Refusals>) {
+    let Some(record) = record else {
+        return Default::default();
+    };
+    (
+        record.done().unwrap_or_default(),
+        record.refusals().unwrap_or_default(),
+    )
+}
+
+fn text_of(event: &daemon::Event<'_>) -> String {
+    match event {
+        daemon::Event::Started {
+            cgroup,
+            origin: files,
+            assignment,
+            pinned,
+            continued,
+        } => started(cgroup, files, assignment, *pinned, *continued),
+        daemon::Event::Waiting { cgroup } => {
+            format!("cgroup {cgroup} does not exist: nothing is enforced until it does\n")
+        }
+        daemon::Event::Reloaded { assignment } => {
+            format!(
+                "\nthe config was read again\n\n{}",
+                policy_table(assignment)
+            )
+        }
+        daemon::Event::Swept(swept) => swept_text(swept),
+        daemon::Event::Stopped {
+            by,
+            after,
+            leaves,
+            record,
+        } => {
+            let what = match leaves {
+                Leaves::Nothing => "connections keep what they were given",
+                Leaves::Enforcement => {
+                    "enforcement goes on in the kernel; `keepalive-agent status` shows it, \
+                     `keepalive-agent detach` takes it off"
+                }
+                Leaves::AnotherAgent => "enforcement goes on with that one",
+            };
+            format!(
+                "\nstopped by {by} after {}; {what}\n\n{}",
+                duration::show(Duration::from_secs(after.as_secs())),
+                changed_text(*record)
+            )
+        }
+    }
+}
+
+fn started(
+    cgroup: &str,
+    files: &Origin,
+    assignment: &Assignment,
+    pinned: Option<&PinDirectory>,
+    continued: bool,
+) -> String {
     let is_enforced = |assigned: &Assigned| assigned.policy.is_enforced();
     let doing = if assignment.policies.iter().any(is_enforced) {
         "enforcing"
     } else {
         "setting nothing"
     };
-    output::text(format_args!(
-        "\n{doing} until stopped with SIGINT (ctrl-c) or SIGTERM\n"
-    ))
+    let mut text = format!(
+        "keepalive-agent {VERSION} on Linux {}\n\
+         config    {}\n\
+         attached  {cgroup}: every new TCP connection in it and below\n",
+        kernel::release(),
+        origin(files),
+    );
+    if continued {
+        text += "          without a gap after the policy set that was in force\n";
+    }
+    if let Some(pins) = pinned {
+        let _ = writeln!(text, "pinned    {}", pins.path().display());
+    }
+    let until = if pinned.is_some() {
+        "until `keepalive-agent detach`, also without this agent"
+    } else {
+        "until stopped with SIGINT (ctrl-c) or SIGTERM"
+    };
+    let _ = write!(text, "\n{}\n{doing} {until}\n", policy_table(assignment));
+    text
 }
 
-pub(super) fn reloaded(target: &Target, assignment: &Assignment) -> Result<()> {
-    if target.json {
-        return output::json(&Event::Reloaded {
-            policies: policies(assignment),
-        });
-    }
-    output::text("\nthe config was read again\n\n")?;
-    policy_table(assignment)
-}
-
-pub(super) fn swept(target: &Target, swept: &Swept) -> Result<()> {
-    if target.json {
-        return output::json(&Event::Swept {
-            namespaces: swept.namespaces.len(),
-            connections: swept.seen,
-            waiting: swept.waiting,
-            missed: swept
-                .missed
-                .iter()
-                .map(|(namespace, error)| format!("{}: {error:#}", namespace.name))
-                .collect(),
-        });
-    }
-    output::text(format_args!(
+/// What came of a sweep.
+pub(super) fn swept_text(swept: &Swept) -> String {
+    let mut text = format!(
         "looked at {} in {}",
         count(swept.seen, "existing connection"),
-        count(swept.namespaces.len() as u64, "network namespace")
-    ))?;
-    if swept.waiting > 0 {
-        output::text(format_args!(
+        count(swept.namespaces as u64, "network namespace")
+    );
+    if swept.waiting() > 0 {
+        let _ = write!(
+            text,
             "; {} silent for long, governed one after the other",
-            count(swept.waiting, "connection")
-        ))?;
+            count(swept.waiting(), "connection")
+        );
     }
-    output::text("\n")
+    text + "\n"
 }
 
-pub(super) fn stopped(
-    target: &Target,
-    by: &str,
-    after: Duration,
-    done: &[(Counted, Done)],
-    failures: &[Failure],
-) -> Result<()> {
-    if !target.json {
-        output::text(format_args!(
-            "\nstopped by {by} after {}; connections keep what they were given\n\n",
-            duration::show(Duration::from_secs(after.as_secs()))
-        ))?;
+/// What `sweep` did, in numbers.
+pub(super) fn swept(json: bool, swept: &Swept) -> String {
+    if json {
+        return line(&record_of(&daemon::Event::Swept(swept)));
     }
-    changed(target, done, failures)
+    swept_text(swept)
 }
 
 /// What was done, in numbers.
-pub(super) fn changed(
-    target: &Target,
-    done: &[(Counted, Done)],
-    failures: &[Failure],
-) -> Result<()> {
-    if target.json {
-        return output::json(&Event::Stopped {
-            policies: done
-                .iter()
-                .map(|(whose, done)| DoneRecord {
-                    name: &whose.name,
-                    enforced: whose.enforced,
-                    established: done.established.into(),
-                    existing: done.existing.into(),
-                })
-                .collect(),
-            failures: failures
-                .iter()
-                .map(|failure| FailureRecord {
-                    policy: &failure.policy,
-                    option: failure.option,
-                    errno: failure.errno,
-                    count: failure.count,
-                })
-                .collect(),
-        });
+pub(super) fn changed(json: bool, record: &SetRecord) -> String {
+    if json {
+        line(&stopped(None, false, Some(record)))
+    } else {
+        changed_text(Some(record))
     }
-    done_table(done)?;
-    for failure in failures {
-        output::text(format_args!("{failure}\n"))?;
+}
+
+fn changed_text(record: Option<&SetRecord>) -> String {
+    let (done, refusals) = counted(record);
+    let done: Vec<_> = done.into_iter().map(DoneRecord::from).collect();
+    let mut text = done_text(&done);
+    for refused in refusals {
+        let _ = writeln!(text, "{refused}");
     }
-    Ok(())
+    text
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.
-fn done_table(done: &[(Counted, Done)]) -> Result<()> {
+pub(super) fn done_text(done: &[DoneRecord]) -> String {
     let header = [
         "POLICY",
         "CONNECTIONS",
@@ -327,16 +431,22 @@ fn done_table(done: &[(Counted, Done)]) -> Result<()> {
         "LEFT ALONE",
         "FAILED",
     ];
-    let rows = done.iter().flat_map(|(whose, done)| {
-        let new = (format!("{} new", done.established.seen), done.established);
-        let old = (format!("{} existing", done.existing.seen), done.existing);
+    let rows = done.iter().flat_map(|record| {
+        let new = (
+            format!("{} new", record.established.seen),
+            &record.established,
+        );
+        let old = (
+            format!("{} existing", record.existing.seen),
+            &record.existing,
+        );
         [new, old]
             .into_iter()
             .enumerate()
             .filter(|(row, (_, counters))| *row == 0 || counters.seen > 0)
             .map(move |(row, (seen, counters))| {
                 let name = if row == 0 {
-                    name_of(&whose.name, whose.enforced)
+                    name_of(&record.name, record.enforced)
                 } else {
                     String::new()
                 };
@@ -352,56 +462,16 @@ fn done_table(done: &[(Counted, Done)]) -> Result<()> {
                 ]
             })
     });
-    output::table(header, rows)
+    output::table_text(header, rows)
 }
 
-/// A line on a terminal that says what is under way, once it has taken a
-/// second; gone when this is dropped.
-pub(super) struct Patience {
-    over: Sender<()>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Patience {
-    pub(super) fn with(what: &'static str) -> Self {
-        const PATIENCE: Duration = Duration::from_secs(1);
-        let (over, is_over) = mpsc::channel();
-        let thread = io::stderr().is_terminal().then(|| {
-            thread::spawn(move || {
-                let begun = Instant::now();
-                while is_over.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                    let seconds = begun.elapsed().as_secs();
-                    // Nobody is left to tell when this fails.
-                    let _ = write!(io::stderr(), "\r{what}, {seconds}s\x1b[K");
-                }
-                if begun.elapsed() >= PATIENCE {
-                    let _ = write!(io::stderr(), "\r\x1b[K");
-                }
-            })
-        });
-        Self { over, thread }
-    }
-}
-
-impl Drop for Patience {
-    fn drop(&mut self) {
-        // It has nothing to fail with; if it did, it is over.
-        let _ = self.over.send(());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Progress of what takes long, where somebody watches.
-pub(super) fn waiting(connections: u64) {
+/// Progress of what takes long, where somebody watches; nothing takes the line
+/// away.
+pub(super) fn progress(text: &str) {
     let mut out = io::stderr();
     if out.is_terminal() {
         // Nobody is left to tell when this fails.
-        let _ = write!(out, "\r\x1b[K");
-        if connections > 0 {
-            let _ = write!(out, "{} to go", count(connections, "probe"));
-        }
+        let _ = write!(out, "\r\x1b[K{text}");
         let _ = out.flush();
     }
 }
@@ -418,7 +488,7 @@ fn some_of(names: impl Iterator<Item: ToString>) -> String {
 }
 
 /// `1 connection`, `2 connections`.
-fn count(number: u64, what: &str) -> String {
+pub(super) fn count(number: u64, what: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {what}{plural}")
 }

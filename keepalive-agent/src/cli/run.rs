@@ -1,27 +1,28 @@
 //! `keepalive-agent run`: enforces the policy until it is stopped.
 
-mod agent;
+use std::{path::PathBuf, process::ExitCode};
 
-use std::{process::ExitCode, time::Instant};
-
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{
-    Target,
-    report::{self, Started},
+use super::{Target, report::Report};
+use crate::{
+    daemon::{self, Options},
+    datapath::PinDirectory,
 };
-use agent::{Agent, Beginning, Event};
-pub(super) use agent::{assign, claimants};
 
 #[derive(Args, Debug)]
 #[command(
     after_help = "A change of a config file is followed at once, as is SIGHUP; a bad one changes \
-                  nothing. Cgroups that are made later get their policy as they are made. \
-                  Connections keep what they were given when the agent stops.\n\n\
+                  nothing. Cgroups that are made later get their policy as they are made. A cgroup \
+                  given by --cgroup that does not exist, or goes away, is waited for. Connections \
+                  keep what they were given when the agent stops.\n\n\
+                  Without --pin enforcement ends with the agent. With it the kernel goes on \
+                  enforcing, whatever becomes of the agent, until `keepalive-agent detach`; the \
+                  next agent goes on from there.\n\n\
                   Examples:\n  \
                   keepalive-agent run\n  \
+                  keepalive-agent run --pin\n  \
                   keepalive-agent run --dry-run\n  \
                   keepalive-agent run --config /etc/keepalive/keepalive.toml\n  \
                   keepalive-agent run --cgroup /system.slice/redis.service"
@@ -34,67 +35,31 @@ pub(super) struct Arguments {
     /// change
     #[arg(long)]
     dry_run: bool,
+
+    /// Let enforcement outlive the agent, by pins in this directory of a BPF file
+    /// system
+    #[arg(
+        long,
+        value_name = "DIR",
+        num_args = 0..=1,
+        default_missing_value = PinDirectory::DEFAULT
+    )]
+    pin: Option<PathBuf>,
+
+    /// Replace the agent that runs on the same cgroup, without a gap
+    #[arg(long)]
+    take_over: bool,
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .context("starting the runtime")?
-        .block_on(enforce(&arguments.target, arguments.dry_run))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-async fn enforce(target: &Target, dry_run: bool) -> Result<()> {
-    // Before anything is attached, so that a signal cannot come too early.
-    let mut signals = Signals::watch()?;
-    let Beginning {
-        mut agent,
-        assignment,
-        swept,
-        source,
-    } = Agent::start(target, dry_run)?;
-    let started = Instant::now();
-    report::started(
-        target,
-        &Started {
-            place: &agent.place(),
-            source: &source,
-            assignment: &assignment,
-        },
-    )?;
-    report::swept(target, &swept)?;
-    let stopped_by = loop {
-        match agent.next(&mut signals).await? {
-            Event::Stop(signal) => break signal,
-            Event::Hangup => agent.reload(target, true)?,
-            Event::Edited(changed) => agent.follow_files(target, changed)?,
-            Event::Cgroups(changes) => agent.follow_cgroups(changes),
-            Event::Late => agent.catch_up()?,
-            Event::Swept => agent.go_on_sweeping()?,
-            Event::Refused => agent.tell_refusals()?,
-        }
+    let target = &arguments.target;
+    let options = Options {
+        sources: target.files.sources(),
+        cgroup: target.cgroup.clone(),
+        dry_run: arguments.dry_run,
+        pin: arguments.pin.clone(),
+        take_over: arguments.take_over,
     };
-    let done = agent.done()?;
-    let failures = agent.failures()?;
-    drop(agent);
-    report::stopped(target, stopped_by, started.elapsed(), &done, &failures)
-}
-
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn watch() -> Result<Self> {
-        let watch = |kind, name| signal(kind).with_context(|| format!("watching for {name}"));
-        Ok(Self {
-            interrupt: watch(SignalKind::interrupt(), "SIGINT")?,
-            terminate: watch(SignalKind::terminate(), "SIGTERM")?,
-            hangup: watch(SignalKind::hangup(), "SIGHUP")?,
-        })
-    }
+    daemon::run(&options, &mut Report { json: target.json })?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -18,7 +18,8 @@ use tracing::warn;
 
 use super::PARTIAL;
 use crate::{
-    bpf::Lister,
+    datapath::Lister,
+    enforcing::enforcing,
     hierarchy::{CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     network::Network,
@@ -30,7 +31,6 @@ use crate::{
         format, holders,
         summary::Summary,
     },
-    state,
 };
 
 /// Some connection would be forgotten on its path.
@@ -146,7 +146,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     let mut lister = Lister::load(&Kernel::running()?)?;
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
-        let mut cgroups = Cgroups::new(hierarchy.clone(), state::running()?)?;
+        let mut cgroups = Cgroups::new(hierarchy.clone(), enforcing()?)?;
         let mut pass = Pass {
             arguments,
             filter: &filter,

@@ -6,16 +6,16 @@ use anyhow::Result;
 use clap::Args;
 use tracing::warn;
 
-use super::{
-    PARTIAL, Target,
-    report::{self, Patience},
-    run,
-};
+use super::{PARTIAL, Target, output, report};
 use crate::{
-    bpf::Loaded,
+    daemon::target,
+    datapath::{Blueprint, InForce, LoadedSet},
     kernel::{layout::Kernel, preflight},
-    sweep::{self, Rest},
+    sweep::{Progress, SweepJob},
 };
+
+/// What a sweep says while it goes on.
+const SWEEPING: &str = "bringing the policy to existing connections";
 
 #[derive(Args, Debug)]
 #[command(
@@ -35,36 +35,80 @@ pub(super) struct Arguments {
 pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
     preflight::may_enforce()?;
-    let (config, _, warnings) = target.config()?;
-    for warning in &warnings.0 {
+    let read = target::read(&target.files.sources(), false)?;
+    for warning in &read.warnings {
         warn!("{warning}");
     }
     let (hierarchy, root) = target.root()?;
-    let claimants = run::claimants(&config, &root)?;
-    let assignment = run::assign(&claimants, &hierarchy)?;
-    let mut enforcer = Loaded::without_hook(&Kernel::running()?, assignment.policies.len())?
-        .fill(None, &assignment)?
-        .detached();
-    let patience = Patience::with(report::SWEEPING);
-    let swept = sweep::apply(&mut enforcer)?;
-    drop(patience);
-    for (_, error) in &swept.missed {
-        warn!("{error:#}; its connections are as they were");
+    let claimants = target::claimants(&read.config, &root)?;
+    let (assignment, warnings) = target::assign(&claimants, &hierarchy)?;
+    for warning in &warnings {
+        warn!("{warning}");
     }
-    report::swept(target, &swept)?;
-    let mut rest = Rest::of(&mut enforcer, &swept, claimants.shortest_idle())?;
-    while let Some(round) = rest.take() {
-        while !round.is_finished() {
-            report::waiting(swept.waiting.saturating_sub(round.probed()));
-            thread::sleep(Duration::from_millis(100));
+    // What an agent enforces there now has left its values on connections.
+    let in_force = InForce::on(root.id).ok().flatten();
+    let in_force = in_force.and_then(|found| found.record.ok());
+    let before = match &in_force {
+        Some(set) => {
+            let claimants = target::claimants(&set.description.config, &root)?;
+            Some(target::assign(&claimants, &hierarchy)?.0)
         }
-        rest = round.next(&mut enforcer)?;
+        None => None,
+    };
+    let set = LoadedSet::build(&Blueprint {
+        kernel: &Kernel::running()?,
+        root: &root,
+        config: &read.config,
+        origin: &read.origin,
+        assignment: &assignment,
+        before: before.as_ref(),
+        previous: in_force.as_deref(),
+    })?;
+    let mut job = SweepJob::start(set.sweeper(), false)?;
+    let mut waiting = 0;
+    let mut missed = false;
+    let mut passed = Duration::ZERO;
+    loop {
+        const PAUSE: Duration = Duration::from_millis(50);
+        match job.try_progress() {
+            Some(Progress::FirstPass(swept)) => {
+                report::progress("");
+                let swept = swept?;
+                for (_, error) in &swept.missed {
+                    warn!("{error:#}; its connections are as they were");
+                }
+                missed = !swept.missed.is_empty();
+                waiting = swept.waiting();
+                output::text(report::swept(target.json, &swept))?;
+            }
+            Some(Progress::Over(swept)) => {
+                report::progress("");
+                if swept.waiting() > 0 {
+                    warn!(
+                        "{} connections have been silent for so long that they still wait; sweep \
+                         again",
+                        swept.waiting()
+                    );
+                    missed = true;
+                }
+                break;
+            }
+            None => {
+                thread::sleep(PAUSE);
+                passed += PAUSE;
+                if waiting > 0 {
+                    let left = waiting.saturating_sub(job.probed());
+                    report::progress(&format!("{} to go", report::count(left, "probe")));
+                } else if passed.as_millis().is_multiple_of(1000) {
+                    report::progress(&format!("{SWEEPING}, {}s", passed.as_secs()));
+                }
+            }
+        }
     }
-    report::waiting(0);
-    report::changed(target, &enforcer.done()?, &enforcer.failures()?)?;
-    Ok(if swept.missed.is_empty() {
-        ExitCode::SUCCESS
-    } else {
+    output::text(report::changed(target.json, set.record()))?;
+    Ok(if missed {
         PARTIAL.into()
+    } else {
+        ExitCode::SUCCESS
     })
 }

@@ -22,7 +22,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     assignment::{Assigned, Assignment, Claim},
-    bpf::{Change, Events, Loaded},
+    config::Config,
+    datapath::{Attachment, Blueprint, Change, Events, LoadedSet, Origin},
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::Kernel,
     names::printable_path,
@@ -61,8 +62,8 @@ impl fmt::Display for Failure {
 }
 
 /// Makes the connection below `root` and looks at both ends.
-pub(super) fn parent(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(), Failure> {
-    let ends = connect_under_policy(loaded, hierarchy, root).map_err(Failure::NotTried)?;
+pub(super) fn parent(kernel: &Kernel, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(), Failure> {
+    let ends = connect_under_policy(kernel, hierarchy, root).map_err(Failure::NotTried)?;
     let wanted = plan(&POLICY, &Options::default());
     for (end, has) in [
         ("connecting", ends.connecting),
@@ -77,8 +78,8 @@ pub(super) fn parent(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) -> Re
     Ok(())
 }
 
-fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) -> Result<Ends> {
-    let scratch = Scratch::new(hierarchy, root)?;
+/// A policy set for the trial, in which the policy claims this cgroup.
+pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
     let assignment = Assignment {
         policies: vec![Assigned {
             name: "trial".to_owned(),
@@ -86,12 +87,29 @@ fn connect_under_policy(loaded: Loaded, hierarchy: &Hierarchy, root: &Cgroup) ->
             rules: Rules::default(),
         }],
         claims: vec![Claim {
-            cgroup: scratch.cgroup.clone(),
+            cgroup: root.clone(),
             policies: vec![0],
         }],
     };
+    Ok(LoadedSet::build(&Blueprint {
+        kernel,
+        root,
+        config: &Config {
+            default: Some(POLICY),
+            policies: Vec::new(),
+        },
+        origin: &Origin::default(),
+        assignment: &assignment,
+        before: None,
+        previous: None,
+    })?)
+}
+
+fn connect_under_policy(kernel: &Kernel, hierarchy: &Hierarchy, root: &Cgroup) -> Result<Ends> {
+    let scratch = Scratch::new(hierarchy, root)?;
+    let set = build(kernel, &scratch.cgroup)?;
     let directory = hierarchy.open(&scratch.cgroup)?;
-    let _enforcer = loaded.fill(None, &assignment)?.attach(&directory)?;
+    let _attachment = Attachment::attach(&set, &directory, scratch.cgroup.id, None)?;
     let mut trial = Trial::start()?;
     scratch.take_in(trial.0.id())?;
     trial.ends()

@@ -17,9 +17,9 @@ use keepalive_common::{
 
 use crate::{
     assignment::{Assigned, Claimants},
+    enforcing::Enforcing,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     rules::most_exact,
-    state::Running,
 };
 
 /// How often the hierarchy is walked again for cgroups that are not known yet.
@@ -95,7 +95,7 @@ impl Cgroups {
     /// # Errors
     ///
     /// When what an agent enforces cannot be understood.
-    pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Running>) -> Result<Self> {
+    pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Enforcing>) -> Result<Self> {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.depth());
@@ -243,15 +243,15 @@ mod tests {
     }
 
     /// An agent at the given root whose policies, named so, claim these paths.
-    fn running(root: &str, claims: &[(&str, &str)]) -> Running {
+    fn running(root: &str, claims: &[(&str, &str)]) -> Enforcing {
         let policies = claims.iter().map(|(name, path)| NamedPolicy {
             name: (*name).to_owned(),
             cgroups: vec![CgroupPattern::new(path).unwrap()],
             rules: Rules::default(),
             policy: Policy::BUILT_IN,
         });
-        Running {
-            pid: 1,
+        Enforcing {
+            agent: Some(1),
             root: Cgroup {
                 path: root.into(),
                 id: 0,
@@ -263,7 +263,7 @@ mod tests {
         }
     }
 
-    fn claimed(paths: &[&str], agents: Vec<Running>) -> Vec<Option<String>> {
+    fn claimed(paths: &[&str], agents: Vec<Enforcing>) -> Vec<Option<String>> {
         let mut cgroups = Cgroups::new(None, agents).unwrap();
         let found = hierarchy(paths);
         let ids: Vec<_> = found.iter().map(|cgroup| cgroup.id).collect();
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn connections_of_unknown_cgroups_have_the_policy_of_the_root() {
-        let name = |agents: Vec<Running>, options: &Options| {
+        let name = |agents: Vec<Enforcing>, options: &Options| {
             let mut cgroups = Cgroups::new(None, agents).unwrap();
             let mut record = record("192.0.2.1:1", "198.51.100.7:443", options);
             record.cgroup = 7;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use keepalive_common::descriptor::SOCKFS;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
 
-use crate::{bpf::Lister, netns::Descriptor};
+use crate::{datapath::Lister, netns::Descriptor};
 
 const PROC: &str = "/proc";
 

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use aya::Ebpf;
 use keepalive_common::{descriptor::DescriptorRecord, socket::SocketRecord};
 
-use super::{Room, create, load_iterator, prepare_iterator, program, run_descriptors, run_records};
+use super::{create, load_iterator, map, prepare_iterator, program, run_descriptors, run_records};
 use crate::kernel::layout::{Hook, Kernel};
 
 /// The listing program, loaded.
@@ -26,7 +26,7 @@ impl Lister {
     ///
     /// 5.9, for TCP iterators.
     pub fn load(kernel: &Kernel) -> Result<Self> {
-        let mut ebpf = create(&kernel.layout, Room::NONE, 1)?;
+        let mut ebpf = create(&kernel.layout, &[(map::CGROUPS, 1), (map::EVENTS, 1)])?;
         load_iterator(&mut ebpf, program::LIST, kernel, Hook::Tcp)?;
         Ok(Self {
             kernel: *kernel,

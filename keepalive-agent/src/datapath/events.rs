@@ -10,7 +10,7 @@ use keepalive_common::cgroup_event::{Header, Kind, PATH_SIZE};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
-use super::{load, program, refused, types_of};
+use super::{create, program, refused, types_of};
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
@@ -66,7 +66,7 @@ impl Events {
              by their paths in the whole: run it in the host's cgroup namespace"
         );
         // What the object has beside these programs goes away with it.
-        let mut ebpf = load(&kernel.layout, &[(super::map::CGROUPS, 1)])?;
+        let mut ebpf = create(&kernel.layout, &[(super::map::CGROUPS, 1)])?;
         let mut attach = |name, to| attach(&mut ebpf, name, kernel, to);
         let links = [
             attach(program::CGROUP_MADE, Hook::CgroupMade)?,
@@ -151,7 +151,12 @@ impl Events {
     }
 }
 
-fn attach(ebpf: &mut Ebpf, name: &str, kernel: &Kernel, to: Hook) -> Result<BtfTracePointLink> {
+fn attach(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    kernel: &Kernel,
+    to: Hook,
+) -> Result<BtfTracePointLink> {
     let types = types_of(kernel, to)?;
     let program: &mut BtfTracePoint = ebpf
         .program_mut(name)

@@ -2,44 +2,51 @@
 //!
 //! The names of its maps, programs and globals stand here and nowhere else.
 
-mod enforcer;
+mod attachment;
+mod description;
+mod error;
 mod events;
+pub mod fault;
 mod lister;
-mod slots;
+mod loaded_set;
+mod pin;
+mod set_record;
+mod sweeper;
+mod syscalls;
 
 use std::{
     fs::File,
     io::{self, Read as _},
     os::fd::AsRawFd as _,
     process,
-    sync::atomic::{Ordering, fence},
 };
 
-use anyhow::{Context as _, Error, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader, Endianness,
-    maps::{Array, Map, MapData},
-    programs::{Iter, ProgramError, iter::IterLink},
-    util::KernelVersion,
+    maps::{Map, MapError},
+    programs::{Iter, iter::IterLink},
 };
+use fault::Operation;
 use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
-use rustix::{
-    io::Errno,
-    process::{Resource, getrlimit},
-};
 
 use crate::{
-    kernel::{
-        layout::{Hook, Kernel},
-        preflight,
-    },
+    kernel::layout::{Hook, Kernel},
     netns,
 };
 
-pub use enforcer::{ByHand, Claimed, Counted, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
+pub use attachment::{Attachment, Foreign, InForce, in_force, programs_on_the_way};
+pub use description::now;
+pub use description::{
+    Counted, Description, Done, Origin, Owner, Part, PartStatus, Refusals, Reload, State, Sweep,
+};
+pub use error::{Error, chain};
 pub use events::{Change, Events};
 pub use lister::Lister;
-use slots::Room;
+pub use loaded_set::{Blueprint, LoadedSet};
+pub use pin::PinDirectory;
+pub use set_record::SetRecord;
+pub use sweeper::{Step, Sweeper};
 
 /// The programs.
 mod program {
@@ -75,28 +82,13 @@ const LAYOUT: &str = "LAYOUT";
 /// What the build script embedded; empty when the BPF object was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/keepalive.bpf.o"));
 
-/// Creates the maps, with room for this many records and cgroups. Programs are
-/// loaded one by one afterwards.
-fn create(layout: &Layout, room: Room, cgroups: u32) -> Result<Ebpf> {
-    let sizes = [
-        (map::CGROUPS, cgroups),
-        (map::POLICIES, room.slots),
-        (map::COUNTERS, room.slots),
-        (map::SWEPT, room.slots),
-        (map::STEPS, room.steps),
-        // The least there can be: nobody reads it here.
-        (map::EVENTS, 1),
-    ];
-    load(layout, &sizes)
-}
-
-/// The same, with sizes for some of the maps.
-fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
-    ensure!(
-        !OBJECT.is_empty(),
-        "this agent was built without its BPF object and can neither enforce nor list anything: \
-         build it with `cargo xtask build`"
-    );
+/// Creates the maps, with sizes for some of them. Programs are loaded one by one
+/// afterwards.
+fn create(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf, Error> {
+    if OBJECT.is_empty() {
+        return Err(Error::NoObject);
+    }
+    fault::point(Operation::CreateMaps).map_err(Error::call("creating the BPF maps"))?;
     let mut loader = EbpfLoader::new();
     loader.override_global(LAYOUT, layout, true);
     for (map, entries) in sizes {
@@ -104,77 +96,29 @@ fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
     }
     loader
         .load(OBJECT)
-        .map_err(|error| with_advice(Error::new(error)))
-        .context("creating the BPF maps: without them nothing works")
+        .map_err(|error| Error::CreateMaps(Box::new(error)))
 }
 
-/// Adds what to do, where the limit for locked memory is why the kernel refused.
-fn with_advice(error: Error) -> Error {
-    let refused = error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|cause| cause.raw_os_error() == Some(Errno::PERM.raw_os_error()));
-    // BPF memory was accounted like that until Linux 5.11. The library has tried
-    // to raise the limit by now.
-    let accounted = KernelVersion::current().is_ok_and(|own| own < KernelVersion::new(5, 11, 0));
-    match getrlimit(Resource::Memlock).current {
-        Some(limit) if refused && accounted => error.context(locked_memory(limit)),
-        _ => error,
-    }
-}
-
-fn locked_memory(limit: u64) -> String {
-    format!(
-        "before Linux 5.11 BPF maps and programs count as locked memory, of which this process \
-         may have {} KiB and may not allow itself more: start it with LimitMEMLOCK=infinity \
-         (systemd), `ulimit -l unlimited` (a shell), or CAP_SYS_RESOURCE",
-        limit / 1024
-    )
-}
-
-/// A map of the object, as its type.
-fn map<'a, T>(ebpf: &'a Ebpf, name: &str) -> Result<T>
+/// Takes a map out of the object, as its type.
+fn take_map<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, Error>
 where
-    T: TryFrom<&'a Map, Error = aya::maps::MapError>,
+    T: TryFrom<Map, Error = MapError>,
 {
     let found = ebpf
-        .map(name)
-        .with_context(|| format!("the BPF object has no map {name}"))?;
-    Ok(T::try_from(found)?)
+        .take_map(name)
+        .ok_or(Error::Missing { kind: "map", name })?;
+    T::try_from(found).map_err(Error::map(format!("using map {name}")))
 }
-
-/// The same, to be written to.
-fn map_mut<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T>
-where
-    T: TryFrom<&'a mut Map, Error = aya::maps::MapError>,
-{
-    let found = ebpf
-        .map_mut(name)
-        .with_context(|| format!("the BPF object has no map {name}"))?;
-    Ok(T::try_from(found)?)
-}
-
-/// Makes new connections look for their claim again: until here they may go by
-/// what was found for their cgroup before the last writes. To be called after
-/// whatever changes where a cgroup's sockets belong.
-fn begin_generation(ebpf: &mut Ebpf) -> Result<()> {
-    /// Odd, so that no number comes twice, and without a pattern, so that two
-    /// numbers do not differ like two claims.
-    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut map: Array<Writable<'_>, u64> = map_mut(ebpf, map::GENERATION)?;
-    let generation = map.get(&0, 0)?.wrapping_add(STEP);
-    // Whoever sees the new number sees what was written before it.
-    fence(Ordering::SeqCst);
-    map.set(0, generation, 0)
-        .context("telling the programs that claims have changed")
-}
-
-/// Names the type of maps that are borrowed for writing.
-type Writable<'a> = &'a mut MapData;
 
 /// Loads one of the iterating programs.
-fn load_iterator(ebpf: &mut Ebpf, name: &str, kernel: &Kernel, over: Hook) -> Result<()> {
-    let types = types_of(kernel, over)?;
+fn load_iterator(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    kernel: &Kernel,
+    over: Hook,
+) -> Result<(), Error> {
+    fault::point(Operation::LoadProgram).map_err(|error| refused(name, error))?;
+    let types = types_of(kernel, over).map_err(|error| Error::Kernel(format!("{error:#}")))?;
     iterator(ebpf, name)?
         .load(over.name(), &types)
         .map_err(|error| refused(name, error))
@@ -217,19 +161,23 @@ fn types_of(kernel: &Kernel, hook: Hook) -> Result<Btf> {
 }
 
 /// Makes a loaded iterator ready to be run once, on whichever thread.
-fn prepare_iterator(ebpf: &mut Ebpf, name: &str) -> Result<IterLink> {
+fn prepare_iterator(ebpf: &mut Ebpf, name: &'static str) -> Result<IterLink, Error> {
     let program = iterator(ebpf, name)?;
-    let link = program
-        .attach()
-        .with_context(|| format!("preparing program {name}"))?;
-    Ok(program.take_link(link)?)
+    let link = program.attach().map_err(|error| refused(name, error))?;
+    program
+        .take_link(link)
+        .map_err(|error| refused(name, error))
 }
 
-fn iterator<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Iter> {
-    Ok(ebpf
+fn iterator<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Iter, Error> {
+    let missing = Error::Missing {
+        kind: "iterating program",
+        name,
+    };
+    let program = ebpf
         .program_mut(name)
-        .with_context(|| format!("the BPF object has no program {name}"))?
-        .try_into()?)
+        .and_then(|program| program.try_into().ok());
+    program.ok_or(missing)
 }
 
 /// Runs a prepared iterator over the sockets of the calling thread's network
@@ -251,7 +199,7 @@ fn run_iterator(
                     error.kind(),
                     io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
                 ) => {}
-            Err(error) => return Err(Error::new(error).context("reading the iterator")),
+            Err(error) => return Err(Error::call("reading the iterator")(error).into()),
         }
     }
 }
@@ -308,27 +256,10 @@ fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> R
     Ok(())
 }
 
-/// A program that the kernel did not load. The verifier's log can be thousands
-/// of lines; what matters stands near its end.
-fn refused(name: &str, error: ProgramError) -> Error {
-    const LINES: usize = 20;
-    let mut what = format!("the kernel refused program {name}");
-    if let Some(cause) = preflight::cause_of_refusal() {
-        what = format!("{what}: {cause}");
+/// A program that the kernel did not load.
+fn refused(program: &'static str, source: impl Into<error::RefusedProgram>) -> Error {
+    Error::LoadProgram {
+        program,
+        source: source.into(),
     }
-    let ProgramError::LoadError {
-        io_error,
-        verifier_log,
-    } = error
-    else {
-        return Error::new(error).context(what);
-    };
-    let log = verifier_log.to_string();
-    if log.is_empty() {
-        // It was not about what the program does.
-        return with_advice(io_error.into()).context(what);
-    }
-    let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
-    let end = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
-    anyhow!("{io_error}; the verifier's last words:\n  {end}").context(what)
 }

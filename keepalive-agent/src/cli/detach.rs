@@ -1,0 +1,128 @@
+//! `keepalive-agent detach`: takes enforcement off, with all its pins.
+
+use std::{
+    fs, io,
+    path::PathBuf,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+
+use super::output;
+use crate::{
+    daemon::{
+        control::{Client, Request},
+        ownership::{self, Ownership},
+    },
+    datapath::{self, InForce, PinDirectory},
+    hierarchy::{CgroupPath, Hierarchy},
+    kernel::preflight,
+};
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Connections keep what they were given; new ones get nothing any more. A running \
+                  agent is ended; where a service manager would start it again, stop the service \
+                  first. Programs of others are never touched.\n\n\
+                  Exit codes: 0 nothing is in force any more, 1 failed, 2 wrong usage.\n\n\
+                  Examples:\n  \
+                  keepalive-agent detach\n  \
+                  keepalive-agent detach --cgroup /system.slice/redis.service"
+)]
+pub(super) struct Arguments {
+    /// Only what is attached to this cgroup, instead of everywhere
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<PathBuf>,
+
+    /// Directory of the pins
+    #[arg(long, value_name = "DIR", default_value = PinDirectory::DEFAULT)]
+    pin: PathBuf,
+}
+
+pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
+    preflight::may_enforce()?;
+    let only = match &arguments.cgroup {
+        Some(path) => Some(Hierarchy::find()?.path(path)?),
+        None => None,
+    };
+    let pins = PinDirectory::open(&arguments.pin)?;
+    let mut detached = 0;
+    let mut failed = Vec::new();
+    for found in datapath::in_force()? {
+        let path = path_of(&found);
+        if only.is_some() && path != only {
+            continue;
+        }
+        let name = path
+            .as_ref()
+            .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);
+        match take_off(found, path.as_ref(), pins.as_ref()) {
+            Ok(()) => {
+                detached += 1;
+                output::text(format_args!("detached from {name}\n"))?;
+            }
+            Err(error) => failed.push(error.context(format!("detaching from {name}"))),
+        }
+    }
+    if let Some(pins) = &pins {
+        pins.remove_stale()?;
+        // Only if it is empty.
+        match fs::remove_dir(pins.path()) {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
+                ) =>
+            {
+                return Err(error).with_context(|| format!("removing {}", pins.path().display()));
+            }
+            _ => {}
+        }
+    }
+    if let Some(error) = failed.into_iter().next() {
+        return Err(error);
+    }
+    if detached == 0 {
+        output::text("nothing is in force\n")?;
+    } else {
+        output::text("connections keep what they were given\n")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn path_of(found: &InForce) -> Option<CgroupPath> {
+    let record = found.record.as_ref().ok()?;
+    Some(record.description.root.path.clone())
+}
+
+fn take_off(found: InForce, path: Option<&CgroupPath>, pins: Option<&PinDirectory>) -> Result<()> {
+    let owner = match &found.record {
+        Ok(record) => record.state()?.owner,
+        Err(_) => None,
+    };
+    if let (Some(owner), Some(path)) = (owner, path)
+        && ownership::lives(&owner, path)
+    {
+        end_agent(owner.pid, path)?;
+    }
+    Ok(found.detach(pins)?)
+}
+
+/// Has a running agent end and waits until it has.
+fn end_agent(pid: u32, path: &CgroupPath) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let asking = || format!("asking agent {pid} to end: stop it first");
+    let mut client = Client::connect(path).with_context(asking)?;
+    client.ask(Request::Detach).with_context(asking)?;
+    let end = Instant::now() + PATIENCE;
+    while Ownership::is_taken(path) == Some(true) {
+        if Instant::now() > end {
+            bail!("agent {pid} does not end: stop it first");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -1,0 +1,1312 @@
+//! Daemon: enforces the policy until it is stopped, while files, cgroups and the
+//! agent itself come and go.
+//!
+//! Everything that wakes it comes in through `Daemon::next`; nothing that it
+//! does then waits for anybody. Sets are built and connections swept on threads of
+//! their own. Only at the start can an error end it.
+
+mod building;
+pub mod control;
+pub mod ownership;
+pub mod target;
+
+use std::{future::pending, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use aya_log::EbpfLogger;
+use sd_notify::NotifyState;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+    time::{Instant, sleep_until},
+};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    assignment::{Assignment, Claimants},
+    config::{Config, Sources},
+    datapath::{
+        self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
+        PinDirectory, Refusals, Reload, SetRecord, State,
+    },
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
+    kernel::{layout::Kernel, preflight},
+    names::printable_path,
+    sweep::{self, Progress, SweepJob, Swept},
+    unblocked::Stream,
+    view,
+    watch::Watch,
+};
+use building::{Built, Job};
+use control::{Asked, Client, Control, Request};
+use ownership::Ownership;
+
+/// After a cgroup was made with processes in it, existing connections are swept
+/// this much later, together with those of the cgroups that follow.
+const SWEEP_DELAY: Duration = Duration::from_millis(50);
+
+/// Sweeps for new cgroups, and sets built for them, take at most one part of this
+/// many of the time.
+const SHARE: u32 = 10;
+
+/// What failed for a reason outside the config is tried again after this time, at
+/// first, and after twice as much each time.
+const RETRY: Duration = Duration::from_secs(5);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
+
+/// Changes of cgroups that are remembered while a set is built; more than these
+/// are found by reading the hierarchy.
+const REMEMBERED: usize = 65_536;
+
+/// What becomes of cgroups that the agent is not told of.
+const UNTIL_RELOAD: &str = "new cgroups go by the policy above them until the next reload";
+
+/// What to enforce, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The files of the config.
+    pub sources: Sources,
+    /// The cgroup to govern.
+    pub cgroup: PathBuf,
+    /// Whether everything is only counted.
+    pub dry_run: bool,
+    /// Where to pin enforcement, so that it outlives the agent.
+    pub pin: Option<PathBuf>,
+    /// Whether to replace a running agent.
+    pub take_over: bool,
+}
+
+/// What there is to tell people and machines.
+pub enum Event<'a> {
+    /// Enforcement has begun.
+    Started {
+        /// The directory of the cgroup.
+        cgroup: &'a str,
+        /// The files of the config.
+        origin: &'a Origin,
+        /// The policies and what they claim.
+        assignment: &'a Assignment,
+        /// Whether it goes on when the agent ends.
+        pinned: Option<&'a PinDirectory>,
+        /// Whether a set that was in force before has been replaced.
+        continued: bool,
+    },
+    /// The cgroup does not exist: there is nothing to enforce on until it does.
+    Waiting {
+        /// Its path.
+        cgroup: &'a CgroupPath,
+    },
+    /// Another config is in force.
+    Reloaded {
+        /// The policies and what they claim.
+        assignment: &'a Assignment,
+    },
+    /// Existing connections have been brought along.
+    Swept(&'a Swept),
+    /// The agent ends.
+    Stopped {
+        /// The signal, or what else.
+        by: &'a str,
+        /// For how long it ran.
+        after: Duration,
+        /// What becomes of enforcement.
+        leaves: Leaves,
+        /// What was done.
+        record: Option<&'a SetRecord>,
+    },
+}
+
+/// What an agent leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaves {
+    /// Nothing: new connections get nothing any more.
+    Nothing,
+    /// Enforcement, by its pins.
+    Enforcement,
+    /// Enforcement, to another agent.
+    AnotherAgent,
+}
+
+/// Whoever tells.
+pub trait Reporter {
+    /// Tells. Must not wait for anybody.
+    fn report(&mut self, event: &Event<'_>);
+}
+
+/// Enforces until stopped.
+///
+/// # Errors
+///
+/// What makes enforcement impossible at the start.
+pub fn run(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .context("starting the runtime")?
+        .block_on(enforce(options, reporter))
+}
+
+async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
+    preflight::may_enforce()?;
+    let mut daemon = Daemon::prepare(options)?;
+    daemon.enforce_now(reporter)?;
+    // From here on a signal ends it in an orderly way; before, the kernel would
+    // have taken everything away.
+    let mut signals = Signals::watch()?;
+    notify(&[NotifyState::Ready]);
+    let begun = Instant::now();
+    let (by, leaves) = loop {
+        let wake = daemon.next(&mut signals).await;
+        if let Some(end) = daemon.handle(wake, reporter).await {
+            break end;
+        }
+        daemon.resume_reload();
+        daemon.publish();
+    };
+    notify(&[NotifyState::Stopping]);
+    daemon.stop(by, begun.elapsed(), leaves, reporter);
+    Ok(())
+}
+
+/// What the daemon is woken by.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
+enum Wake {
+    Stop(&'static str),
+    Hangup,
+    Asked(std::io::Result<Asked>),
+    FilesChanged(Result<()>),
+    Refusals(Result<()>),
+    Built(Result<Built>),
+    Sweep(Option<Progress>),
+    Cgroups(Result<Vec<Change>>),
+    SweepDue,
+    RetryDue,
+    WatchdogDue,
+}
+
+/// What is in force on the cgroup.
+struct Enforcement {
+    attachment: Attachment,
+    set: LoadedSet,
+    log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
+}
+
+struct Daemon {
+    options: Options,
+    kernel: Kernel,
+    hierarchy: Hierarchy,
+    root: Cgroup,
+    config: Config,
+    origin: Origin,
+    claimants: Claimants,
+    pins: Option<PinDirectory>,
+    ownership: Option<Ownership>,
+    control: Option<Control>,
+    predecessor: Option<Client>,
+    /// None while the cgroup does not exist.
+    enforcement: Option<Enforcement>,
+    watch: Option<Watch>,
+    events: Option<Events>,
+    building: Option<oneshot::Receiver<Result<Built>>>,
+    /// Cgroups that came and went since the set that is being built was begun.
+    changes: Vec<Change>,
+    /// Whether the set that is being built follows from a change of the config.
+    reloads: bool,
+    /// A reload that waits for the first pass of a sweep, or for a set that is
+    /// being built; whether somebody asked for it.
+    reload_waiting: Option<bool>,
+    sweep: Option<SweepJob>,
+    /// Whether another sweep follows the one that goes on.
+    sweep_again: bool,
+    sweep_due: Option<Instant>,
+    sweep_not_before: Instant,
+    sweep_begun: Instant,
+    retry_due: Option<Instant>,
+    retry_after: Duration,
+    state: State,
+    published: State,
+    /// What was last said to be wrong, which several failures in a row need not
+    /// repeat.
+    last_reported_error: Option<String>,
+    /// What the kernel refused, as last reported.
+    reported_refusals: Vec<Refusals>,
+    watchdog: Option<(Instant, Duration)>,
+}
+
+impl Daemon {
+    /// Reads what there is to read and takes the cgroup for itself; attaches
+    /// nothing yet.
+    fn prepare(options: &Options) -> Result<Self> {
+        // Before the files are read, so that no change falls in between.
+        let watch = Watch::on(&options.sources);
+        let target::Read {
+            config,
+            origin,
+            warnings,
+        } = target::read(&options.sources, options.dry_run)?;
+        for warning in &warnings {
+            warn!("{warning}");
+        }
+        let hierarchy = Hierarchy::find()?;
+        let unseen = view::missing(Some(&hierarchy));
+        let path = hierarchy.path(&options.cgroup)?;
+        let (owned, predecessor) = own(&path, options.take_over)?;
+        let root = hierarchy.lookup(&path)?.unwrap_or(Cgroup { path, id: 0 });
+        let kernel = Kernel::running()?;
+        debug!(?kernel, "found the kernel's fields");
+        let pins = options
+            .pin
+            .as_deref()
+            .map(PinDirectory::create)
+            .transpose()?;
+        let claimants = target::claimants(&config, &root)?;
+        let now = Instant::now();
+        let mut daemon = Self {
+            options: options.clone(),
+            kernel,
+            hierarchy,
+            root,
+            config,
+            origin,
+            claimants,
+            pins,
+            control: None,
+            predecessor,
+            enforcement: None,
+            watch: None,
+            events: None,
+            building: None,
+            changes: Vec::new(),
+            reloads: false,
+            reload_waiting: None,
+            sweep: None,
+            sweep_again: false,
+            sweep_due: None,
+            sweep_not_before: now,
+            sweep_begun: now,
+            retry_due: None,
+            retry_after: RETRY,
+            state: State {
+                owner: Some(ownership::own()),
+                ..State::default()
+            },
+            published: State::default(),
+            last_reported_error: None,
+            reported_refusals: Vec::new(),
+            watchdog: sd_notify::watchdog_enabled().map(|within| {
+                let every = within / 3;
+                (now + every, every)
+            }),
+            ownership: owned.ok(),
+        };
+        match watch {
+            Ok(watch) => {
+                daemon.watch = Some(watch);
+                daemon.part("config files", Ok(()));
+            }
+            Err(error) => daemon.files_unwatched(&error),
+        }
+        if daemon.ownership.is_none() {
+            daemon.part_failed("lock", "see the log".to_owned());
+        }
+        for part in &unseen {
+            warn!("{part}");
+        }
+        if !unseen.is_empty() {
+            let unseen: Vec<_> = unseen.iter().map(ToString::to_string).collect();
+            daemon.part_failed("view", unseen.join("; "));
+        }
+        daemon.listen();
+        daemon.follow_cgroups();
+        Ok(daemon)
+    }
+
+    fn part(&mut self, name: &str, status: Result<(), String>) {
+        let part = match status {
+            Ok(()) => Part {
+                status: PartStatus::Active,
+                reason: None,
+            },
+            Err(reason) => Part {
+                status: PartStatus::Failed,
+                reason: Some(reason),
+            },
+        };
+        self.state.parts.insert(name.to_owned(), part);
+    }
+
+    fn part_failed(&mut self, name: &str, reason: String) {
+        self.part(name, Err(reason));
+    }
+
+    fn files_unwatched(&mut self, error: &anyhow::Error) {
+        let error = format!("{error:#}; send SIGHUP after a change of the config");
+        warn!("{error}");
+        self.watch = None;
+        self.part_failed("config files", error);
+    }
+
+    fn listen(&mut self) {
+        match Control::listen(&self.root.path) {
+            Ok(control) => {
+                self.control = Some(control);
+                self.part("control socket", Ok(()));
+            }
+            Err(error) => {
+                let error = format!("making the control socket: {error}");
+                warn!("{error}; no other agent can take over, and `detach` cannot reach this one");
+                self.part_failed("control socket", error);
+            }
+        }
+    }
+
+    /// Has cgroups told of that come and go.
+    fn follow_cgroups(&mut self) {
+        const PART: &str = "new cgroups";
+        if self.events.is_some() {
+            return;
+        }
+        match Events::load(&self.kernel, &self.hierarchy) {
+            Ok(events) => {
+                self.events = Some(events);
+                self.part(PART, Ok(()));
+            }
+            Err(error) => {
+                let error = format!("{error:#}; {UNTIL_RELOAD}");
+                warn!("{error}");
+                self.part_failed(PART, error);
+            }
+        }
+    }
+
+    fn job(&self, config: Config, origin: Origin) -> Job {
+        let previous = self
+            .enforcement
+            .as_ref()
+            .map(|enforcement| enforcement.set.record().clone());
+        Job {
+            kernel: self.kernel,
+            hierarchy: self.hierarchy.clone(),
+            root: self.root.clone(),
+            config,
+            origin,
+            before: previous.as_ref().map(|set| set.description.config.clone()),
+            previous,
+        }
+    }
+
+    /// Puts the policy in force on the cgroup, if there is one.
+    fn enforce_now(&mut self, reporter: &mut dyn Reporter) -> Result<()> {
+        if let Some(root) = self.hierarchy.lookup(&self.root.path)? {
+            self.root = root;
+        } else {
+            reporter.report(&Event::Waiting {
+                cgroup: &self.root.path,
+            });
+            return Ok(());
+        }
+        self.remove_stale_pins();
+        let found = match InForce::on(self.root.id) {
+            Ok(found) => found,
+            Err(error) => {
+                warn!(
+                    "{}; whether something is in force already cannot be told",
+                    chain(&error)
+                );
+                None
+            }
+        };
+        let continued = found.is_some();
+        let (attachment, built) = match found {
+            None => self.attach()?,
+            Some(found) => self.take_up(found)?,
+        };
+        if let Some(mut predecessor) = self.predecessor.take() {
+            // It holds nothing any more that is needed.
+            if let Err(error) = predecessor.ask(Request::TakenOver) {
+                warn!("the agent that was there before does not answer: {error}");
+            }
+            self.own_again();
+        }
+        for warning in &built.warnings {
+            warn!("{warning}");
+        }
+        let Built {
+            set,
+            claimants,
+            assignment,
+            ..
+        } = built;
+        self.claimants = claimants;
+        self.enforcement = Some(Enforcement {
+            log: log_of(&set),
+            attachment,
+            set,
+        });
+        self.part("new connections", Ok(()));
+        self.publish();
+        let directory = self.hierarchy.directory(&self.root.path);
+        reporter.report(&Event::Started {
+            cgroup: &printable_path(&directory).to_string(),
+            origin: &self.origin,
+            assignment: &assignment,
+            pinned: self.pins.as_ref(),
+            continued,
+        });
+        self.sweep();
+        Ok(())
+    }
+
+    /// Takes the lock that the agent before has let go of by now.
+    fn own_again(&mut self) {
+        const TRIES: u32 = 50;
+        for _ in 0..TRIES {
+            match Ownership::acquire(&self.root.path) {
+                Ok(ownership) => {
+                    self.ownership = Some(ownership);
+                    self.state.parts.remove("lock");
+                    // The other one has removed the socket.
+                    self.control = None;
+                    self.listen();
+                    return;
+                }
+                Err(ownership::Error::Taken { .. }) => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => {
+                    warn!("{:#}", anyhow::Error::new(error));
+                    return;
+                }
+            }
+        }
+        warn!("the agent that was there before does not end");
+    }
+
+    /// Attaches to a cgroup that has nothing of ours.
+    fn attach(&mut self) -> Result<(Attachment, Built)> {
+        let built = self.job(self.config.clone(), self.origin.clone()).build()?;
+        let directory = self.hierarchy.open(&self.root)?;
+        let attachment =
+            Attachment::attach(&built.set, directory, self.root.id, self.pins.as_ref())
+                .with_context(|| format!("cgroup {}", self.root.path))?;
+        Ok((attachment, built))
+    }
+
+    /// Goes on with what an earlier agent has left in force.
+    fn take_up(&mut self, found: InForce) -> Result<(Attachment, Built)> {
+        if self.predecessor.is_none() {
+            let pinned = |pins: &PinDirectory| found.is_pinned_in(pins);
+            match &self.pins {
+                None => bail!(
+                    "enforcement on {} is pinned and goes on without an agent: go on with it by \
+                     --pin, or take it off first by `keepalive-agent detach`",
+                    self.root.path
+                ),
+                Some(pins) if !pinned(pins) => bail!(
+                    "enforcement on {} is pinned in another directory than {}: name that one, or \
+                     take it off first by `keepalive-agent detach --pin DIR`",
+                    self.root.path,
+                    pins.path().display()
+                ),
+                Some(_) => {}
+            }
+        }
+        let record = match &found.record {
+            Ok(record) => record.clone(),
+            Err(error) => {
+                warn!(
+                    "{error}; values that it set count as the applications' own, and what it \
+                     counted is not known any more"
+                );
+                let built = self.job(self.config.clone(), self.origin.clone()).build()?;
+                let attachment = found.replace(&built.set, self.pins.as_ref())?;
+                return Ok((attachment, built));
+            }
+        };
+        let state = record.state().unwrap_or_default();
+        self.state.reload = state.reload;
+        let (attachment, built) = match record.before() {
+            // Connections may have values of the set before the one in force: the
+            // sweep that the other agent had begun is done first.
+            Ok(Some(before)) if !state.settled => {
+                let mut job = self.job(record.description.config.clone(), self.origin.clone());
+                job.before = Some(before.config);
+                job.previous = Some(record);
+                let built = job.build()?;
+                let attachment = found.replace(&built.set, self.pins.as_ref())?;
+                info!("finishing the sweep that an earlier agent had begun");
+                match sweep::first_pass(built.set.sweeper()) {
+                    Ok(_) => {
+                        let settled = State {
+                            settled: true,
+                            ..self.state.clone()
+                        };
+                        built.set.record().set_state(&settled)?;
+                    }
+                    Err(error) => {
+                        warn!("{error:#}; connections may keep values of earlier policies");
+                    }
+                }
+                (attachment, built)
+            }
+            before => {
+                if let Err(error) = before {
+                    debug!("what was before the set in force: {error}");
+                }
+                let mut job = self.job(self.config.clone(), self.origin.clone());
+                job.before = Some(record.description.config.clone());
+                job.previous = Some(record);
+                let built = job.build()?;
+                let attachment = found.replace(&built.set, self.pins.as_ref())?;
+                (attachment, built)
+            }
+        };
+        if built.config == self.config {
+            return Ok((attachment, built));
+        }
+        let mut job = self.job(self.config.clone(), self.origin.clone());
+        job.before = Some(built.config);
+        job.previous = Some(built.set.record().clone());
+        let built = job.build()?;
+        let mut attachment = attachment;
+        attachment.replace(&built.set)?;
+        Ok((attachment, built))
+    }
+
+    /// Removes the pins of cgroups that are gone, and what half a start left.
+    fn remove_stale_pins(&self) {
+        if let Some(pins) = &self.pins
+            && let Err(error) = pins.remove_stale()
+        {
+            warn!("{}", chain(&error));
+        }
+    }
+
+    /// Waits for something to do.
+    async fn next(&mut self, signals: &mut Signals) -> Wake {
+        let sweep = async {
+            match &mut self.sweep {
+                Some(sweep) => sweep.progress().await,
+                None => pending().await,
+            }
+        };
+        let cgroups = async {
+            match &mut self.events {
+                Some(events) => events.next().await,
+                None => pending().await,
+            }
+        };
+        let files = async {
+            match &mut self.watch {
+                Some(watch) => watch.changed().await,
+                None => pending().await,
+            }
+        };
+        let asked = async {
+            match &self.control {
+                Some(control) => control.asked().await,
+                None => pending().await,
+            }
+        };
+        let built = async {
+            match &mut self.building {
+                Some(building) => building.await,
+                None => pending().await,
+            }
+        };
+        let refusals = async {
+            match self
+                .enforcement
+                .as_mut()
+                .and_then(|found| found.log.as_mut())
+            {
+                Some(log) => flush(log).await,
+                None => pending().await,
+            }
+        };
+        // In this order: what a person asks for is not done twice, once because the
+        // files changed as well.
+        tokio::select! {
+            biased;
+            _ = signals.interrupt.recv() => Wake::Stop("SIGINT"),
+            _ = signals.terminate.recv() => Wake::Stop("SIGTERM"),
+            _ = signals.hangup.recv() => Wake::Hangup,
+            asked = asked => Wake::Asked(asked),
+            () = at(self.watchdog.map(|(due, _)| due)) => Wake::WatchdogDue,
+            built = built => Wake::Built(built.unwrap_or_else(|_| {
+                bail!("the thread that builds policy sets failed")
+            })),
+            changed = files => Wake::FilesChanged(changed),
+            progress = sweep => Wake::Sweep(progress),
+            refusals = refusals => Wake::Refusals(refusals),
+            () = at(self.sweep_due) => Wake::SweepDue,
+            () = at(self.retry_due) => Wake::RetryDue,
+            // Last: there may be more of them all the time.
+            changes = cgroups => Wake::Cgroups(changes),
+        }
+    }
+
+    /// Does what it was woken for; why to end, if it is to end.
+    async fn handle(
+        &mut self,
+        wake: Wake,
+        reporter: &mut dyn Reporter,
+    ) -> Option<(&'static str, Leaves)> {
+        match wake {
+            Wake::Stop(signal) => {
+                let leaves = match &self.enforcement {
+                    Some(enforcement) if enforcement.attachment.is_pinned() => Leaves::Enforcement,
+                    _ => Leaves::Nothing,
+                };
+                return Some((signal, leaves));
+            }
+            Wake::Asked(asked) => return self.on_request(asked).await,
+            Wake::Hangup => self.reload(true),
+            Wake::FilesChanged(Ok(())) => self.reload(false),
+            Wake::FilesChanged(Err(error)) => self.files_unwatched(&error),
+            Wake::Refusals(Ok(())) => self.report_refusals(),
+            Wake::Refusals(Err(error)) => {
+                warn!("{error:#}; refused options are counted and no longer reported");
+                if let Some(enforcement) = &mut self.enforcement {
+                    enforcement.log = None;
+                }
+            }
+            Wake::Built(built) => self.on_built(built, reporter),
+            Wake::Sweep(progress) => self.on_sweep_progress(progress, reporter),
+            Wake::SweepDue => {
+                self.sweep_due = None;
+                self.sweep();
+            }
+            Wake::RetryDue => {
+                self.retry_due = None;
+                self.retry(reporter);
+            }
+            Wake::WatchdogDue => {
+                notify(&[NotifyState::Watchdog]);
+                if let Some((due, every)) = &mut self.watchdog {
+                    *due = Instant::now() + *every;
+                }
+            }
+            Wake::Cgroups(changes) => self.on_cgroups_changed(changes, reporter),
+        }
+        None
+    }
+
+    async fn on_request(
+        &mut self,
+        asked: std::io::Result<Asked>,
+    ) -> Option<(&'static str, Leaves)> {
+        let mut asked = match asked {
+            Ok(asked) => asked,
+            Err(error) => {
+                // Such as no descriptors: a loop would not make it better.
+                self.part_failed("control socket", error.to_string());
+                self.control = None;
+                return None;
+            }
+        };
+        if let Err(error) = asked.answer().await {
+            debug!("answering on the control socket: {error}");
+            return None;
+        }
+        match asked.request {
+            Request::Detach => Some(("a request to detach", Leaves::Nothing)),
+            Request::TakenOver => None,
+            Request::StepAside => {
+                info!("another agent takes over");
+                // Nothing is changed any more from here on.
+                self.building = None;
+                self.sweep = None;
+                if asked.next().await == Some(Request::TakenOver) {
+                    // The answer says that this one is about to end.
+                    let _ = asked.answer().await;
+                    return Some(("another agent", Leaves::AnotherAgent));
+                }
+                warn!("the agent that was about to take over is gone; this one goes on");
+                self.reload(true);
+                None
+            }
+        }
+    }
+
+    /// Reads the config again, and builds what it says if that is anything new or
+    /// the reading is `demanded`. What is wrong with it is logged and changes
+    /// nothing.
+    fn reload(&mut self, demanded: bool) {
+        let is_first_pass = self.sweep.is_some() && !self.state.settled;
+        if self.building.is_some() || is_first_pass {
+            // The sweep needs what was before the set in force.
+            self.reload_waiting = Some(demanded || self.reload_waiting == Some(true));
+            return;
+        }
+        self.reload_waiting = None;
+        match self.read_again(demanded) {
+            Ok(None) => {}
+            Ok(Some(target::Read {
+                config,
+                origin,
+                warnings,
+            })) => {
+                self.follow_cgroups();
+                for warning in &warnings {
+                    warn!("{warning}");
+                }
+                self.build(config, origin, true);
+            }
+            Err(error) => self.reload_failed(&error, demanded),
+        }
+    }
+
+    fn read_again(&mut self, demanded: bool) -> Result<Option<target::Read>> {
+        // What it has noticed up to here is read now. A file that is being written
+        // stays noticed, which a new watch would not know of.
+        let watching = match &mut self.watch {
+            Some(watch) if demanded => watch.renew().is_ok(),
+            watch => watch.is_some() || !demanded,
+        };
+        if !watching {
+            match Watch::on(&self.options.sources) {
+                Ok(watch) => {
+                    self.watch = Some(watch);
+                    self.part("config files", Ok(()));
+                }
+                Err(error) => self.files_unwatched(&error),
+            }
+        }
+        let read = target::read(&self.options.sources, self.options.dry_run);
+        if !demanded
+            && let Some(watch) = &mut self.watch
+            && watch.has_news()?
+        {
+            debug!("the files are being changed still");
+            return Ok(None);
+        }
+        let read = read?;
+        self.last_reported_error = None;
+        if read.config == self.config && read.origin == self.origin && !demanded {
+            return Ok(None);
+        }
+        Ok(Some(read))
+    }
+
+    fn reload_failed(&mut self, error: &anyhow::Error, demanded: bool) {
+        let error = format!("{error:#}");
+        if demanded || self.last_reported_error.as_ref() != Some(&error) {
+            error!("the policy in force goes on: {error}");
+        }
+        self.state.reload = Some(Reload {
+            at: seconds_since_1970(),
+            error: Some(error.chars().take(1000).collect()),
+        });
+        self.last_reported_error = Some(error);
+        notify(&[NotifyState::Ready]);
+    }
+
+    /// Builds a set, on a thread of its own where one can be started.
+    fn build(&mut self, config: Config, origin: Origin, reloads: bool) {
+        if reloads {
+            notify(&[
+                NotifyState::Reloading,
+                NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
+            ]);
+        }
+        if self.enforcement.is_none() {
+            // There is nothing to build for before the cgroup exists.
+            self.config = config;
+            self.origin = origin;
+            if let Ok(claimants) = target::claimants(&self.config, &self.root) {
+                self.claimants = claimants;
+            }
+            notify(&[NotifyState::Ready]);
+            return;
+        }
+        self.origin = origin.clone();
+        self.changes.clear();
+        self.reloads = reloads;
+        match self.job(config, origin).start() {
+            Ok(building) => self.building = Some(building),
+            Err(error) => {
+                let error =
+                    anyhow::Error::new(error).context("starting a thread to build a policy set");
+                self.building_failed(&error);
+            }
+        }
+    }
+
+    fn building_failed(&mut self, error: &anyhow::Error) {
+        self.reload_failed(error, false);
+        // Whatever it was, it was not the config.
+        self.part_failed("policy set", format!("{error:#}"));
+        self.retry_later();
+    }
+
+    fn retry_later(&mut self) {
+        self.retry_due = Some(Instant::now() + self.retry_after);
+        self.retry_after = (self.retry_after * 2).min(LONGEST_RETRY);
+    }
+
+    /// Tries again what failed for a reason outside the config.
+    fn retry(&mut self, reporter: &mut dyn Reporter) {
+        if self.enforcement.is_none() {
+            self.look_for_cgroup(reporter);
+            return;
+        }
+        let failed = |part: &str| {
+            let part = self.state.parts.get(part);
+            part.is_some_and(|part| part.status == PartStatus::Failed)
+        };
+        if failed("policy set") {
+            self.reload(true);
+        } else if failed("existing connections") {
+            self.sweep();
+        }
+    }
+
+    fn on_built(&mut self, built: Result<Built>, reporter: &mut dyn Reporter) {
+        self.building = None;
+        let replaced = built.and_then(|built| {
+            let Some(enforcement) = &mut self.enforcement else {
+                bail!("the cgroup went away meanwhile");
+            };
+            enforcement.attachment.replace(&built.set)?;
+            Ok(built)
+        });
+        let built = match replaced {
+            Ok(built) => built,
+            Err(error) => {
+                if self.enforcement.is_some() {
+                    self.building_failed(&error);
+                }
+                self.look_at_cgroup(reporter);
+                return;
+            }
+        };
+        for warning in built.warnings.iter().filter(|_| self.reloads) {
+            warn!("{warning}");
+        }
+        if let Some(enforcement) = &mut self.enforcement {
+            enforcement.log = log_of(&built.set);
+            enforcement.set = built.set;
+        }
+        self.config = built.config;
+        self.claimants = built.claimants;
+        // That of the set before ends with it.
+        self.sweep = None;
+        self.state.settled = false;
+        self.retry_after = RETRY;
+        self.part("policy set", Ok(()));
+        if self.reloads {
+            self.state.reload = Some(Reload {
+                at: seconds_since_1970(),
+                error: None,
+            });
+            reporter.report(&Event::Reloaded {
+                assignment: &built.assignment,
+            });
+            notify(&[NotifyState::Ready]);
+        }
+        let changes = std::mem::take(&mut self.changes);
+        self.follow_changes(&changes, reporter);
+        self.sweep();
+    }
+
+    /// Begins to bring existing connections along.
+    fn sweep(&mut self) {
+        const PART: &str = "existing connections";
+        self.sweep_due = None;
+        let Some(enforcement) = &self.enforcement else {
+            return;
+        };
+        if let Some(sweep) = &self.sweep {
+            // Passes of one set follow one another.
+            if self.state.settled {
+                sweep.stop();
+            }
+            self.sweep_again = true;
+            return;
+        }
+        self.sweep_again = false;
+        self.sweep_begun = Instant::now();
+        match SweepJob::start(enforcement.set.sweeper(), self.state.settled) {
+            Ok(sweep) => {
+                self.sweep = Some(sweep);
+                self.state.sweep.under_way = true;
+            }
+            Err(error) => {
+                let error = format!("starting a thread to sweep: {error}");
+                warn!("existing connections are as they were: {error}; it is tried again");
+                self.part_failed(PART, error);
+                self.retry_later();
+            }
+        }
+    }
+
+    fn on_sweep_progress(&mut self, progress: Option<Progress>, reporter: &mut dyn Reporter) {
+        const PART: &str = "existing connections";
+        match progress {
+            Some(Progress::FirstPass(Ok(swept))) => {
+                self.state.settled = true;
+                self.state.sweep.connections = swept.seen;
+                self.state.sweep.namespaces = swept.namespaces as u64;
+                self.state.sweep.waiting = swept.waiting();
+                self.state.sweep.missed = swept.missed.len() as u64;
+                self.sweep_not_before = Instant::now() + self.sweep_begun.elapsed() * SHARE;
+                for (_, error) in &swept.missed {
+                    warn!("{error:#}; its existing connections are not governed, new ones are");
+                }
+                let missed = match swept.missed.first() {
+                    None => Ok(()),
+                    Some((_, error)) => Err(format!("{error:#}")),
+                };
+                self.part(PART, missed);
+                reporter.report(&Event::Swept(&swept));
+            }
+            Some(Progress::FirstPass(Err(error))) => {
+                warn!("existing connections are not governed: {error:#}");
+                self.part_failed(PART, format!("{error:#}"));
+                self.retry_later();
+            }
+            Some(Progress::Over(swept)) => {
+                self.state.sweep.waiting = swept.waiting();
+                if swept.waiting() > 0 {
+                    warn!(
+                        "{} connections have been silent for so long that they still wait to be \
+                         governed; they are with the next sweep",
+                        swept.waiting()
+                    );
+                }
+            }
+            None => {
+                debug!("the sweep is over");
+                self.sweep = None;
+                self.state.sweep.under_way = false;
+                if self.sweep_again {
+                    self.sweep();
+                }
+            }
+        }
+    }
+
+    /// Reads the config again where that has waited for something that is over.
+    fn resume_reload(&mut self) {
+        let is_first_pass = self.sweep.is_some() && !self.state.settled;
+        if self.building.is_none()
+            && !is_first_pass
+            && let Some(demanded) = self.reload_waiting.take()
+        {
+            self.reload(demanded);
+        }
+    }
+
+    fn on_cgroups_changed(&mut self, changes: Result<Vec<Change>>, reporter: &mut dyn Reporter) {
+        let changes = match changes {
+            Ok(changes) => changes,
+            Err(error) => {
+                let error = format!("{error:#}; {UNTIL_RELOAD}");
+                warn!("{error}");
+                self.events = None;
+                self.part_failed("new cgroups", error);
+                return;
+            }
+        };
+        if self.building.is_some() {
+            if self.changes.len() + changes.len() > REMEMBERED {
+                self.changes = vec![Change::Lost];
+            } else {
+                self.changes.extend(changes.iter().cloned());
+            }
+        }
+        self.follow_changes(&changes, reporter);
+    }
+
+    /// Gives new cgroups their policy, and forgets those that are gone. What goes
+    /// wrong is logged: the rest of the policy goes on.
+    fn follow_changes(&mut self, changes: &[Change], reporter: &mut dyn Reporter) {
+        for change in changes {
+            match change {
+                Change::Made(cgroup) => self.on_cgroup_made(cgroup, reporter),
+                Change::Removed(cgroup) => self.on_cgroup_removed(cgroup, reporter),
+                Change::Lost => {
+                    debug!("cgroups came and went faster than they could be told of");
+                    self.look_at_cgroup(reporter);
+                    self.build_again();
+                }
+            }
+        }
+    }
+
+    /// Builds the set in force anew, for the cgroups that exist now.
+    fn build_again(&mut self) {
+        if self.building.is_some() || (self.sweep.is_some() && !self.state.settled) {
+            self.reload_waiting.get_or_insert(true);
+            return;
+        }
+        self.build(self.config.clone(), self.origin.clone(), false);
+    }
+
+    fn on_cgroup_made(&mut self, cgroup: &Cgroup, reporter: &mut dyn Reporter) {
+        if cgroup.path == self.root.path {
+            self.look_for_cgroup(reporter);
+            return;
+        }
+        let policies = self.claimants.claim_of(&cgroup.path);
+        let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
+            return;
+        };
+        match enforcement.set.add_cgroup(cgroup, &policies) {
+            Ok(false) => {}
+            Ok(true) => {
+                debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
+                // One without processes cannot have had connections.
+                if self.hierarchy.has_processes(cgroup) {
+                    let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
+                    self.sweep_due.get_or_insert(due);
+                }
+            }
+            Err(error) if error.is_full() => {
+                info!("{error}: building one with more room");
+                self.build_again();
+            }
+            Err(error) => {
+                let error = chain(&error);
+                if self.last_reported_error.as_ref() != Some(&error) {
+                    warn!("{error}; it goes by the policy above it, and is tried again");
+                }
+                self.part_failed("policy set", error.clone());
+                self.last_reported_error = Some(error);
+                if self.retry_due.is_none() {
+                    self.retry_later();
+                }
+            }
+        }
+    }
+
+    fn on_cgroup_removed(&mut self, cgroup: &Cgroup, reporter: &mut dyn Reporter) {
+        if *cgroup == self.root {
+            self.look_at_cgroup(reporter);
+            return;
+        }
+        if let Some(enforcement) = &mut self.enforcement
+            && let Err(error) = enforcement.set.remove_cgroup(cgroup)
+        {
+            // An id is not used again, so what stays costs its memory only.
+            debug!("{}", chain(&error));
+        }
+    }
+
+    /// Finds out whether the cgroup that the program is attached to is gone.
+    fn look_at_cgroup(&mut self, reporter: &mut dyn Reporter) {
+        let gone = self
+            .enforcement
+            .take_if(|enforcement| !enforcement.attachment.holds());
+        let Some(gone) = gone else {
+            return;
+        };
+        self.building = None;
+        self.sweep = None;
+        self.sweep_due = None;
+        self.state.sweep = datapath::Sweep::default();
+        self.state.settled = false;
+        if let Err(error) = gone.attachment.discard() {
+            warn!("{}", chain(&error));
+        }
+        self.part_failed("new connections", "the cgroup does not exist".to_owned());
+        reporter.report(&Event::Waiting {
+            cgroup: &self.root.path,
+        });
+        self.look_for_cgroup(reporter);
+    }
+
+    /// Attaches to the cgroup if it has come to exist.
+    fn look_for_cgroup(&mut self, reporter: &mut dyn Reporter) {
+        if self.enforcement.is_some() {
+            self.look_at_cgroup(reporter);
+            return;
+        }
+        match self.hierarchy.lookup(&self.root.path) {
+            Ok(Some(_)) => {
+                if let Err(error) = self.enforce_now(reporter) {
+                    error!("{error:#}; it is tried again");
+                    self.retry_later();
+                }
+            }
+            Ok(None) => {}
+            Err(error) => {
+                warn!("looking for cgroup {}: {error}", self.root.path);
+                self.retry_later();
+            }
+        }
+    }
+
+    /// Logs what the kernel refused since the last time. The BPF program, which
+    /// logs nothing else, bounds how often there is something.
+    fn report_refusals(&mut self) {
+        let Some(enforcement) = &self.enforcement else {
+            return;
+        };
+        match enforcement.set.record().refusals() {
+            Ok(refusals) => {
+                for refused in &refusals {
+                    if !self.reported_refusals.contains(refused) {
+                        warn!("{refused}; the connections go on without it");
+                    }
+                }
+                self.reported_refusals = refusals;
+            }
+            Err(error) => debug!("{}", chain(&error)),
+        }
+    }
+
+    /// Writes down what has changed, for those who ask the kernel.
+    fn publish(&mut self) {
+        let (dropped, why) = Stream::Output.dropped();
+        if let Some(why) = why.filter(|_| dropped > 0) {
+            self.part_failed("output", why);
+        }
+        let Some(enforcement) = &self.enforcement else {
+            self.published = State::default();
+            return;
+        };
+        if self.state == self.published && is_published_in(enforcement) {
+            return;
+        }
+        match enforcement.set.record().set_state(&self.state) {
+            Ok(()) => self.published = self.state.clone(),
+            Err(error) => debug!("{}", chain(&error)),
+        }
+    }
+
+    fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {
+        self.building = None;
+        self.sweep = None;
+        let Some(enforcement) = self.enforcement.take() else {
+            reporter.report(&Event::Stopped {
+                by,
+                after,
+                leaves: Leaves::Nothing,
+                record: None,
+            });
+            return;
+        };
+        let record = enforcement.set.record().clone();
+        if leaves == Leaves::Enforcement {
+            self.state.owner = None;
+            self.state.sweep.under_way = false;
+            self.state.parts.clear();
+            if let Err(error) = record.set_state(&self.state) {
+                debug!("{}", chain(&error));
+            }
+        }
+        if leaves == Leaves::Nothing
+            && let Err(error) = enforcement.attachment.detach()
+        {
+            error!("{}", chain(&error));
+        }
+        reporter.report(&Event::Stopped {
+            by,
+            after,
+            leaves,
+            record: Some(&record),
+        });
+    }
+}
+
+/// Takes a cgroup, from a running agent if that is wanted. An error where it
+/// cannot be told whether another one is there.
+fn own(
+    cgroup: &CgroupPath,
+    take_over: bool,
+) -> Result<(Result<Ownership, ownership::Error>, Option<Client>)> {
+    match Ownership::acquire(cgroup) {
+        Ok(ownership) => Ok((Ok(ownership), None)),
+        Err(taken @ ownership::Error::Taken { .. }) if take_over => {
+            let mut predecessor =
+                Client::connect(cgroup).context("asking the running agent to step aside")?;
+            let answer = predecessor
+                .ask(Request::StepAside)
+                .context("asking the running agent to step aside")?;
+            info!("taking over from agent {}", answer.pid);
+            Ok((Err(taken), Some(predecessor)))
+        }
+        Err(taken @ ownership::Error::Taken { .. }) => Err(taken.into()),
+        Err(error) => {
+            let error = anyhow::Error::new(error);
+            warn!("{error:#}; a second agent on {cgroup} would not notice this one");
+            match error.downcast() {
+                Ok(error) => Ok((Err(error), None)),
+                Err(error) => Err(error),
+            }
+        }
+    }
+}
+
+/// Whether the set in force is the one that the state was written to.
+fn is_published_in(enforcement: &Enforcement) -> bool {
+    let state = enforcement.set.record().state();
+    state.is_ok_and(|state| state.owner.is_some())
+}
+
+fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {
+    let logger = set
+        .logger()
+        .inspect_err(|error| warn!("{error}; refused options are counted and not reported"))
+        .ok()?;
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger keeps its descriptor open"
+    )]
+    let log = AsyncFd::with_interest(logger, Interest::READABLE);
+    log.inspect_err(|error| warn!("watching the log of the BPF program: {error}"))
+        .ok()
+}
+
+async fn flush(log: &mut AsyncFd<EbpfLogger<&'static dyn log::Log>>) -> Result<()> {
+    let mut guard = log
+        .readable_mut()
+        .await
+        .context("reading the log of the BPF program")?;
+    guard.get_inner_mut().flush();
+    guard.clear_ready();
+    Ok(())
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => pending().await,
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        debug!("telling the service manager: {error}");
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    datapath::chain(error)
+}
+
+fn seconds_since_1970() -> u64 {
+    datapath::now()
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn watch() -> Result<Self> {
+        let watch = |kind, name| signal(kind).with_context(|| format!("watching for {name}"));
+        Ok(Self {
+            interrupt: watch(SignalKind::interrupt(), "SIGINT")?,
+            terminate: watch(SignalKind::terminate(), "SIGTERM")?,
+            hangup: watch(SignalKind::hangup(), "SIGHUP")?,
+        })
+    }
+}

@@ -1,0 +1,175 @@
+//! Control socket: how a command asks a running agent for something. One request
+//! as a JSON line, one answer as a JSON line.
+//!
+//! The file is root's alone, in a directory that is root's alone.
+
+use std::{fs, io, os::unix::net::UnixStream as BlockingStream, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{UnixListener, UnixStream},
+    time::timeout,
+};
+
+use super::ownership;
+use crate::hierarchy::CgroupPath;
+
+/// What can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// Change nothing any more until the connection is closed or the next request
+    /// comes: another agent is about to take over.
+    StepAside,
+    /// The other agent has taken over: end, and leave enforcement to it.
+    TakenOver,
+    /// End, and take enforcement off the cgroup.
+    Detach,
+}
+
+/// What is answered.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Answer {
+    /// The agent's process id.
+    pub pid: u32,
+}
+
+/// A request that waits for its answer.
+#[derive(Debug)]
+pub struct Asked {
+    /// What was asked.
+    pub request: Request,
+    stream: BufReader<UnixStream>,
+}
+
+/// The end at which an agent is asked.
+#[derive(Debug)]
+pub struct Control {
+    listener: UnixListener,
+    path: std::path::PathBuf,
+}
+
+/// Longer requests are no requests.
+const LONGEST: usize = 4096;
+
+/// For a client that does not say what it wants.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl Control {
+    /// Listens for one who owns the cgroup.
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be made.
+    pub fn listen(cgroup: &CgroupPath) -> io::Result<Self> {
+        let path = ownership::socket_path(cgroup);
+        // That of an agent that is gone: this one holds the lock.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        Ok(Self { listener, path })
+    }
+
+    /// Waits for a request. May be dropped while it waits.
+    ///
+    /// # Errors
+    ///
+    /// When the socket does not work any more.
+    pub async fn asked(&self) -> io::Result<Asked> {
+        loop {
+            let (stream, _) = self.listener.accept().await?;
+            let mut stream = BufReader::new(stream);
+            if let Ok(Some(request)) = timeout(PATIENCE, read(&mut stream)).await {
+                return Ok(Asked { request, stream });
+            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Nobody can do anything about it.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Asked {
+    /// Answers.
+    ///
+    /// # Errors
+    ///
+    /// When whoever asked is gone.
+    pub async fn answer(&mut self) -> io::Result<()> {
+        let answer = Answer {
+            pid: std::process::id(),
+        };
+        let mut line = serde_json::to_vec(&answer)?;
+        line.push(b'\n');
+        match timeout(PATIENCE, self.stream.write_all(&line)).await {
+            Ok(written) => written,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// Waits for the next request of the same client; none when it is gone.
+    pub async fn next(&mut self) -> Option<Request> {
+        read(&mut self.stream).await
+    }
+}
+
+async fn read(stream: &mut BufReader<UnixStream>) -> Option<Request> {
+    let mut line = Vec::new();
+    loop {
+        let part = stream.fill_buf().await.ok()?;
+        if part.is_empty() || line.len() + part.len() > LONGEST {
+            return None;
+        }
+        let end = part.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(part.len(), |end| end + 1);
+        line.extend_from_slice(part.get(..taken)?);
+        stream.consume(taken);
+        if end.is_some() {
+            return serde_json::from_slice(&line).ok();
+        }
+    }
+}
+
+/// A command that asks an agent.
+#[derive(Debug)]
+pub struct Client {
+    stream: BlockingStream,
+}
+
+impl Client {
+    /// Connects to the agent of a cgroup.
+    ///
+    /// # Errors
+    ///
+    /// When none answers there.
+    pub fn connect(cgroup: &CgroupPath) -> io::Result<Self> {
+        /// An agent answers between two things that it does.
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let stream = BlockingStream::connect(ownership::socket_path(cgroup))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { stream })
+    }
+
+    /// Asks for something and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn ask(&mut self, request: Request) -> io::Result<Answer> {
+        use std::io::{BufRead as _, Write as _};
+        let mut line = serde_json::to_vec(&request)?;
+        line.push(b'\n');
+        self.stream.write_all(&line)?;
+        let mut answer = String::new();
+        io::BufReader::new(&self.stream).read_line(&mut answer)?;
+        Ok(serde_json::from_str(&answer)?)
+    }
+}

@@ -1,0 +1,216 @@
+//! Ownership: one agent for each cgroup at a time.
+//!
+//! A lock file says whether an agent lives, whatever pid namespace it is in; the
+//! kernel releases the lock however the agent ends. It is named by the path of
+//! the cgroup, which stays when the cgroup goes and comes.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, Read as _, Write as _},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use thiserror::Error;
+
+use crate::{datapath::Owner, hierarchy::CgroupPath};
+
+/// Where agents leave what others need to find them: gone with the boot, as
+/// cgroups are.
+pub const DIRECTORY: &str = "/run/keepalive";
+
+/// Why a cgroup cannot be owned.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Another agent has it.
+    #[error(
+        "agent {pid} enforces on {cgroup} already: stop it, or take over from it with --take-over"
+    )]
+    Taken {
+        /// Its process id, in its own pid namespace.
+        pid: u32,
+        /// The cgroup.
+        cgroup: CgroupPath,
+    },
+    /// The directory or file is somebody else's.
+    #[error("{path} is not used: {why}", path = path.display())]
+    Untrusted {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The lock cannot be made.
+    #[error("locking {path}", path = path.display())]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The lock of a cgroup. Dropping it lets another agent have it.
+#[derive(Debug)]
+pub struct Ownership {
+    _lock: File,
+}
+
+/// The name of an agent's files, from the path of its cgroup.
+fn name(cgroup: &CgroupPath) -> String {
+    // FNV-1a: paths may be longer than names can be.
+    let hash = cgroup
+        .as_bytes()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("{hash:016x}")
+}
+
+/// The file of an agent's control socket.
+#[must_use]
+pub fn socket_path(cgroup: &CgroupPath) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("{}.sock", name(cgroup)))
+}
+
+fn lock_path(cgroup: &CgroupPath) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("{}.lock", name(cgroup)))
+}
+
+/// Makes the directory, or checks the one that is there: nothing in one that
+/// others may write to can be believed.
+fn directory() -> Result<(), Error> {
+    let path = || PathBuf::from(DIRECTORY);
+    let made = DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(DIRECTORY);
+    let found = made.and_then(|()| fs::symlink_metadata(DIRECTORY));
+    let found = found.map_err(|source| Error::Lock {
+        path: path(),
+        source,
+    })?;
+    let why = if !found.is_dir() {
+        "it is not a directory"
+    } else if found.uid() != rustix::process::geteuid().as_raw() {
+        "it belongs to another user"
+    } else if found.mode() & 0o022 != 0 {
+        "others may write to it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Untrusted { path: path(), why })
+}
+
+/// Opens a file of an agent, never through a link and never waiting for whoever
+/// is at its other end.
+fn open_file(path: &Path, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file: OwnedFd = open(path, flags, Mode::RUSR | Mode::WUSR)?;
+    let file = File::from(file);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a plain file"));
+    }
+    Ok(file)
+}
+
+impl Ownership {
+    /// Takes the lock of a cgroup.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Taken`] when another agent has it.
+    pub fn acquire(cgroup: &CgroupPath) -> Result<Self, Error> {
+        directory()?;
+        let path = lock_path(cgroup);
+        let locking = |source| Error::Lock {
+            path: path.clone(),
+            source,
+        };
+        let mut lock = open_file(&path, OFlags::RDWR | OFlags::CREATE).map_err(locking)?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut text = String::new();
+                let _ = (&lock).take(32).read_to_string(&mut text);
+                return Err(Error::Taken {
+                    pid: text.trim().parse().unwrap_or(0),
+                    cgroup: cgroup.clone(),
+                });
+            }
+            Err(error) => return Err(locking(error.into())),
+        }
+        // What it says is for people; the lock is what counts.
+        let _ = lock
+            .set_len(0)
+            .and_then(|()| writeln!(lock, "{}", std::process::id()));
+        Ok(Self { _lock: lock })
+    }
+
+    /// Whether an agent has the lock of a cgroup. None where that cannot be told.
+    #[must_use]
+    pub fn is_taken(cgroup: &CgroupPath) -> Option<bool> {
+        directory().ok()?;
+        match open_file(&lock_path(cgroup), OFlags::RDONLY) {
+            Ok(lock) => Some(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
+            Err(_) => None,
+        }
+    }
+}
+
+/// This process.
+#[must_use]
+pub fn own() -> Owner {
+    let pid = std::process::id();
+    Owner {
+        pid,
+        started: started(pid).unwrap_or_default(),
+    }
+}
+
+/// Whether an agent that a policy set names lives.
+#[must_use]
+pub fn lives(owner: &Owner, cgroup: &CgroupPath) -> bool {
+    started(owner.pid) == Some(owner.started) || Ownership::is_taken(cgroup) == Some(true)
+}
+
+/// When a process was started, in clock ticks since boot (`starttime` in
+/// proc_pid_stat(5)).
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may hold anything, parentheses and spaces too.
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    let rest = str::from_utf8(stat.get(end + 1..)?).ok()?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_lives() {
+        let own = own();
+        assert_ne!(own.started, 0);
+        assert!(lives(&own, &"/no/such/cgroup".into()));
+        let gone = Owner {
+            started: own.started + 1,
+            ..own
+        };
+        assert!(!lives(&gone, &"/no/such/cgroup".into()));
+    }
+
+    #[test]
+    fn names_are_short_and_differ() {
+        let long = "/x".repeat(2000);
+        assert_eq!(name(&long.as_str().into()).len(), 16);
+        assert_ne!(name(&"/a".into()), name(&"/b".into()));
+    }
+}

@@ -1,0 +1,379 @@
+//! Description and state: what a policy set says of itself, and what its agent
+//! says of itself. Both are documents in maps that the set's program keeps alive,
+//! so they are there for as long as the set is in force, whatever became of the
+//! agent.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use aya::maps::{Array, Map, MapData};
+use aya_obj::generated::bpf_map_type;
+use keepalive_common::counters::Counters;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{
+    Error,
+    fault::{self, Operation},
+};
+use crate::{config::Config, hierarchy::Cgroup};
+
+/// Changes with whatever an agent of another build would misunderstand: the
+/// records of the maps that sets hand on, and these documents.
+pub(super) const SCHEMA: u32 = 1;
+
+/// Name of the map of the description. The kernel keeps 15 bytes of a name.
+pub(super) const DESCRIPTION: &str = "keepalive_set";
+
+/// Name of the map of the state.
+pub(super) const STATE: &str = "keepalive_state";
+
+/// Documents are cut into pieces of a page.
+const PIECE: usize = 4096;
+pub(super) type Piece = [u8; PIECE];
+
+/// The first piece begins with the length of the document and a checksum.
+const HEADER: usize = 8;
+
+/// What every schema has, to be read before the rest is understood.
+#[derive(Debug, Deserialize)]
+pub(super) struct Preamble {
+    pub(super) schema: u32,
+    pub(super) version: String,
+}
+
+/// What a policy set is. Written before the set is put in force and never changed.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Description {
+    /// How to understand it and the maps.
+    pub schema: u32,
+    /// Version of the agent that built it.
+    pub version: String,
+    /// Where it is attached.
+    pub root: Cgroup,
+    /// What it enforces.
+    pub config: Config,
+    /// The files that say so.
+    pub origin: Origin,
+    /// When it was built, in seconds since 1970.
+    pub built_at: u64,
+    /// Since when sets of this row have been in force without a gap, in seconds
+    /// since 1970.
+    pub enforced_since: u64,
+    /// Whose counters are in which slot.
+    pub(super) slots: Vec<(u32, Counted)>,
+    /// Maps of the set that others need.
+    pub(super) maps: MapIds,
+    /// The set before, whose counters are not final when this one is built.
+    pub(super) previous: Option<Previous>,
+    /// What was counted by the sets before that one.
+    pub(super) done: Vec<(Counted, Done)>,
+    /// What the kernel refused to those.
+    pub(super) refusals: Vec<Refusals>,
+}
+
+/// Ids of maps that outlive the agent.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(super) struct MapIds {
+    pub(super) counters: u32,
+    pub(super) swept: u32,
+    pub(super) failures: u32,
+    pub(super) originals: u32,
+    pub(super) state: u32,
+}
+
+/// What is left of the set before.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(super) struct Previous {
+    /// Id of its description.
+    pub(super) description: u32,
+    pub(super) maps: MapIds,
+    pub(super) slots: Vec<(u32, Counted)>,
+}
+
+/// The files that a config comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Origin {
+    /// None where the built-in policy stands in for it.
+    pub main: Option<PathBuf>,
+    /// The drop-ins, in the order in which they override.
+    pub drop_ins: Vec<PathBuf>,
+}
+
+/// Whose deeds are counted.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+pub struct Counted {
+    /// Name of the policy.
+    pub name: String,
+    /// Whether it did them, or would have, were it not in dry run.
+    pub enforced: bool,
+}
+
+/// What a policy did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Done {
+    /// To connections when they were established.
+    pub established: Counters,
+    /// To connections that were there already.
+    pub existing: Counters,
+}
+
+impl Done {
+    /// Adds what another set counted.
+    pub fn add(&mut self, other: &Self) {
+        self.established.add(&other.established);
+        self.existing.add(&other.existing);
+    }
+}
+
+/// An option that the kernel refused, and how often.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Refusals {
+    /// Name of the policy.
+    pub policy: String,
+    /// The option as the kernel's headers name it.
+    pub option: String,
+    /// The kernel's error number, positive.
+    pub errno: u32,
+    /// Number of refused calls.
+    pub count: u64,
+}
+
+impl std::fmt::Display for Refusals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let errno = i32::try_from(self.errno).unwrap_or(0);
+        write!(
+            f,
+            "policy {}: the kernel refused {} {} times: {}",
+            self.policy,
+            self.option,
+            self.count,
+            std::io::Error::from_raw_os_error(errno)
+        )
+    }
+}
+
+/// Adds to the refusals of the same policy and cause.
+pub(super) fn add_refusals(all: &mut Vec<Refusals>, more: Refusals) {
+    let same = all.iter_mut().find(|known| {
+        (&known.policy, &known.option, known.errno) == (&more.policy, &more.option, more.errno)
+    });
+    match same {
+        Some(known) => known.count += more.count,
+        None => all.push(more),
+    }
+}
+
+/// What the agent says of itself. Written whenever it changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct State {
+    /// The agent; none after it has left.
+    pub owner: Option<Owner>,
+    /// Whether every existing connection has been brought along since the set
+    /// came into force: what is left of the set before is not needed any more.
+    pub settled: bool,
+    /// How far bringing existing connections along has come.
+    pub sweep: Sweep,
+    /// The last time that the config was read, after the start.
+    pub reload: Option<Reload>,
+    /// What the agent consists of, and how each part fares.
+    pub parts: BTreeMap<String, Part>,
+}
+
+/// A running agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Owner {
+    /// Its process id, in its own pid namespace.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (/proc/PID/stat): ids are used
+    /// again.
+    pub started: u64,
+}
+
+/// How far a sweep has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Sweep {
+    /// Whether one is under way.
+    pub under_way: bool,
+    /// Connections that were looked at by the last one.
+    pub connections: u64,
+    /// Network namespaces that they are in.
+    pub namespaces: u64,
+    /// Connections that a change is still waiting for.
+    pub waiting: u64,
+    /// Namespaces that could not be swept.
+    pub missed: u64,
+}
+
+/// A reading of the config.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Reload {
+    /// When, in seconds since 1970.
+    pub at: u64,
+    /// What was wrong with it, so that the policy before it went on.
+    pub error: Option<String>,
+}
+
+/// A part of the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Part {
+    /// How it fares.
+    pub status: PartStatus,
+    /// Why, where it is not active.
+    pub reason: Option<String>,
+}
+
+/// How a part of the agent fares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PartStatus {
+    /// It does what it is for.
+    Active,
+    /// Nothing needs it.
+    Disabled,
+    /// It does not work.
+    Failed,
+}
+
+/// Seconds since 1970.
+#[must_use]
+pub fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// A map that somebody else keeps alive or is handed on.
+#[derive(Debug)]
+pub(super) struct MapHandle {
+    pub(super) fd: OwnedFd,
+    pub(super) id: u32,
+}
+
+impl MapHandle {
+    pub(super) fn of(map: &MapData) -> Result<Self, Error> {
+        const LOOKING: &str = "looking at a map";
+        let id = map.info().map_err(Error::map(LOOKING))?.id();
+        let fd = map.fd().as_fd().try_clone_to_owned();
+        Ok(Self {
+            fd: fd.map_err(Error::call(LOOKING))?,
+            id,
+        })
+    }
+}
+
+/// A document in a map.
+pub(super) struct Document {
+    pieces: Array<MapData, Piece>,
+    pub(super) handle: MapHandle,
+}
+
+impl Document {
+    /// Makes the map for one of this many bytes.
+    pub(super) fn create(name: &'static str, bytes: usize) -> Result<Self, Error> {
+        fault::point(Operation::CreateMaps).map_err(Error::call("creating a map"))?;
+        let pieces = u32::try_from((bytes + HEADER).div_ceil(PIECE)).unwrap_or(u32::MAX);
+        let shape = aya_obj::Map::new_from_params(
+            bpf_map_type::BPF_MAP_TYPE_ARRAY as u32,
+            4,
+            4096,
+            pieces,
+            0,
+        );
+        let data = MapData::create(shape, name, None)
+            .map_err(Error::map(format!("creating map {name}")))?;
+        Self::open(data)
+    }
+
+    /// The document in a map that exists.
+    pub(super) fn open(map: MapData) -> Result<Self, Error> {
+        let handle = MapHandle::of(&map)?;
+        let pieces = Map::Array(map)
+            .try_into()
+            .map_err(Error::map("using the map of a document"))?;
+        Ok(Self { pieces, handle })
+    }
+
+    /// Writes the document. One that is longer than the map is an error.
+    pub(super) fn write(&mut self, document: &impl Serialize) -> Result<(), Error> {
+        const WRITING: &str = "writing what the policy set says of itself";
+        let text =
+            serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))?;
+        let room = self.pieces.len() as usize * PIECE - HEADER;
+        if text.len() > room {
+            return Err(Error::TooMany {
+                what: "bytes of state",
+                count: text.len(),
+                limit: u32::try_from(room).unwrap_or(u32::MAX),
+            });
+        }
+        let header = header(&text);
+        let bytes: Vec<u8> = header.into_iter().chain(text).collect();
+        for (index, part) in (0..).zip(bytes.chunks(PIECE)) {
+            let mut piece = [0; PIECE];
+            for (to, from) in piece.iter_mut().zip(part) {
+                *to = *from;
+            }
+            fault::point(Operation::WriteMap).map_err(Error::call(WRITING))?;
+            self.pieces
+                .set(index, piece, 0)
+                .map_err(Error::map(WRITING))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the document.
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
+        /// A writer may be half-way through a document that changes.
+        const TRIES: u32 = 5;
+        let mut wrong = String::new();
+        for _ in 0..TRIES {
+            let bytes = self.bytes()?;
+            let (found, text) = bytes.split_at(HEADER.min(bytes.len()));
+            if found != header(text) {
+                "it is being written".clone_into(&mut wrong);
+                continue;
+            }
+            match serde_json::from_slice(text) {
+                Ok(document) => return Ok(document),
+                Err(error) => wrong = error.to_string(),
+            }
+        }
+        Err(Error::Description(wrong))
+    }
+
+    /// Header and text.
+    fn bytes(&self) -> Result<Vec<u8>, Error> {
+        const READING: &str = "reading what the policy set says of itself";
+        let mut bytes = Vec::new();
+        for index in 0..self.pieces.len() {
+            let piece = self.pieces.get(&index, 0).map_err(Error::map(READING))?;
+            bytes.extend(piece);
+            let length = bytes.first_chunk().copied().map_or(0, u32::from_le_bytes);
+            let end = HEADER.saturating_add(length as usize);
+            if bytes.len() >= end {
+                bytes.truncate(end);
+                break;
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// The length of a text and a checksum (FNV-1a): a document is longer than what
+/// the kernel copies at once.
+fn header(text: &[u8]) -> [u8; HEADER] {
+    let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
+    let sum = text.iter().fold(0x811c_9dc5_u32, |sum, byte| {
+        (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    });
+    let mut header = [0; HEADER];
+    let bytes = length.to_le_bytes().into_iter().chain(sum.to_le_bytes());
+    for (to, from) in header.iter_mut().zip(bytes) {
+        *to = from;
+    }
+    header
+}

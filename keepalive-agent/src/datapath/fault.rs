@@ -1,0 +1,89 @@
+//! Fault injection: every call to the kernel that changes something passes here,
+//! and can be made to fail in tests.
+//!
+//! Without the feature `fault-injection` nothing of this is in the program.
+
+use std::io;
+
+/// A call to the kernel that changes something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// The maps of an object are made.
+    CreateMaps,
+    /// A program is loaded.
+    LoadProgram,
+    /// An element of a map is written or removed.
+    WriteMap,
+    /// A map is bound to a program.
+    BindMap,
+    /// A program is attached.
+    LinkCreate,
+    /// The program under a link is replaced.
+    LinkUpdate,
+    /// A link is taken off.
+    LinkDetach,
+    /// A link is pinned.
+    Pin,
+    /// A pin is removed.
+    Unpin,
+}
+
+/// Fails where a test wants this call to fail.
+///
+/// # Errors
+///
+/// ENOMEM, if so armed.
+#[cfg(not(feature = "fault-injection"))]
+#[expect(clippy::unnecessary_wraps, reason = "it fails in tests")]
+#[inline]
+pub(super) const fn point(_: Operation) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(feature = "fault-injection")]
+pub use armed::{arm, calls, point};
+
+#[cfg(feature = "fault-injection")]
+mod armed {
+    use std::{
+        io,
+        sync::{
+            Mutex, PoisonError,
+            atomic::{AtomicI64, AtomicU64, Ordering},
+        },
+    };
+
+    use super::Operation;
+
+    /// Calls until one fails; negative where none is to.
+    static COUNTDOWN: AtomicI64 = AtomicI64::new(-1);
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    static FAILED: Mutex<Option<Operation>> = Mutex::new(None);
+
+    /// Lets the call fail that comes after so many others, once; tells which one
+    /// failed since the last time.
+    pub fn arm(after: Option<u32>) -> Option<Operation> {
+        COUNTDOWN.store(after.map_or(-1, i64::from), Ordering::SeqCst);
+        FAILED.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// How many calls there were so far.
+    #[must_use]
+    pub fn calls() -> u64 {
+        CALLS.load(Ordering::SeqCst)
+    }
+
+    /// Fails where a test wants this call to fail.
+    ///
+    /// # Errors
+    ///
+    /// ENOMEM, if so armed.
+    pub fn point(operation: Operation) -> io::Result<()> {
+        CALLS.fetch_add(1, Ordering::SeqCst);
+        if COUNTDOWN.fetch_sub(1, Ordering::SeqCst) != 0 {
+            return Ok(());
+        }
+        *FAILED.lock().unwrap_or_else(PoisonError::into_inner) = Some(operation);
+        Err(io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+}

@@ -1,0 +1,508 @@
+//! Loaded set: a policy set in the kernel, built whole before anything goes by it.
+//!
+//! Its programs and maps are its own; only what must outlive it is shared with
+//! the set before: the originals, and the counters for as long as they still
+//! count. Dropping a set that was not put in force leaves nothing behind.
+
+use std::{
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+};
+
+use aya::{
+    Ebpf,
+    maps::{
+        Array, HashMap, Map, MapData, MapError,
+        lpm_trie::{Key, LpmTrie},
+    },
+    programs::SockOps,
+};
+use aya_log::EbpfLogger;
+use keepalive_common::{
+    policy::Policy,
+    slot::{Claim, Found, PortKey, RemoteKey, Step},
+    sweep::Pass,
+};
+
+use super::{
+    Error, create,
+    description::{
+        Counted, Description, Document, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
+        now,
+    },
+    fault::{self, Operation},
+    map, program, refused,
+    set_record::{CounterMaps, SetRecord, data},
+    sweeper::Sweeper,
+    syscalls, take_map,
+};
+use crate::{
+    VERSION,
+    assignment::Assignment,
+    config::Config,
+    hierarchy::Cgroup,
+    kernel::layout::Kernel,
+    policy_set::{Mark, PolicySet, Sizes},
+};
+
+/// Everything that a set is built from.
+#[derive(Clone, Copy)]
+pub struct Blueprint<'a> {
+    /// The running kernel.
+    pub kernel: &'a Kernel,
+    /// The cgroup to attach to.
+    pub root: &'a Cgroup,
+    /// What is to be enforced.
+    pub config: &'a Config,
+    /// The files that say so.
+    pub origin: &'a Origin,
+    /// The same, for the cgroups that exist.
+    pub assignment: &'a Assignment,
+    /// What connections may still have values of.
+    pub before: Option<&'a Assignment>,
+    /// The set in force, whose counters and originals are handed on.
+    pub previous: Option<&'a SetRecord>,
+}
+
+/// A policy set in the kernel.
+pub struct LoadedSet {
+    records: PolicySet,
+    program: OwnedFd,
+    cgroups: HashMap<MapData, u64, Claim>,
+    policies: Array<MapData, Policy>,
+    steps: Array<MapData, Step>,
+    remotes: LpmTrie<MapData, RemoteKey, Found>,
+    ports: LpmTrie<MapData, PortKey, u32>,
+    generation: Array<MapData, u64>,
+    record: Arc<SetRecord>,
+    sweeper: Sweeper,
+    verified_instructions: Option<u32>,
+}
+
+/// How many records the maps of a set have room for: what there is, and some for
+/// cgroups that are made later.
+#[derive(Clone, Copy, Debug)]
+struct Capacity {
+    slots: u32,
+    steps: u32,
+    remotes: u32,
+    ports: u32,
+    cgroups: u32,
+}
+
+/// More than this the kernel's memory should not go into: 64 MiB for the buckets
+/// of cgroups, as much again for prefixes.
+const MOST: u32 = 1 << 22;
+
+impl Capacity {
+    fn of(sizes: &Sizes) -> Result<Self, Error> {
+        /// Room for cgroups that come later costs 16 bytes each until they do.
+        const CGROUPS: u32 = 1 << 15;
+        const STEPS: u32 = 1 << 10;
+        /// Prefixes are allocated as they come.
+        const PREFIXES: u32 = 1 << 20;
+        let fit = |what, count: usize, least: u32| {
+            let count = u32::try_from(count)
+                .ok()
+                .filter(|count| *count <= MOST / 2)
+                .ok_or(Error::TooMany {
+                    what,
+                    count,
+                    limit: MOST / 2,
+                })?;
+            Ok::<_, Error>((count * 2).max(least))
+        };
+        Ok(Self {
+            slots: sizes.slots,
+            steps: fit("cgroups with different rules", sizes.steps as usize, STEPS)?,
+            remotes: fit("networks in rules", sizes.remotes, PREFIXES)?,
+            ports: fit("ranges of ports in rules", sizes.ports, PREFIXES)?,
+            cgroups: fit("cgroups with a policy", sizes.cgroups, CGROUPS)?,
+        })
+    }
+}
+
+/// A prefix of addresses in some rules.
+const fn remote_key(rules: u32, address: u128, length: u8) -> Key<RemoteKey> {
+    let key = RemoteKey::new(rules, address.to_be_bytes());
+    Key::new(RemoteKey::bits(length), key)
+}
+
+/// A prefix of ports in some table.
+const fn port_key(table: u32, port: u16, length: u8) -> Key<PortKey> {
+    Key::new(PortKey::bits(length), PortKey::new(table, port))
+}
+
+/// Writes to a map, where tests let it.
+fn write(
+    doing: &str,
+    what: &'static str,
+    limit: u32,
+    write: impl FnOnce() -> Result<(), MapError>,
+) -> Result<(), Error> {
+    fault::point(Operation::WriteMap).map_err(Error::call(doing))?;
+    match write() {
+        Err(MapError::SyscallError(error))
+            if matches!(
+                error.io_error.raw_os_error(),
+                Some(libc::E2BIG | libc::ENOSPC)
+            ) =>
+        {
+            Err(Error::Full { what, limit })
+        }
+        Err(MapError::OutOfBounds { .. }) => Err(Error::Full { what, limit }),
+        other => other.map_err(Error::map(doing)),
+    }
+}
+
+impl LoadedSet {
+    /// Builds a set: its maps filled, its program loaded, its description
+    /// written. Nothing goes by it yet.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the program or a map, or it does not all fit;
+    /// nothing is left then.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.15.
+    pub fn build(blueprint: &Blueprint<'_>) -> Result<Self, Error> {
+        let records = PolicySet::new(blueprint.before, blueprint.assignment)?;
+        let capacity = Capacity::of(&records.sizes())?;
+        let sizes = [
+            (map::CGROUPS, capacity.cgroups),
+            (map::POLICIES, capacity.slots),
+            (map::COUNTERS, capacity.slots),
+            (map::SWEPT, capacity.slots),
+            (map::STEPS, capacity.steps),
+            (map::REMOTES, capacity.remotes),
+            (map::PORTS, capacity.ports),
+            // The least there can be: nobody reads it here.
+            (map::EVENTS, 1),
+        ];
+        let mut ebpf = create(&blueprint.kernel.layout, &sizes)?;
+        let originals = share_originals(&ebpf, blueprint.previous)?;
+        let program = load(&mut ebpf)?;
+        let verified_instructions = verified_instructions(&mut ebpf);
+        let pass: Array<MapData, Pass> = take_map(&mut ebpf, map::PASS)?;
+        let slots: Vec<_> = records
+            .policies(Mark::START)
+            .map(|(slot, counted)| {
+                let whose = Counted {
+                    name: counted.name.clone(),
+                    enforced: counted.policy.is_enforced(),
+                };
+                (slot, whose)
+            })
+            .collect();
+        let counters = CounterMaps::new(
+            take(&mut ebpf, map::COUNTERS)?,
+            take(&mut ebpf, map::SWEPT)?,
+            take(&mut ebpf, map::FAILURES)?,
+            slots,
+        )?;
+        let mut set = Self {
+            records,
+            cgroups: take_map(&mut ebpf, map::CGROUPS)?,
+            policies: take_map(&mut ebpf, map::POLICIES)?,
+            steps: take_map(&mut ebpf, map::STEPS)?,
+            remotes: take_map(&mut ebpf, map::REMOTES)?,
+            ports: take_map(&mut ebpf, map::PORTS)?,
+            generation: take_map(&mut ebpf, map::GENERATION)?,
+            record: Arc::new(record(blueprint, counters, originals)?),
+            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel),
+            program,
+            verified_instructions,
+        };
+        set.fill()?;
+        set.keep_alive(blueprint.previous)?;
+        Ok(set)
+    }
+
+    /// Writes all records.
+    fn fill(&mut self) -> Result<(), Error> {
+        self.write_records(Mark::START)?;
+        let limit = MOST;
+        for (cgroup, claim) in self.records.claims() {
+            let doing = format!("telling the kernel the policy of cgroup {}", cgroup.path);
+            write(&doing, "cgroups", limit, || {
+                self.cgroups.insert(cgroup.id, claim, 0)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the records since a mark, to which no claim leads yet.
+    fn write_records(&mut self, since: Mark) -> Result<(), Error> {
+        const REMOTE: &str = "telling the kernel which remote ends policies are for";
+        let limit = self.policies.len();
+        for (slot, counted) in self.records.policies(since) {
+            let doing = format!("writing policy {} to the kernel", counted.name);
+            write(&doing, "policies", limit, || {
+                self.policies.set(slot, counted.policy, 0)
+            })?;
+        }
+        for (table, port, length, slot) in self.records.ports(since) {
+            write(REMOTE, "ranges of ports", MOST, || {
+                self.ports.insert(&port_key(table, port, length), slot, 0)
+            })?;
+        }
+        for (rules, address, length, found) in self.records.remotes(since) {
+            write(REMOTE, "networks", MOST, || {
+                let key = remote_key(rules, address, length);
+                self.remotes.insert(&key, found, 0)
+            })?;
+        }
+        let limit = self.steps.len();
+        for (number, step) in self.records.steps(since) {
+            write(REMOTE, "cgroups with different rules", limit, || {
+                self.steps.set(number, step, 0)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Lets the program keep alive what the agent and others need beside it.
+    fn keep_alive(&self, previous: Option<&SetRecord>) -> Result<(), Error> {
+        const BINDING: &str = "binding maps to the program";
+        let program = self.program.as_fd();
+        for map in self.record.handles() {
+            syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
+        }
+        let documents = [
+            Some(&self.record.document),
+            previous.map(|set| &set.document),
+        ];
+        for document in documents.into_iter().flatten() {
+            syscalls::bind_map(program, &document.fd).map_err(Error::call(BINDING))?;
+        }
+        self.record
+            .bind_state(program)
+            .map_err(Error::call(BINDING))
+    }
+
+    /// Gives a cgroup that was made after the set was built what these policies of
+    /// the assignment, by index, claim it for; whether it was not known yet.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more: the cgroup goes by the policy above it, and the
+    /// set is as it was. [`Error::is_full`] says that a new set would do.
+    pub fn add_cgroup(&mut self, made: &Cgroup, policies: &[usize]) -> Result<bool, Error> {
+        let mark = self.records.mark();
+        let Some(new) = self.records.claim_for(made, policies)? else {
+            return Ok(false);
+        };
+        let doing = format!("telling the kernel the policy of cgroup {}", made.path);
+        let written = self.write_records(mark).and_then(|()| {
+            write(&doing, "cgroups", MOST, || {
+                self.cgroups.insert(made.id, new.claim, 0)
+            })
+        });
+        if let Err(error) = written {
+            self.records.abandon(mark);
+            return Err(error);
+        }
+        self.records.add(&new);
+        self.begin_generation()?;
+        Ok(true)
+    }
+
+    /// Forgets a cgroup that is gone.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn remove_cgroup(&mut self, gone: &Cgroup) -> Result<(), Error> {
+        if !self.records.has_claim_of(gone) {
+            return Ok(());
+        }
+        let doing = format!("forgetting the policy of cgroup {}", gone.path);
+        fault::point(Operation::WriteMap).map_err(Error::call(&doing))?;
+        match self.cgroups.remove(&gone.id) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(Error::map(doing)(error)),
+        }
+        self.records.remove(gone);
+        Ok(())
+    }
+
+    /// Makes new connections look for their claim again: until here they may go by
+    /// what was found for their cgroup before the last writes.
+    fn begin_generation(&mut self) -> Result<(), Error> {
+        /// Odd, so that no number comes twice, and without a pattern, so that two
+        /// numbers do not differ like two claims.
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+        const TELLING: &str = "telling the programs that claims have changed";
+        let generation = self.generation.get(&0, 0).map_err(Error::map(TELLING))?;
+        // Whoever sees the new number sees what was written before it.
+        fence(Ordering::SeqCst);
+        self.generation
+            .set(0, generation.wrapping_add(STEP), 0)
+            .map_err(Error::map(TELLING))
+    }
+
+    /// The program to attach.
+    #[must_use]
+    pub const fn program(&self) -> &OwnedFd {
+        &self.program
+    }
+
+    /// What the set says of itself, and counts.
+    #[must_use]
+    pub const fn record(&self) -> &Arc<SetRecord> {
+        &self.record
+    }
+
+    /// What brings its policies to existing connections.
+    #[must_use]
+    pub const fn sweeper(&self) -> &Sweeper {
+        &self.sweeper
+    }
+
+    /// How many instructions the verifier went through to accept the program, of
+    /// the million that it allows; none where the kernel does not tell.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 5.16, to tell.
+    #[must_use]
+    pub const fn verified_instructions(&self) -> Option<u32> {
+        self.verified_instructions
+    }
+
+    /// What the program logs, to be flushed whenever it becomes readable.
+    ///
+    /// # Errors
+    ///
+    /// When the object has no log.
+    pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>, Error> {
+        self.sweeper.with_ebpf(|ebpf| {
+            EbpfLogger::init(ebpf).map_err(|error| Error::Kernel(error.to_string()))
+        })
+    }
+}
+
+/// Has the programs of a new set keep originals where those of the set before do.
+fn share_originals(ebpf: &Ebpf, previous: Option<&SetRecord>) -> Result<MapHandle, Error> {
+    const SHARING: &str = "sharing the originals with the set before";
+    let name = map::ORIGINALS;
+    let own = ebpf.map(name).ok_or(Error::Missing { kind: "map", name })?;
+    let own = data(own)?;
+    if let Some(previous) = previous {
+        syscalls::redirect(own.fd().as_fd(), previous.originals.fd.as_fd())
+            .map_err(Error::call(SHARING))?;
+    }
+    MapHandle::of(own)
+}
+
+/// Loads the program for new connections.
+fn load(ebpf: &mut Ebpf) -> Result<OwnedFd, Error> {
+    let name = program::ESTABLISHED;
+    fault::point(Operation::LoadProgram).map_err(|error| refused(name, error))?;
+    let program = established(ebpf)?;
+    program.load().map_err(|error| refused(name, error))?;
+    let fd = program.fd().map_err(|error| refused(name, error))?;
+    fd.as_fd()
+        .try_clone_to_owned()
+        .map_err(Error::call("keeping the program"))
+}
+
+fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps, Error> {
+    let missing = Error::Missing {
+        kind: "program",
+        name: program::ESTABLISHED,
+    };
+    let program = ebpf.program_mut(program::ESTABLISHED);
+    program
+        .and_then(|program| program.try_into().ok())
+        .ok_or(missing)
+}
+
+fn verified_instructions(ebpf: &mut Ebpf) -> Option<u32> {
+    let info = established(ebpf).ok()?.info().ok()?;
+    info.verified_instruction_count()
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, Error> {
+    ebpf.take_map(name)
+        .ok_or(Error::Missing { kind: "map", name })
+}
+
+/// Writes what the set says of itself.
+fn record(
+    blueprint: &Blueprint<'_>,
+    own: CounterMaps,
+    originals: MapHandle,
+) -> Result<SetRecord, Error> {
+    /// A page: what an agent says of itself is short.
+    const STATE_SIZE: usize = 4000;
+    let mut state = Document::create(STATE, STATE_SIZE)?;
+    state.write(&State::default())?;
+    let [counters, swept, failures] = &own.handles;
+    let maps = MapIds {
+        counters: counters.id,
+        swept: swept.id,
+        failures: failures.id,
+        originals: originals.id,
+        state: state.handle.id,
+    };
+    let previous = blueprint.previous.map(|set| Previous {
+        description: set.document.id,
+        maps: MapIds {
+            counters: set.description.maps.counters,
+            swept: set.description.maps.swept,
+            failures: set.description.maps.failures,
+            originals: set.description.maps.originals,
+            state: set.state_id(),
+        },
+        slots: set.own.slots.clone(),
+    });
+    let (done, refusals) = match blueprint.previous {
+        Some(set) => set.final_done()?,
+        None => Default::default(),
+    };
+    let built_at = now();
+    let description = Description {
+        schema: SCHEMA,
+        version: VERSION.to_owned(),
+        root: blueprint.root.clone(),
+        config: blueprint.config.clone(),
+        origin: blueprint.origin.clone(),
+        built_at,
+        enforced_since: blueprint
+            .previous
+            .map_or(built_at, |set| set.description.enforced_since),
+        slots: own.slots.clone(),
+        maps,
+        previous,
+        done,
+        refusals,
+    };
+    let size = serde_json::to_vec(&description)
+        .map_err(|error| Error::Description(error.to_string()))?
+        .len();
+    let mut document = Document::create(super::description::DESCRIPTION, size)?;
+    document.write(&description)?;
+    Ok(SetRecord::new(
+        description,
+        document.handle,
+        state,
+        own,
+        blueprint.previous.map(|set| set.own.clone()),
+        originals,
+    ))
+}
+
+impl std::fmt::Debug for LoadedSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadedSet")
+            .field("program", &self.program.as_raw_fd())
+            .field("sizes", &self.records.sizes())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,227 @@
+//! Pins: names in a BPF file system by which enforcement outlives the agent.
+//!
+//! One directory for each cgroup that something is attached to, named by the
+//! cgroup's id, with the link in it. A link keeps its program, and a program its
+//! maps, so this one name is all there is: it cannot be half there.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::statfs,
+    mount::{MountFlags, mount},
+};
+
+use super::{
+    Error,
+    fault::{self, Operation},
+    syscalls,
+};
+
+/// Where BPF file systems are mounted.
+const BPF_FS: &str = "/sys/fs/bpf";
+
+/// `BPF_FS_MAGIC` in include/uapi/linux/magic.h.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The name of the link.
+const LINK: &str = "link";
+
+/// A directory of pins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinDirectory {
+    path: PathBuf,
+}
+
+impl PinDirectory {
+    /// Where pins are kept when nobody says otherwise.
+    pub const DEFAULT: &'static str = "/sys/fs/bpf/keepalive";
+
+    /// A directory to pin in; it is made where it is missing, and the BPF file
+    /// system mounted where that is missing at its usual place.
+    ///
+    /// # Errors
+    ///
+    /// When there is no BPF file system, or the directory is not this user's
+    /// alone.
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        mount_where_missing(path)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        made.map_err(Error::call(format!(
+            "making {} to pin in: enforcement would end with this agent",
+            path.display()
+        )))?;
+        Self::open(path)?.ok_or_else(|| Error::Untrusted {
+            path: path.to_owned(),
+            why: "it was removed while it was looked at".to_owned(),
+        })
+    }
+
+    /// The same for one who only looks; none where there is no such directory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::create`].
+    pub fn open(path: &Path) -> Result<Option<Self>, Error> {
+        let untrusted = |why: String| Error::Untrusted {
+            path: path.to_owned(),
+            why,
+        };
+        let found = match fs::symlink_metadata(path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                let looking = format!("looking at {}", path.display());
+                return Err(Error::call(looking)(error));
+            }
+        };
+        if !found.is_dir() {
+            return Err(untrusted("it is not a directory".to_owned()));
+        }
+        if !is_bpf_fs(path) {
+            return Err(untrusted(format!(
+                "it is not in a BPF file system; name one below {BPF_FS}, or mount one there: \
+                 mount -t bpf bpf {BPF_FS}"
+            )));
+        }
+        let own = rustix::process::geteuid().as_raw();
+        if found.uid() != own {
+            return Err(untrusted(format!(
+                "it belongs to user {}; remove it, or name another directory",
+                found.uid()
+            )));
+        }
+        if found.mode() & 0o022 != 0 {
+            return Err(untrusted(format!(
+                "others may write to it (mode {:o}): chmod go-w {}",
+                found.mode() & 0o7777,
+                path.display()
+            )));
+        }
+        Ok(Some(Self {
+            path: path.to_owned(),
+        }))
+    }
+
+    /// The path of the directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn directory_of(&self, cgroup: u64) -> PathBuf {
+        self.path.join(cgroup.to_string())
+    }
+
+    /// Pins the link of a cgroup.
+    pub(super) fn pin(&self, link: impl AsFd, cgroup: u64) -> Result<(), Error> {
+        let directory = self.directory_of(cgroup);
+        let pinning = |error| {
+            let doing = format!("pinning the link in {}", directory.display());
+            Error::call(doing)(error)
+        };
+        match DirBuilder::new().mode(0o700).create(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(pinning(error));
+            }
+            _ => {}
+        }
+        syscalls::pin(link, &directory.join(LINK)).map_err(|error| {
+            // Only if it is empty.
+            let _ = fs::remove_dir(&directory);
+            pinning(error)
+        })
+    }
+
+    /// The link that is pinned for a cgroup.
+    pub(super) fn link(&self, cgroup: u64) -> Result<Option<OwnedFd>, Error> {
+        let path = self.directory_of(cgroup).join(LINK);
+        match syscalls::pinned(&path) {
+            Ok(link) => Ok(Some(link)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::call(format!("opening {}", path.display()))(error)),
+        }
+    }
+
+    /// Removes the pin of a cgroup, if there is one.
+    pub(super) fn unpin(&self, cgroup: u64) -> Result<(), Error> {
+        let directory = self.directory_of(cgroup);
+        let removing = || Error::call(format!("removing the pins in {}", directory.display()));
+        fault::point(Operation::Unpin).map_err(removing())?;
+        for removed in [
+            fs::remove_file(directory.join(LINK)),
+            fs::remove_dir(&directory),
+        ] {
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(removing()(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the pins of cgroups that are gone, and empty directories that a start
+    /// left which was cut off.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be looked at or removed.
+    pub fn remove_stale(&self) -> Result<(), Error> {
+        const LOOKING: &str = "looking at a pinned link";
+        for cgroup in self.cgroups()? {
+            let is_stale = match self.link(cgroup)? {
+                None => true,
+                Some(link) => syscalls::cgroup_link(link)
+                    .map_err(Error::call(LOOKING))?
+                    .is_some_and(|found| found.cgroup == 0),
+            };
+            if is_stale {
+                self.unpin(cgroup)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The ids of the cgroups that there are pins for.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read.
+    pub fn cgroups(&self) -> Result<Vec<u64>, Error> {
+        let reading = || Error::call(format!("reading {}", self.path.display()));
+        let mut cgroups = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(reading())? {
+            let name = entry.map_err(reading())?.file_name();
+            cgroups.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+        }
+        Ok(cgroups)
+    }
+}
+
+fn is_bpf_fs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.f_type == BPF_FS_MAGIC)
+}
+
+fn mount_where_missing(path: &Path) -> Result<(), Error> {
+    let at = Path::new(BPF_FS);
+    if !path.starts_with(at) || is_bpf_fs(at) {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("bpf", at, "bpf", flags, None)
+        .map_err(io::Error::from)
+        .map_err(Error::call(format!(
+            "no BPF file system is mounted at {BPF_FS}, and mounting one failed: enforcement \
+             cannot outlive the agent without one; run it without --pin, or mount one before: \
+             mount -t bpf bpf {BPF_FS}"
+        )))
+}

@@ -1,0 +1,362 @@
+//! Set record: a policy set in the kernel as anybody can read it, whether its
+//! agent runs or not.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuHashMap};
+use keepalive_common::{
+    counters::{Counters, Failure, FailureKey, SocketOption},
+    slot::UNCLAIMED,
+};
+
+use super::{
+    Error,
+    description::{
+        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Preamble, Refusals,
+        SCHEMA, State, add_refusals,
+    },
+    syscalls,
+};
+use crate::assignment;
+
+/// A policy set in the kernel: what it says of itself, and what it counts.
+pub struct SetRecord {
+    /// What the set is.
+    pub description: Description,
+    pub(super) document: MapHandle,
+    state: Mutex<Document>,
+    pub(super) own: Arc<CounterMaps>,
+    pub(super) previous: Option<Arc<CounterMaps>>,
+    pub(super) originals: MapHandle,
+}
+
+/// What policies did, and what the kernel refused.
+type Totals = (Vec<(Counted, Done)>, Vec<Refusals>);
+
+/// What one set counts.
+pub(super) struct CounterMaps {
+    pub(super) counters: PerCpuArray<MapData, Counters>,
+    pub(super) swept: PerCpuArray<MapData, Counters>,
+    pub(super) failures: PerCpuHashMap<MapData, FailureKey, Failure>,
+    /// Descriptors, to keep the maps alive by the program of another set.
+    pub(super) handles: [MapHandle; 3],
+    pub(super) slots: Vec<(u32, Counted)>,
+}
+
+impl CounterMaps {
+    pub(super) fn new(
+        counters: Map,
+        swept: Map,
+        failures: Map,
+        slots: Vec<(u32, Counted)>,
+    ) -> Result<Self, Error> {
+        let handles = [
+            MapHandle::of(data(&counters)?)?,
+            MapHandle::of(data(&swept)?)?,
+            MapHandle::of(data(&failures)?)?,
+        ];
+        let using = || Error::map("using a map of counters");
+        Ok(Self {
+            counters: counters.try_into().map_err(using())?,
+            swept: swept.try_into().map_err(using())?,
+            failures: failures.try_into().map_err(using())?,
+            handles,
+            slots,
+        })
+    }
+
+    fn open(ids: &MapIds, slots: Vec<(u32, Counted)>) -> Result<Self, Error> {
+        Self::new(
+            Map::PerCpuArray(by_id(ids.counters)?),
+            Map::PerCpuArray(by_id(ids.swept)?),
+            Map::PerCpuHashMap(by_id(ids.failures)?),
+            slots,
+        )
+    }
+
+    fn done_in(&self, slot: u32) -> Result<Done, Error> {
+        Ok(Done {
+            established: sum(&self.counters, slot)?,
+            existing: sum(&self.swept, slot)?,
+        })
+    }
+
+    /// What each policy did under this set.
+    fn done(&self) -> Result<Vec<(Counted, Done)>, Error> {
+        let mut done = Vec::with_capacity(self.slots.len());
+        for (slot, whose) in &self.slots {
+            done.push((whose.clone(), self.done_in(*slot)?));
+        }
+        let unclaimed = self.done_in(UNCLAIMED)?;
+        if unclaimed.established.seen > 0 {
+            let whose = Counted {
+                name: assignment::UNCLAIMED.to_owned(),
+                enforced: true,
+            };
+            done.push((whose, unclaimed));
+        }
+        Ok(done)
+    }
+
+    fn refusals(&self) -> Result<Vec<Refusals>, Error> {
+        const READING: &str = "reading what the kernel refused";
+        let mut refusals = Vec::new();
+        for entry in &self.failures {
+            let (key, of_cpus) = entry.map_err(Error::map(READING))?;
+            let whose = self.slots.iter().find(|(slot, _)| *slot == key.slot);
+            let name = whose.map_or(assignment::UNCLAIMED, |(_, counted)| &counted.name);
+            let more = Refusals {
+                policy: name.to_owned(),
+                option: SocketOption::from_number(key.option)
+                    .map_or("unknown", SocketOption::name)
+                    .to_owned(),
+                errno: key.errno,
+                count: of_cpus.iter().map(|failure| failure.count).sum(),
+            };
+            add_refusals(&mut refusals, more);
+        }
+        Ok(refusals)
+    }
+}
+
+/// A slot's counters, all CPUs together.
+fn sum(counters: &PerCpuArray<MapData, Counters>, slot: u32) -> Result<Counters, Error> {
+    let mut sum = Counters::default();
+    let of_cpus = counters
+        .get(&slot, 0)
+        .map_err(Error::map("reading the counters"))?;
+    for of_cpu in of_cpus.iter() {
+        sum.add(of_cpu);
+    }
+    Ok(sum)
+}
+
+fn by_id(id: u32) -> Result<MapData, Error> {
+    MapData::from_id(id).map_err(Error::map(format!("opening map {id}")))
+}
+
+/// What a map is, whatever its type.
+pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
+    match map {
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::PerCpuHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::SkStorage(data) => Ok(data),
+        _ => Err(Error::Description("a map is of an unknown type".to_owned())),
+    }
+}
+
+impl SetRecord {
+    /// For a set that has just been built.
+    pub(super) fn new(
+        description: Description,
+        document: MapHandle,
+        state: Document,
+        own: CounterMaps,
+        previous: Option<Arc<CounterMaps>>,
+        originals: MapHandle,
+    ) -> Self {
+        Self {
+            description,
+            document,
+            state: Mutex::new(state),
+            own: Arc::new(own),
+            previous,
+            originals,
+        }
+    }
+
+    /// The set that a program belongs to; none where it is not one of ours.
+    ///
+    /// # Errors
+    ///
+    /// When it is ours but of a schema that this build does not know, or the
+    /// process may not open maps by their ids (CAP_SYS_ADMIN).
+    pub(super) fn of_program(program: BorrowedFd<'_>) -> Result<Option<Self>, Error> {
+        let Some(document) = document_of(program)? else {
+            return Ok(None);
+        };
+        let preamble: Preamble = document.read()?;
+        if preamble.schema != SCHEMA {
+            return Err(Error::UnknownSchema {
+                schema: preamble.schema,
+                version: preamble.version,
+            });
+        }
+        let description: Description = document.read()?;
+        let own = CounterMaps::open(&description.maps, description.slots.clone())?;
+        let previous = match &description.previous {
+            Some(previous) => Some(CounterMaps::open(&previous.maps, previous.slots.clone())?),
+            None => None,
+        };
+        Ok(Some(Self {
+            state: Mutex::new(Document::open(by_id(description.maps.state)?)?),
+            originals: MapHandle::of(&by_id(description.maps.originals)?)?,
+            document: document.handle,
+            own: Arc::new(own),
+            previous: previous.map(Arc::new),
+            description,
+        }))
+    }
+
+    /// What the set before this one was, while connections may still have its
+    /// values.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn before(&self) -> Result<Option<Description>, Error> {
+        let Some(previous) = &self.description.previous else {
+            return Ok(None);
+        };
+        Document::open(by_id(previous.description)?)?
+            .read()
+            .map(Some)
+    }
+
+    /// What each policy did so far: the ones in force first, then earlier ones.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn done(&self) -> Result<Vec<(Counted, Done)>, Error> {
+        let mut order: Vec<Counted> = Vec::new();
+        let mut totals: BTreeMap<Counted, Done> = BTreeMap::new();
+        let mut current = self.own.done()?;
+        let in_force: Vec<_> = self
+            .description
+            .config_names()
+            .filter(|whose| current.iter().any(|(counted, _)| counted == whose))
+            .collect();
+        order.extend(in_force.iter().cloned());
+        current.extend(match &self.previous {
+            Some(previous) => previous.done()?,
+            None => Vec::new(),
+        });
+        current.extend(self.description.done.iter().cloned());
+        for (whose, done) in current {
+            if !order.contains(&whose) && (done.established.seen, done.existing.seen) != (0, 0) {
+                order.push(whose.clone());
+            }
+            totals.entry(whose).or_default().add(&done);
+        }
+        Ok(order
+            .into_iter()
+            .filter_map(|whose| totals.remove_entry(&whose))
+            .collect())
+    }
+
+    /// What the sets before the one that is going to follow have counted, once
+    /// their counters are final.
+    pub(super) fn final_done(&self) -> Result<Totals, Error> {
+        let mut totals: BTreeMap<Counted, Done> = self.description.done.iter().cloned().collect();
+        let mut refusals = self.description.refusals.clone();
+        if let Some(previous) = &self.previous {
+            for (whose, done) in previous.done()? {
+                if done != Done::default() {
+                    totals.entry(whose).or_default().add(&done);
+                }
+            }
+            for more in previous.refusals()? {
+                add_refusals(&mut refusals, more);
+            }
+        }
+        Ok((totals.into_iter().collect(), refusals))
+    }
+
+    /// Refused options by policy and cause.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn refusals(&self) -> Result<Vec<Refusals>, Error> {
+        let mut refusals = self.description.refusals.clone();
+        let maps = [Some(&self.own), self.previous.as_ref()];
+        for maps in maps.into_iter().flatten() {
+            for more in maps.refusals()? {
+                add_refusals(&mut refusals, more);
+            }
+        }
+        Ok(refusals)
+    }
+
+    /// What the agent says of itself.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn state(&self) -> Result<State, Error> {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read()
+    }
+
+    /// Says something else.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn set_state(&self, state: &State) -> Result<(), Error> {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(state)
+    }
+
+    /// The descriptors of the maps that a program has to keep alive for those who
+    /// read this record.
+    pub(super) fn handles(&self) -> Vec<&OwnedFd> {
+        let own = self.own.handles.iter();
+        let previous = self.previous.iter().flat_map(|maps| maps.handles.iter());
+        own.chain(previous).map(|handle| &handle.fd).collect()
+    }
+
+    /// The same for the state.
+    pub(super) fn bind_state(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        syscalls::bind_map(program, state.handle.fd.as_fd())
+    }
+
+    pub(super) fn state_id(&self) -> u32 {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.handle.id
+    }
+}
+
+/// The description that a program keeps alive. It keeps that of the set before
+/// alive too, which is the older map.
+fn document_of(program: BorrowedFd<'_>) -> Result<Option<Document>, Error> {
+    let info = syscalls::program_info(program).map_err(Error::call("looking at a program"))?;
+    let mut ids = info.maps;
+    ids.sort_unstable();
+    for id in ids.into_iter().rev() {
+        let map = by_id(id)?;
+        let info = map.info().map_err(Error::map("looking at a map"))?;
+        if info.name_as_str() == Some(DESCRIPTION) {
+            return Document::open(map).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+impl Description {
+    /// The policies of the config, as they are counted.
+    fn config_names(&self) -> impl Iterator<Item = Counted> {
+        let default = self.config.default.iter().map(|policy| Counted {
+            name: assignment::DEFAULT.to_owned(),
+            enforced: policy.is_enforced(),
+        });
+        let named = self.config.policies.iter().map(|named| Counted {
+            name: named.name.clone(),
+            enforced: named.policy.is_enforced(),
+        });
+        default.chain(named)
+    }
+}

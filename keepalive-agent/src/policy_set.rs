@@ -1,0 +1,413 @@
+//! Policy set: everything that one config means for this node, as the records
+//! that stand in the kernel. Built whole, without the kernel.
+//!
+//! A set also carries what the set before it claimed, so that a sweep recognises
+//! the values that those policies wrote.
+
+mod pool;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    iter::successors,
+};
+
+use keepalive_common::{
+    policy::Policy,
+    slot::{Claim, FIRST, Found, Lead, MAX_STEPS, Step, Target},
+};
+use thiserror::Error;
+
+use crate::{
+    assignment::Assignment,
+    hierarchy::{Cgroup, CgroupPath},
+    rules::{
+        Rules,
+        compiled::{PortTable, Verdict, compile},
+    },
+};
+use pool::Pool;
+
+/// A policy, under the name that it is counted by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct CountedPolicy {
+    /// Its name in the config.
+    pub name: String,
+    /// What it wants.
+    pub policy: Policy,
+}
+
+/// Prefixes of addresses in IPv6 and what is found for them.
+type RemoteTable = Vec<((u128, u8), Found)>;
+
+/// Why an assignment cannot stand in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Error {
+    /// The chain of cgroups with rules for remote ends would be too long.
+    #[error(
+        "more than {MAX_STEPS} cgroups one above another, up from {cgroup}, have policies for some \
+         remote ends: give one of them a policy for all"
+    )]
+    TooManySteps {
+        /// The lowest of them.
+        cgroup: CgroupPath,
+    },
+}
+
+/// The records of a policy set.
+#[derive(Debug)]
+pub struct PolicySet {
+    policies: Pool<CountedPolicy>,
+    steps: Pool<Step>,
+    rules: Pool<RemoteTable>,
+    ports: Pool<PortTable>,
+    /// The slot of each policy of the assignment, and its rules.
+    assigned: Vec<(u32, Rules)>,
+    /// Policies by index → the number of their compiled rules.
+    compiled: HashMap<Vec<usize>, u32>,
+    /// Path → what it claimed itself in the set before.
+    before: BTreeMap<CgroupPath, OwnClaim>,
+    /// Path → what it claims itself.
+    now: BTreeMap<CgroupPath, OwnClaim>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OwnClaim {
+    id: u64,
+    target: Target,
+}
+
+/// How many records of each kind a set has: what its maps need room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Slots, the ones below [`FIRST`] included.
+    pub slots: u32,
+    /// Steps.
+    pub steps: u32,
+    /// Prefixes of remote addresses.
+    pub remotes: usize,
+    /// Prefixes of ports.
+    pub ports: usize,
+    /// Cgroups with a claim of their own.
+    pub cgroups: usize,
+}
+
+/// Up to where records are known: numbers from here on are new.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    policies: u32,
+    steps: u32,
+    rules: u32,
+    ports: u32,
+}
+
+impl Mark {
+    /// Before the first record.
+    pub const START: Self = Self {
+        policies: FIRST,
+        steps: 0,
+        rules: 1,
+        ports: 0,
+    };
+}
+
+/// A claim for one more cgroup, not yet part of the set.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NewClaim {
+    /// The cgroup.
+    pub cgroup: Cgroup,
+    /// What is to stand in the kernel for it.
+    pub claim: Claim,
+}
+
+impl PolicySet {
+    /// The set for an assignment that follows another one.
+    ///
+    /// # Errors
+    ///
+    /// When too many cgroups one above another have rules for remote ends.
+    pub fn new(before: Option<&Assignment>, now: &Assignment) -> Result<Self, Error> {
+        let mut set = Self {
+            policies: Pool::new(Mark::START.policies),
+            steps: Pool::new(Mark::START.steps),
+            rules: Pool::new(Mark::START.rules),
+            ports: Pool::new(Mark::START.ports),
+            assigned: Vec::new(),
+            compiled: HashMap::new(),
+            before: BTreeMap::new(),
+            now: BTreeMap::new(),
+        };
+        // The policies of now come first, so that they have the lower slots.
+        (set.assigned, set.now) = set.place(now)?;
+        if let Some(before) = before {
+            let compiled = std::mem::take(&mut set.compiled);
+            (_, set.before) = set.place(before)?;
+            set.compiled = compiled;
+        }
+        Ok(set)
+    }
+
+    /// What its maps need room for.
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            slots: self.policies.end(),
+            steps: self.steps.end(),
+            remotes: self.rules.from(0).map(|(_, table)| table.len()).sum(),
+            ports: self.ports.from(0).map(|(_, table)| table.len()).sum(),
+            cgroups: self.claims().count(),
+        }
+    }
+
+    /// Where the records end that are known by now.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        Mark {
+            policies: self.policies.end(),
+            steps: self.steps.end(),
+            rules: self.rules.end(),
+            ports: self.ports.end(),
+        }
+    }
+
+    /// Gives up the records since a mark, of an addition that did not come about.
+    pub fn abandon(&mut self, mark: Mark) {
+        self.policies.abandon(mark.policies);
+        self.steps.abandon(mark.steps);
+        self.rules.abandon(mark.rules);
+        self.ports.abandon(mark.ports);
+        self.compiled.retain(|_, rules| *rules < mark.rules);
+    }
+
+    /// The policies since a mark, by slot.
+    pub fn policies(&self, since: Mark) -> impl Iterator<Item = (u32, &CountedPolicy)> {
+        self.policies.from(since.policies)
+    }
+
+    /// The policy in a slot.
+    #[must_use]
+    pub fn policy(&self, slot: u32) -> Option<&CountedPolicy> {
+        self.policies.get(slot)
+    }
+
+    /// The steps since a mark, by number.
+    pub fn steps(&self, since: Mark) -> impl Iterator<Item = (u32, &Step)> {
+        self.steps.from(since.steps)
+    }
+
+    /// The prefixes of remote addresses since a mark: the number of the rules, an
+    /// address and the length of its prefix, and what is found for it.
+    pub fn remotes(&self, since: Mark) -> impl Iterator<Item = (u32, u128, u8, Found)> {
+        self.rules.from(since.rules).flat_map(|(number, table)| {
+            table
+                .iter()
+                .map(move |((address, length), found)| (number, *address, *length, *found))
+        })
+    }
+
+    /// The prefixes of ports since a mark: the number of the table, a port and the
+    /// length of its prefix, and the slot.
+    pub fn ports(&self, since: Mark) -> impl Iterator<Item = (u32, u16, u8, u32)> {
+        self.ports.from(since.ports).flat_map(|(number, table)| {
+            table
+                .iter()
+                .map(move |((port, length), slot)| (number, *port, *length, *slot))
+        })
+    }
+
+    /// Every cgroup that claims anything, or did in the set before.
+    pub fn claims(&self) -> impl Iterator<Item = (Cgroup, Claim)> {
+        let own = self.now.iter().map(|(path, claim)| (path, claim.id));
+        let only_before = self.before.iter().filter(|(path, claim)| {
+            // A cgroup made again under its old path is another cgroup.
+            self.now.get(*path).is_none_or(|now| now.id != claim.id)
+        });
+        let only_before = only_before.map(|(path, claim)| (path, claim.id));
+        own.chain(only_before).map(|(path, id)| {
+            let cgroup = Cgroup {
+                path: path.clone(),
+                id,
+            };
+            let claim = self.claim(path);
+            (cgroup, claim)
+        })
+    }
+
+    /// Where the sockets of a cgroup find their policy: now, and before.
+    #[must_use]
+    pub fn claim(&self, path: &CgroupPath) -> Claim {
+        Claim {
+            now: nearest(&self.now, path),
+            before: nearest(&self.before, path),
+        }
+    }
+
+    /// A cgroup has been made that these policies of the assignment claim, by
+    /// index: what is to be written, nothing if it is known already. It is part of
+    /// the set after [`Self::add`]; until then [`Self::abandon`] gives it up.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`]; nothing has changed then.
+    pub fn claim_for(
+        &mut self,
+        made: &Cgroup,
+        policies: &[usize],
+    ) -> Result<Option<NewClaim>, Error> {
+        let mark = self.mark();
+        let above = made
+            .path
+            .parent()
+            .map_or(Target::UNCLAIMED, |above| nearest(&self.now, &above));
+        let assigned = std::mem::take(&mut self.assigned);
+        let target = self.target(&assigned, &made.path, policies, above);
+        self.assigned = assigned;
+        let now = target.inspect_err(|_| self.abandon(mark))?;
+        let own = OwnClaim {
+            id: made.id,
+            target: now,
+        };
+        if self.now.get(&made.path) == Some(&own) {
+            return Ok(None);
+        }
+        Ok(Some(NewClaim {
+            cgroup: made.clone(),
+            claim: Claim {
+                now,
+                before: nearest(&self.before, &made.path),
+            },
+        }))
+    }
+
+    /// Makes a claim that stands in the kernel part of the set.
+    pub fn add(&mut self, new: &NewClaim) {
+        let own = OwnClaim {
+            id: new.cgroup.id,
+            target: new.claim.now,
+        };
+        self.now.insert(new.cgroup.path.clone(), own);
+    }
+
+    /// Whether a cgroup has a claim of its own.
+    #[must_use]
+    pub fn has_claim_of(&self, cgroup: &Cgroup) -> bool {
+        [&self.before, &self.now].iter().any(|claims| {
+            claims
+                .get(&cgroup.path)
+                .is_some_and(|own| own.id == cgroup.id)
+        })
+    }
+
+    /// Forgets a cgroup that is gone.
+    pub fn remove(&mut self, gone: &Cgroup) {
+        for claims in [&mut self.before, &mut self.now] {
+            if claims.get(&gone.path).is_some_and(|own| own.id == gone.id) {
+                claims.remove(&gone.path);
+            }
+        }
+    }
+
+    /// How many steps a target is away from a slot.
+    fn steps_from(&self, target: Target) -> u32 {
+        let next = |target: &Target| match target.lead() {
+            Lead::Slot(_) => None,
+            Lead::Step(number) => self.steps.get(number).map(Step::otherwise),
+        };
+        let steps = successors(Some(target), next).skip(1);
+        (1..).zip(steps).last().map_or(0, |(count, _)| count)
+    }
+
+    /// Numbers what an assignment needs: the slots of its policies, and what every
+    /// cgroup claims.
+    #[expect(clippy::type_complexity, reason = "the two halves of an assignment")]
+    fn place(
+        &mut self,
+        assignment: &Assignment,
+    ) -> Result<(Vec<(u32, Rules)>, BTreeMap<CgroupPath, OwnClaim>), Error> {
+        let mut assigned = Vec::with_capacity(assignment.policies.len());
+        for policy in &assignment.policies {
+            let counted = CountedPolicy {
+                name: policy.name.clone(),
+                policy: policy.policy,
+            };
+            assigned.push((self.policies.number_of(counted), policy.rules.clone()));
+        }
+        // In this order a cgroup follows the ones above it.
+        let mut claims: Vec<_> = assignment.claims.iter().collect();
+        claims.sort_unstable_by_key(|claim| &claim.cgroup.path);
+        let mut now = BTreeMap::new();
+        for claim in claims {
+            let Cgroup { path, id } = &claim.cgroup;
+            let above = path
+                .parent()
+                .map_or(Target::UNCLAIMED, |above| nearest(&now, &above));
+            let target = self.target(&assigned, path, &claim.policies, above)?;
+            now.insert(path.clone(), OwnClaim { id: *id, target });
+        }
+        Ok((assigned, now))
+    }
+
+    /// Where a cgroup's sockets find their policy, given the policies that claim
+    /// them and what claims those above it.
+    fn target(
+        &mut self,
+        assigned: &[(u32, Rules)],
+        path: &CgroupPath,
+        policies: &[usize],
+        above: Target,
+    ) -> Result<Target, Error> {
+        let claiming: Vec<_> = policies
+            .iter()
+            .filter_map(|index| Some((*index, assigned.get(*index)?)))
+            .collect();
+        let (otherwise, with_rules) = match claiming.split_last() {
+            Some(((_, (slot, rules)), rest)) if rules.is_empty() => (Target::slot(*slot), rest),
+            _ => (above, &claiming[..]),
+        };
+        if with_rules.is_empty() {
+            return Ok(otherwise);
+        }
+        let indices: Vec<_> = with_rules.iter().map(|(index, _)| *index).collect();
+        let known = self.compiled.get(&indices).copied();
+        let rules = known.unwrap_or_else(|| {
+            let claimants: Vec<_> = with_rules
+                .iter()
+                .map(|(_, (slot, rules))| (*slot, rules))
+                .collect();
+            let rules = self.compile(&claimants);
+            self.compiled.insert(indices, rules);
+            rules
+        });
+        if self.steps_from(otherwise) >= MAX_STEPS {
+            return Err(Error::TooManySteps {
+                cgroup: path.clone(),
+            });
+        }
+        Ok(Target::step(
+            self.steps.number_of(Step::new(rules, otherwise)),
+        ))
+    }
+
+    /// Compiles the rules of some policies; the number of the result.
+    fn compile(&mut self, claimants: &[(u32, &Rules)]) -> u32 {
+        let mut remotes = RemoteTable::new();
+        for (prefix, verdict) in compile(claimants).remotes {
+            let found = match verdict {
+                Verdict::Slot(slot) => Found::slot(slot),
+                Verdict::ByPort(table) => Found::by_port(self.ports.number_of(table)),
+            };
+            remotes.push((prefix, found));
+        }
+        self.rules.number_of(remotes)
+    }
+}
+
+/// Where the sockets of a cgroup find their policy: by its own claim or by the
+/// nearest above.
+fn nearest(claims: &BTreeMap<CgroupPath, OwnClaim>, path: &CgroupPath) -> Target {
+    path.upward()
+        .find_map(|path| claims.get(path))
+        .map_or(Target::UNCLAIMED, |claim| claim.target)
+}
+
+#[cfg(test)]
+mod tests;

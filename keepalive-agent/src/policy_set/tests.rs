@@ -1,0 +1,325 @@
+use std::collections::HashMap;
+
+use keepalive_common::{
+    policy::Range,
+    slot::{PortKey, RemoteKey, Tables, UNCLAIMED, resolve},
+};
+use proptest::{collection::vec, option, prelude::*, sample::select};
+
+use super::*;
+use crate::{
+    assignment::{self, Assigned},
+    rules::most_exact,
+};
+
+/// An id that follows from the path, as an inode number does.
+fn id_of(path: &[u8]) -> u64 {
+    path.iter().fold(7, |id: u64, byte| {
+        id.wrapping_mul(31).wrapping_add(u64::from(*byte))
+    })
+}
+
+fn at(path: &str) -> Cgroup {
+    Cgroup {
+        path: path.into(),
+        id: id_of(path.as_bytes()),
+    }
+}
+
+fn assigned(idle: u32, remote: Option<&str>) -> Assigned {
+    let mut policy = Policy::BUILT_IN;
+    policy.idle = Range::default_only(idle);
+    let remotes = remote.map(|text| text.parse().unwrap());
+    Assigned {
+        name: format!("idle-{idle}"),
+        policy,
+        rules: Rules {
+            remotes: remotes.into_iter().collect(),
+            // Some tables of ports, too.
+            ports: if idle.is_multiple_of(2) {
+                vec!["443".parse().unwrap()]
+            } else {
+                Vec::new()
+            },
+        },
+    }
+}
+
+const PATHS: [&str; 7] = ["/", "/a", "/a/b", "/a/b/c", "/a/d", "/e", "/e/f"];
+const REMOTES: [&str; 3] = ["10.0.0.1:443", "10.0.0.2:80", "[2001:db8::1]:443"];
+
+/// Everything that can be asked.
+fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
+    PATHS
+        .into_iter()
+        .flat_map(|path| REMOTES.map(|remote| (path, remote)))
+}
+
+/// The idle time that an assignment means for a socket; 0 is none.
+fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
+    let remote = remote.parse().unwrap();
+    for path in CgroupPath::from(path).upward() {
+        let claim = assignment
+            .claims
+            .iter()
+            .find(|claim| claim.cgroup.path.as_bytes() == path);
+        let Some(claim) = claim else { continue };
+        let claiming = || {
+            claim
+                .policies
+                .iter()
+                .map(|index| &assignment.policies[*index])
+        };
+        let rules = claiming().map(|assigned| &assigned.rules);
+        if let Some(index) = most_exact(rules, remote) {
+            return claiming().nth(index).unwrap().policy.idle.default;
+        }
+    }
+    0
+}
+
+fn assignments() -> impl Strategy<Value = Assignment> {
+    let remote = option::of(select(vec!["10.0.0.1", "10.0.0.0/24", "!10.0.0.1", "::/0"]));
+    let policies = vec((1_u32..5, remote), 0..3);
+    vec(option::of(policies), PATHS.len()).prop_map(|of_paths| {
+        let mut policies: Vec<Assigned> = Vec::new();
+        let mut claims = Vec::new();
+        for (path, wanted) in PATHS.into_iter().zip(of_paths) {
+            let mut indices: Vec<_> = wanted
+                .into_iter()
+                .flatten()
+                .map(|(idle, remote)| {
+                    policies.push(assigned(idle, remote));
+                    policies.len() - 1
+                })
+                .collect();
+            indices.sort_by_key(|index| policies[*index].rules.is_empty());
+            let without_rules = |index: &usize| policies[*index].rules.is_empty();
+            let first = indices.iter().position(without_rules);
+            indices.truncate(first.map_or(indices.len(), |first| first + 1));
+            if !indices.is_empty() {
+                claims.push(assignment::Claim {
+                    cgroup: at(path),
+                    policies: indices,
+                });
+            }
+        }
+        Assignment { policies, claims }
+    })
+}
+
+/// The kernel's maps.
+#[derive(Default)]
+struct Maps {
+    policies: HashMap<u32, Policy>,
+    steps: HashMap<u32, Step>,
+    remotes: HashMap<(u32, u8, u128), Found>,
+    ports: HashMap<(u32, u8, u16), u32>,
+    cgroups: HashMap<u64, Claim>,
+}
+
+impl Tables for Maps {
+    fn step(&self, number: u32) -> Option<Step> {
+        self.steps.get(&number).copied()
+    }
+
+    fn remote(&self, key: &RemoteKey) -> Option<Found> {
+        let (rules, address) = key.parts();
+        (0..=128_u8).rev().find_map(|length| {
+            let beyond = 128 - u32::from(length);
+            let prefix = address.checked_shr(beyond).unwrap_or(0);
+            let prefix = prefix.checked_shl(beyond).unwrap_or(0);
+            self.remotes.get(&(rules, length, prefix)).copied()
+        })
+    }
+
+    fn port(&self, key: &PortKey) -> Option<u32> {
+        let (table, port) = key.parts();
+        (0..=16_u8).rev().find_map(|length| {
+            let beyond = 16 - u32::from(length);
+            let prefix = port.checked_shr(beyond).unwrap_or(0);
+            let prefix = prefix.checked_shl(beyond).unwrap_or(0);
+            self.ports.get(&(table, length, prefix)).copied()
+        })
+    }
+}
+
+impl Maps {
+    fn of(set: &PolicySet) -> Self {
+        let mut maps = Self::default();
+        let mut all = usize::MAX;
+        assert!(maps.write(set, Mark::START, &mut all));
+        for (cgroup, claim) in set.claims() {
+            assert!(maps.cgroups.insert(cgroup.id, claim).is_none());
+        }
+        maps
+    }
+
+    /// Writes the records since a mark, as many as are allowed; whether all were.
+    fn write(&mut self, set: &PolicySet, since: Mark, allowed: &mut usize) -> bool {
+        let mut may = || {
+            let may = *allowed > 0;
+            *allowed = allowed.saturating_sub(1);
+            may
+        };
+        set.policies(since)
+            .all(|(slot, counted)| may() && self.policies.insert(slot, counted.policy).is_none())
+            && set.ports(since).all(|(table, port, length, slot)| {
+                may() && self.ports.insert((table, length, port), slot).is_none()
+            })
+            && set.remotes(since).all(|(rules, address, length, found)| {
+                may()
+                    && self
+                        .remotes
+                        .insert((rules, length, address), found)
+                        .is_none()
+            })
+            && set
+                .steps(since)
+                .all(|(number, step)| may() && self.steps.insert(number, *step).is_none())
+    }
+
+    /// What the BPF program finds for a socket, now or before; 0 is none.
+    fn idle(&self, path: &str, remote: &str, now: bool) -> u32 {
+        let nearest = CgroupPath::from(path)
+            .upward()
+            .find_map(|path| self.cgroups.get(&id_of(path)));
+        let claim = nearest.copied().unwrap_or(Claim::NONE);
+        let target = if now { claim.now } else { claim.before };
+        let remote: std::net::SocketAddr = remote.parse().unwrap();
+        match resolve(self, target, &remote.into()) {
+            UNCLAIMED => 0,
+            slot => self.policies[&slot].idle.default,
+        }
+    }
+
+    fn all(&self, now: bool) -> Vec<u32> {
+        questions()
+            .map(|(path, remote)| self.idle(path, remote, now))
+            .collect()
+    }
+}
+
+fn all_meant(assignment: &Assignment) -> Vec<u32> {
+    questions()
+        .map(|(path, remote)| meant(assignment, path, remote))
+        .collect()
+}
+
+fn one(path: &str, idle: u32, remote: Option<&str>) -> Assignment {
+    Assignment {
+        policies: vec![assigned(idle, remote)],
+        claims: vec![assignment::Claim {
+            cgroup: at(path),
+            policies: vec![0],
+        }],
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_set_finds_what_is_meant_now_and_was_before(
+        before in option::of(assignments()),
+        now in assignments(),
+    ) {
+        let set = PolicySet::new(before.as_ref(), &now).unwrap();
+        let maps = Maps::of(&set);
+        prop_assert_eq!(maps.all(true), all_meant(&now));
+        let nothing = Assignment { policies: Vec::new(), claims: Vec::new() };
+        prop_assert_eq!(maps.all(false), all_meant(before.as_ref().unwrap_or(&nothing)));
+        let sizes = set.sizes();
+        prop_assert_eq!(maps.policies.len() + FIRST as usize, sizes.slots as usize);
+        prop_assert_eq!(maps.steps.len(), sizes.steps as usize);
+        prop_assert_eq!(maps.remotes.len(), sizes.remotes);
+        prop_assert_eq!(maps.ports.len(), sizes.ports);
+        prop_assert_eq!(maps.cgroups.len(), sizes.cgroups);
+    }
+
+    /// Cgroups are made one by one, and writing what they need fails at random.
+    /// Those that failed go by the policy above them, the others by their own,
+    /// and a second try makes up for it.
+    #[test]
+    fn cgroups_that_come_one_by_one_are_as_those_that_were_there(
+        now in assignments(),
+        allowed in vec(option::of(0_usize..8), PATHS.len()),
+    ) {
+        let none_yet = Assignment { policies: now.policies.clone(), claims: Vec::new() };
+        let mut set = PolicySet::new(None, &none_yet).unwrap();
+        let mut maps = Maps::of(&set);
+        let mut known = none_yet;
+        let mut failed = Vec::new();
+        for (claim, allowed) in now.claims.iter().zip(allowed) {
+            let mark = set.mark();
+            let new = set.claim_for(&claim.cgroup, &claim.policies).unwrap().unwrap();
+            if maps.write(&set, mark, &mut allowed.unwrap_or(usize::MAX)) {
+                maps.cgroups.insert(new.cgroup.id, new.claim);
+                set.add(&new);
+                known.claims.push(claim.clone());
+            } else {
+                set.abandon(mark);
+                failed.push(claim);
+            }
+            prop_assert_eq!(maps.all(true), all_meant(&known));
+        }
+        // A cgroup below one that failed has been claimed with what was above then,
+        // so whoever tries again builds the set anew.
+        if failed.is_empty() {
+            prop_assert_eq!(maps.all(true), all_meant(&now));
+            for claim in &now.claims {
+                prop_assert_eq!(set.claim_for(&claim.cgroup, &claim.policies).unwrap(), None);
+            }
+        }
+        for claim in &now.claims {
+            set.remove(&claim.cgroup);
+            prop_assert!(!set.has_claim_of(&claim.cgroup));
+        }
+        prop_assert_eq!(set.claims().count(), 0);
+    }
+}
+
+#[test]
+fn as_many_steps_as_the_kernel_takes() {
+    let claims: Vec<_> = (0..=MAX_STEPS as usize)
+        .map(|depth| assignment::Claim {
+            cgroup: at(&"/x".repeat(depth + 1)),
+            policies: vec![0],
+        })
+        .collect();
+    let mut next = Assignment {
+        policies: vec![assigned(2, Some("10.0.0.0/8"))],
+        claims,
+    };
+    let error = PolicySet::new(None, &next).unwrap_err();
+    assert!(error.to_string().contains("more than 8 cgroups"), "{error}");
+    let deepest = next.claims.pop().unwrap();
+    let mut set = PolicySet::new(None, &next).unwrap();
+    let claim = set.claim(&deepest.cgroup.path);
+    assert_eq!(set.steps_from(claim.now), MAX_STEPS);
+    let error = set.claim_for(&deepest.cgroup, &[0]).unwrap_err();
+    assert!(
+        error.to_string().contains(&deepest.cgroup.path.to_string()),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_cgroup_made_again_is_another_one() {
+    let mut set = PolicySet::new(None, &one("/a", 1, None)).unwrap();
+    let mut again = at("/a");
+    again.id += 1;
+    let new = set.claim_for(&again, &[0]).unwrap().unwrap();
+    set.add(&new);
+    assert_eq!(set.claim_for(&again, &[0]).unwrap(), None);
+    // The event of the first one's end may come late.
+    set.remove(&at("/a"));
+    assert!(set.has_claim_of(&again));
+}
+
+#[test]
+fn a_policy_that_stays_keeps_one_slot() {
+    let same = one("/a", 1, None);
+    let set = PolicySet::new(Some(&same), &same).unwrap();
+    let claim = set.claim(&"/a".into());
+    assert_eq!(claim.now, claim.before);
+    assert_eq!(set.policies(Mark::START).count(), 1);
+}
