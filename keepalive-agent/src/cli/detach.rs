@@ -50,6 +50,7 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     };
     let pins = PinDirectory::open(&arguments.pin)?;
     let mut detached = 0;
+    let mut directories = Vec::new();
     let mut failed = Vec::new();
     for found in datapath::in_force()? {
         let path = path_of(&found);
@@ -57,28 +58,18 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
             continue;
         }
         let name = path.unwrap_or_else(|| format!("cgroup {}", found.cgroup));
-        match take_off(found, &name, pins.as_ref()) {
+        let pinned = found.pins(pins.as_ref());
+        match take_off(found, &name, pinned.as_ref()) {
             Ok(()) => {
                 detached += 1;
                 output::text(format_args!("detached from {name}\n"))?;
             }
             Err(error) => failed.push(error.context(format!("detaching from {name}"))),
         }
+        directories.extend(pinned);
     }
-    if let Some(pins) = &pins {
-        pins.remove_stale()?;
-        // Only if it is empty.
-        match fs::remove_dir(pins.path()) {
-            Err(error)
-                if !matches!(
-                    error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
-                ) =>
-            {
-                return Err(error).with_context(|| format!("removing {}", pins.path().display()));
-            }
-            _ => {}
-        }
+    for pins in pins.iter().chain(&directories) {
+        remove_directory(pins)?;
     }
     if let Some(error) = failed.into_iter().next() {
         return Err(error);
@@ -96,11 +87,24 @@ fn path_of(found: &InForce) -> Option<String> {
     Some(record.description.root.path.clone())
 }
 
+/// Removes what is left of pins, and their directory if nothing else is in it.
+fn remove_directory(pins: &PinDirectory) -> Result<()> {
+    let removing = || format!("removing {}", pins.path().display());
+    let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    if let Err(error) = fs::symlink_metadata(pins.path())
+        && is_gone(&error)
+    {
+        return Ok(());
+    }
+    pins.remove_stale()?;
+    match fs::remove_dir(pins.path()) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty || is_gone(&error) => Ok(()),
+        other => other.with_context(removing),
+    }
+}
+
 fn take_off(found: InForce, path: &str, pins: Option<&PinDirectory>) -> Result<()> {
-    let owner = match &found.record {
-        Ok(record) => record.state()?.owner,
-        Err(_) => None,
-    };
+    let owner = found.owner();
     if let Some(owner) = owner.filter(|owner| ownership::lives(owner, path)) {
         end_agent(owner.pid, path)?;
     }
