@@ -30,8 +30,9 @@ use crate::{
         self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, Reload, SetRecord, State,
     },
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
     watch::Watch,
@@ -99,7 +100,7 @@ pub enum Event<'a> {
     /// The cgroup does not exist: there is nothing to enforce on until it does.
     Waiting {
         /// Its path.
-        cgroup: &'a str,
+        cgroup: &'a CgroupPath,
     },
     /// Another config is in force.
     Reloaded {
@@ -378,18 +379,9 @@ impl Daemon {
         }
     }
 
-    /// Has cgroups told of that come and go, where that matters.
+    /// Has cgroups told of that come and go.
     fn follow_cgroups(&mut self) {
         const PART: &str = "new cgroups";
-        if !self.claimants.name_cgroups() && self.root.path == "/" {
-            self.events = None;
-            let disabled = Part {
-                status: PartStatus::Disabled,
-                reason: Some("no policy names a cgroup".to_owned()),
-            };
-            self.state.parts.insert(PART.to_owned(), disabled);
-            return;
-        }
         if self.events.is_some() {
             return;
         }
@@ -473,7 +465,7 @@ impl Daemon {
         self.publish();
         let directory = self.hierarchy.directory(&self.root.path);
         reporter.report(&Event::Started {
-            cgroup: &directory.display().to_string(),
+            cgroup: &printable_path(&directory).to_string(),
             origin: &self.origin,
             assignment: &assignment,
             pinned: self.pins.as_ref(),
@@ -831,22 +823,13 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                self.follow_renamed(&config);
+                self.follow_cgroups();
                 for warning in &warnings {
                     warn!("{warning}");
                 }
                 self.build(config, origin, true);
             }
             Err(error) => self.reload_failed(&error, demanded),
-        }
-    }
-
-    /// Has it told of new cgroups before the hierarchy is read for this config.
-    fn follow_renamed(&mut self, config: &Config) {
-        if let Ok(claimants) = target::claimants(config, &self.root) {
-            let before = std::mem::replace(&mut self.claimants, claimants);
-            self.follow_cgroups();
-            self.claimants = before;
         }
     }
 
@@ -1191,14 +1174,14 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
-        let policies = self.claimants.of(&cgroup.path);
+        let policies = self.claimants.claim_of(&cgroup.path);
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
             return;
         };
         match enforcement.set.add_cgroup(cgroup, &policies) {
             Ok(false) => {}
             Ok(true) => {
-                debug!(cgroup = cgroup.path, "a new cgroup has its policy");
+                debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
                 // One without processes cannot have had connections.
                 if self.hierarchy.has_processes(cgroup) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
@@ -1373,7 +1356,7 @@ impl Daemon {
 /// Takes a cgroup, from a running agent if that is wanted. An error where it
 /// cannot be told whether another one is there.
 fn own(
-    cgroup: &str,
+    cgroup: &CgroupPath,
     take_over: bool,
 ) -> Result<(Result<Ownership, ownership::Error>, Option<Client>)> {
     /// Somebody who looks whether an agent is there holds the lock for a moment.

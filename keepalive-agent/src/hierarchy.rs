@@ -1,5 +1,7 @@
 //! The cgroup v2 hierarchy: where it is mounted, and the ids of its cgroups.
 
+mod path;
+
 use std::{
     ffi::OsStr,
     fs::{self, File, Metadata},
@@ -11,6 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
+pub use path::CgroupPath;
+
+use crate::names::printable_path;
+
 /// A mounted cgroup v2 hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
@@ -20,9 +26,8 @@ pub struct Hierarchy {
 /// A cgroup that exists.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Cgroup {
-    /// Its path from the root of the hierarchy, such as `/system.slice`; the
-    /// root is `/`.
-    pub path: String,
+    /// Its path from the root of the hierarchy.
+    pub path: CgroupPath,
     /// What the kernel knows it by: the inode number of its directory.
     pub id: u64,
 }
@@ -66,10 +71,10 @@ impl Hierarchy {
 
     /// The directory of a cgroup, given by its path from the root.
     #[must_use]
-    pub fn directory(&self, path: &str) -> PathBuf {
-        match path.trim_matches('/') {
-            "" => self.mount.clone(),
-            below => self.mount.join(below),
+    pub fn directory(&self, path: &CgroupPath) -> PathBuf {
+        match path.depth() {
+            0 => self.mount.clone(),
+            _ => self.mount.join(path.relative()),
         }
     }
 
@@ -86,7 +91,7 @@ impl Hierarchy {
             .with_context(|| {
                 format!(
                     "cgroup {path} (directory {}) cannot be used",
-                    self.directory(&path).display()
+                    printable_path(&self.directory(&path))
                 )
             })
     }
@@ -97,18 +102,20 @@ impl Hierarchy {
     /// # Errors
     ///
     /// When no cgroup can have this path.
-    pub fn path(&self, path: &Path) -> Result<String> {
+    pub fn path(&self, path: &Path) -> Result<CgroupPath> {
         let below = path.strip_prefix(&self.mount).unwrap_or(path);
         if path.is_relative() || below.components().any(|part| part == Component::ParentDir) {
             bail!(
                 "a cgroup path starts with `/`, the root of the hierarchy, and has no `..`: {}",
-                path.display()
+                printable_path(path)
             );
         }
-        let Some(below) = below.to_str() else {
-            bail!("the cgroup path {} is not UTF-8", path.display());
-        };
-        Ok(format!("/{}", below.trim_matches('/')))
+        // Slashes in a row, and a dot between them, are one.
+        let names = below.components().filter_map(|part| match part {
+            Component::Normal(name) => Some(name.as_bytes()),
+            _ => None,
+        });
+        Ok(names.fold(CgroupPath::root(), |path, name| path.join(name)))
     }
 
     /// The cgroup with this path from the root, if it exists.
@@ -116,10 +123,10 @@ impl Hierarchy {
     /// # Errors
     ///
     /// When that cannot be found out.
-    pub fn lookup(&self, path: &str) -> io::Result<Option<Cgroup>> {
+    pub fn lookup(&self, path: &CgroupPath) -> io::Result<Option<Cgroup>> {
         match fs::metadata(self.directory(path)) {
             Ok(metadata) if metadata.is_dir() => Ok(Some(Cgroup {
-                path: path.to_owned(),
+                path: path.clone(),
                 id: id(&metadata),
             })),
             Ok(_) => Ok(None),
@@ -135,13 +142,30 @@ impl Hierarchy {
     ///
     /// When a directory of the hierarchy cannot be read.
     pub fn walk(&self, top: &Cgroup) -> io::Result<Vec<Cgroup>> {
+        let mut found = Vec::new();
+        self.descend(top, (), |cgroup, ()| found.push(cgroup.clone()))?;
+        Ok(found)
+    }
+
+    /// Visits the cgroup and everything below it, parents before children, with
+    /// what the visit of the parent returned; `above` for the first. What
+    /// vanishes meanwhile is left out.
+    ///
+    /// # Errors
+    ///
+    /// When a directory of the hierarchy cannot be read.
+    pub fn descend<S>(
+        &self,
+        top: &Cgroup,
+        above: S,
+        mut visit: impl FnMut(&Cgroup, &S) -> S,
+    ) -> io::Result<()> {
         /// A directory without directories in it has two links, its name and
         /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
         /// one takes much longer: it is full of files.
         const NONE_BELOW: u64 = 2;
-        let mut found = vec![top.clone()];
-        let mut unread = vec![top.path.clone()];
-        while let Some(parent) = unread.pop() {
+        let mut unread = vec![(top.path.clone(), visit(top, &above))];
+        while let Some((parent, above)) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,
                 Err(error) if is_absent(&error) => continue,
@@ -152,26 +176,23 @@ impl Hierarchy {
                 if !entry.file_type()?.is_dir() {
                     continue;
                 }
-                // systemd, runc and Kubernetes write ASCII; another name could
-                // not stand in a config either.
-                let Ok(name) = entry.file_name().into_string() else {
-                    continue;
-                };
                 match entry.metadata() {
                     Ok(metadata) => {
-                        let path = format!("{}/{name}", parent.trim_end_matches('/'));
+                        let cgroup = Cgroup {
+                            path: parent.join(entry.file_name().as_bytes()),
+                            id: id(&metadata),
+                        };
+                        let visited = visit(&cgroup, &above);
                         if metadata.nlink() != NONE_BELOW {
-                            unread.push(path.clone());
+                            unread.push((cgroup.path, visited));
                         }
-                        let id = id(&metadata);
-                        found.push(Cgroup { path, id });
                     }
                     Err(error) if is_absent(&error) => {}
                     Err(error) => return Err(error),
                 }
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Whether any process is in a cgroup or below it. Where that cannot be found
@@ -190,33 +211,17 @@ impl Hierarchy {
     /// When its directory cannot be opened.
     pub fn open(&self, cgroup: &Cgroup) -> Result<File> {
         let directory = self.directory(&cgroup.path);
-        File::open(&directory).with_context(|| format!("opening cgroup {}", directory.display()))
+        File::open(&directory)
+            .with_context(|| format!("opening cgroup {}", printable_path(&directory)))
     }
 }
 
 impl Cgroup {
     /// Whether `path` is this cgroup or below it.
     #[must_use]
-    pub fn contains(&self, path: &str) -> bool {
-        let own = self.path.trim_end_matches('/');
-        path.strip_prefix(own)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    pub fn contains(&self, path: &CgroupPath) -> bool {
+        self.path.contains(path)
     }
-}
-
-/// The path above another; none above the root.
-#[must_use]
-pub fn parent(path: &str) -> Option<&str> {
-    match path.rsplit_once('/')? {
-        ("", "") => None,
-        ("", _) => Some("/"),
-        (parent, _) => Some(parent),
-    }
-}
-
-/// A path and the ones above it, up to the root.
-pub fn upward(path: &str) -> impl Iterator<Item = &str> {
-    std::iter::successors(Some(path), |path| parent(path))
 }
 
 /// The id of a cgroup is the inode number of its directory on 64-bit kernels
@@ -284,20 +289,6 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_contains_itself_and_what_is_below() {
-        let cgroup = |path: &str| Cgroup {
-            path: path.to_owned(),
-            id: 1,
-        };
-        assert!(cgroup("/").contains("/"));
-        assert!(cgroup("/").contains("/a/b"));
-        assert!(cgroup("/a").contains("/a"));
-        assert!(cgroup("/a").contains("/a/b"));
-        assert!(!cgroup("/a").contains("/ab"));
-        assert!(!cgroup("/a").contains("/"));
-    }
-
-    #[test]
     fn walks_parents_before_children() {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir_all(directory.path().join("a/b/c")).unwrap();
@@ -311,7 +302,7 @@ mod tests {
             .walk(&root)
             .unwrap()
             .into_iter()
-            .map(|cgroup| cgroup.path)
+            .map(|cgroup| cgroup.path.to_string())
             .collect();
         let position = |path: &str| paths.iter().position(|found| found == path).unwrap();
         assert!(position("/a") < position("/a/b") && position("/a/b") < position("/a/b/c"));

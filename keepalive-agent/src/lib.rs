@@ -36,6 +36,7 @@ pub mod enforcing;
 pub mod explain;
 pub mod hierarchy;
 pub mod kernel;
+pub mod names;
 pub mod netns;
 pub mod network;
 pub mod paths;

@@ -31,7 +31,10 @@ use rustix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::config::{Sources, is_drop_in_name};
+use crate::{
+    config::{Sources, is_drop_in_name},
+    names::printable_path,
+};
 
 /// How long nothing may change before a change is told: an editor makes several
 /// at once.
@@ -281,7 +284,7 @@ impl Armed {
                         _ => "",
                     };
                     return Err(error)
-                        .with_context(|| format!("watching {}{limit}", path.display()));
+                        .with_context(|| format!("watching {}{limit}", printable_path(path)));
                 }
             }
         }

@@ -16,6 +16,7 @@ use crate::{
         layout::{self, Kernel},
         preflight,
     },
+    names::printable_path,
 };
 
 #[derive(Args, Debug)]
@@ -164,7 +165,9 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     let mut findings = Vec::new();
     let root = target.root();
     findings.push(match &root {
-        Ok((hierarchy, root)) => Finding::yes(HIERARCHY, hierarchy.directory(&root.path).display()),
+        Ok((hierarchy, root)) => {
+            Finding::yes(HIERARCHY, printable_path(&hierarchy.directory(&root.path)))
+        }
         Err(error) => Finding::no(HIERARCHY, format_args!("{error:#}")),
     });
     let capable = preflight::may_enforce();

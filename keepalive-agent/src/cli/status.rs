@@ -23,7 +23,7 @@ use crate::{
         SetRecord, State, Sweep,
     },
     duration,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::preflight,
 };
 
@@ -68,7 +68,8 @@ struct Status {
 
 #[derive(Serialize)]
 struct Set {
-    cgroup: String,
+    /// None where the set is not understood.
+    cgroup: Option<CgroupPath>,
     /// 0 where it is not attached.
     cgroup_id: u64,
     /// Whether it is in force: somebody may have taken it off.
@@ -81,7 +82,7 @@ struct Set {
     known: Option<Known>,
     /// Other sets of ours that run for the same connections, those further up
     /// having the last word.
-    agents_above: Vec<String>,
+    agents_above: Vec<CgroupPath>,
     foreign_programs: Vec<Foreign>,
 }
 
@@ -178,11 +179,11 @@ fn look_at(
         Some(Ok(directory)) => datapath::programs_on_the_way(directory)?,
         _ => Vec::new(),
     };
-    let above = roots
-        .iter()
-        .filter(|other| root.is_some_and(|root| other.contains(&root.path) && other.id != root.id));
+    let above = roots.iter().filter(|other| {
+        root.is_some_and(|root| other.path.contains(&root.path) && other.id != root.id)
+    });
     Ok(Set {
-        cgroup: root.map_or_else(String::new, |root| root.path.clone()),
+        cgroup: root.map(|root| root.path.clone()),
         cgroup_id: set.cgroup,
         attached,
         error,
@@ -242,7 +243,11 @@ fn describe(set: &Set, text: &mut String) {
         // Memory can always be written to.
         let _ = writeln!(text, "{what:<11}{value}");
     };
-    line("cgroup", &set.cgroup);
+    let cgroup = set.cgroup.as_ref().map(ToString::to_string);
+    line(
+        "cgroup",
+        &cgroup.unwrap_or_else(|| set.cgroup_id.to_string()),
+    );
     if let Some(error) = &set.error {
         line("error", error);
     }

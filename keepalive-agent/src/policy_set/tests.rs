@@ -12,19 +12,20 @@ use crate::{
     rules::most_exact,
 };
 
+/// An id that follows from the path, as an inode number does.
+fn id_of(path: &[u8]) -> u64 {
+    path.iter().fold(7, |id: u64, byte| {
+        id.wrapping_mul(31).wrapping_add(u64::from(*byte))
+    })
+}
+
 fn at(path: &str) -> Cgroup {
-    // An id that follows from the path, as an inode number does.
-    let id = path.bytes().fold(7, |id: u64, byte| {
-        id.wrapping_mul(31).wrapping_add(u64::from(byte))
-    });
     Cgroup {
-        path: path.to_owned(),
-        id,
+        path: path.into(),
+        id: id_of(path.as_bytes()),
     }
 }
 
-/// A policy told by its idle time, for remote ends with this address or for
-/// all.
 fn assigned(idle: u32, remote: Option<&str>) -> Assigned {
     let mut policy = Policy::BUILT_IN;
     policy.idle = Range::default_only(idle);
@@ -57,11 +58,11 @@ fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// The idle time that an assignment means for a socket; 0 is none.
 fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
     let remote = remote.parse().unwrap();
-    for path in upward(path) {
+    for path in CgroupPath::from(path).upward() {
         let claim = assignment
             .claims
             .iter()
-            .find(|claim| claim.cgroup.path == path);
+            .find(|claim| claim.cgroup.path.as_bytes() == path);
         let Some(claim) = claim else { continue };
         let claiming = || {
             claim
@@ -180,7 +181,9 @@ impl Maps {
 
     /// What the BPF program finds for a socket, now or before; 0 is none.
     fn idle(&self, path: &str, remote: &str, now: bool) -> u32 {
-        let nearest = upward(path).find_map(|path| self.cgroups.get(&at(path).id));
+        let nearest = CgroupPath::from(path)
+            .upward()
+            .find_map(|path| self.cgroups.get(&id_of(path)));
         let claim = nearest.copied().unwrap_or(Claim::NONE);
         let target = if now { claim.now } else { claim.before };
         let remote: std::net::SocketAddr = remote.parse().unwrap();
@@ -293,7 +296,10 @@ fn as_many_steps_as_the_kernel_takes() {
     let claim = set.claim(&deepest.cgroup.path);
     assert_eq!(set.steps_from(claim.now), MAX_STEPS);
     let error = set.claim_for(&deepest.cgroup, &[0]).unwrap_err();
-    assert!(error.to_string().contains(&deepest.cgroup.path), "{error}");
+    assert!(
+        error.to_string().contains(&deepest.cgroup.path.to_string()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -313,7 +319,7 @@ fn a_cgroup_made_again_is_another_one() {
 fn a_policy_that_stays_keeps_one_slot() {
     let same = one("/a", 1, None);
     let set = PolicySet::new(Some(&same), &same).unwrap();
-    let claim = set.claim("/a");
+    let claim = set.claim(&"/a".into());
     assert_eq!(claim.now, claim.before);
     assert_eq!(set.policies(Mark::START).count(), 1);
 }
