@@ -20,13 +20,8 @@ use aya::{
     Btf, Ebpf, EbpfLoader, Endianness,
     maps::{Array, Map, MapData},
     programs::{Iter, ProgramError, iter::IterLink},
-    util::KernelVersion,
 };
 use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
-use rustix::{
-    io::Errno,
-    process::{Resource, getrlimit},
-};
 
 use crate::{
     kernel::layout::{Hook, Kernel},
@@ -101,32 +96,7 @@ fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
     }
     loader
         .load(OBJECT)
-        .map_err(|error| with_advice(Error::new(error)))
         .context("creating the BPF maps: without them nothing works")
-}
-
-/// Adds what to do, where the limit for locked memory is why the kernel refused.
-fn with_advice(error: Error) -> Error {
-    let refused = error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|cause| cause.raw_os_error() == Some(Errno::PERM.raw_os_error()));
-    // BPF memory was accounted like that until Linux 5.11. The library has tried
-    // to raise the limit by now.
-    let accounted = KernelVersion::current().is_ok_and(|own| own < KernelVersion::new(5, 11, 0));
-    match getrlimit(Resource::Memlock).current {
-        Some(limit) if refused && accounted => error.context(locked_memory(limit)),
-        _ => error,
-    }
-}
-
-fn locked_memory(limit: u64) -> String {
-    format!(
-        "before Linux 5.11 BPF maps and programs count as locked memory, of which this process \
-         may have {} KiB and may not allow itself more: start it with LimitMEMLOCK=infinity \
-         (systemd), `ulimit -l unlimited` (a shell), or CAP_SYS_RESOURCE",
-        limit / 1024
-    )
 }
 
 /// A map of the object, as its type.
@@ -320,7 +290,7 @@ fn refused(name: &str, error: ProgramError) -> Error {
     let log = verifier_log.to_string();
     if log.is_empty() {
         // It was not about what the program does.
-        return with_advice(io_error.into()).context(what);
+        return Error::new(io_error).context(what);
     }
     let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
     let end = lines[lines.len().saturating_sub(LINES)..].join("\n  ");

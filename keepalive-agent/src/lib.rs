@@ -3,7 +3,7 @@
 //! [`config`] reads what a person wrote, [`assignment`] finds out which cgroups
 //! it concerns, [`bpf`] brings both into the kernel. [`cli`] has one file per
 //! subcommand.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
 compile_error!(

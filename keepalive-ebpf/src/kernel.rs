@@ -1,23 +1,21 @@
 //! Reads kernel structures, at the offsets that the agent found in the kernel's
 //! BTF. All unsafe reads of kernel memory are in this file.
 //!
-//! Two kinds of pointers: one whose type the verifier knows is followed by a
-//! plain load, which it checks against the type's BTF and the kernel guards
-//! against faults; a bare number is followed with `bpf_probe_read_kernel`.
+//! Every pointer has a type that the verifier knows. It is followed by a plain
+//! load, which the verifier checks against the type's BTF and the kernel guards
+//! against faults: what cannot be read is zero. `bpf_probe_read_kernel` would
+//! read anything, and is refused under lockdown=confidentiality.
 #![expect(
     clippy::cast_ptr_alignment,
     reason = "the kernel aligns its fields to their own width"
 )]
 
-use core::{ffi::c_void, mem::MaybeUninit, ptr};
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
     bindings::{seq_file, tcp_sock},
-    helpers::generated::{
-        bpf_jiffies64, bpf_probe_read_kernel, bpf_probe_read_kernel_str, bpf_seq_write,
-        bpf_skc_to_tcp_sock,
-    },
+    helpers::generated::{bpf_jiffies64, bpf_seq_write, bpf_skc_to_tcp_sock, bpf_snprintf},
     programs::{BtfTracePointContext, SockOpsContext},
 };
 use keepalive_common::{
@@ -135,14 +133,12 @@ impl TcpSock {
         i64::from(if ack < data { ack } else { data })
     }
 
-    /// Inode number that /proc/PID/fd shows; 0 for a socket without a process.
+    /// Inode number that /proc/PID/fd shows; 0 for a socket without a descriptor.
     #[inline(always)]
     pub(crate) fn inode(self) -> u64 {
-        let socket = read_field!(self.0, socket);
-        if socket == 0 {
-            return 0;
-        }
-        probe(pointer(socket), layout!(socket_inode.offset))
+        let socket = typed(self.0, layout!(socket.offset));
+        let file = typed(socket, layout!(socket_file.offset));
+        read_field!(typed(file, layout!(file_inode.offset)), inode_number)
     }
 
     /// Where the connection goes from and to.
@@ -156,8 +152,8 @@ impl TcpSock {
             )
         } else {
             (
-                probe_bytes(self.0, layout!(local_v6.offset)),
-                probe_bytes(self.0, layout!(remote_v6.offset)),
+                v6(self.0, layout!(local_v6.offset)),
+                v6(self.0, layout!(remote_v6.offset)),
             )
         };
         Addresses {
@@ -176,7 +172,7 @@ impl TcpSock {
             // `::ffff:0:0/96`
             (v4(self.0, layout!(remote_v4.offset)) << 96 | 0xffff << 80).to_le_bytes()
         } else {
-            probe_bytes(self.0, layout!(remote_v6.offset))
+            v6(self.0, layout!(remote_v6.offset))
         };
         Remote {
             address,
@@ -211,19 +207,7 @@ impl TcpSock {
     /// one, of the process that created the listener.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> Option<Cgroup> {
-        let at = self.0.wrapping_add(layout!(sock_cgroup.offset) as usize);
-        if layout!(typed_cgroup) == 1 {
-            // SAFETY: checked by the verifier against the BTF of tcp_sock.
-            return Cgroup::new(unsafe { at.cast::<*const u8>().read_volatile() });
-        }
-        // SAFETY: as above. Read as the number it is there: the verifier allows
-        // no arithmetic on pointers, not even in a branch that is never taken.
-        let word = unsafe { at.cast::<u64>().read_volatile() };
-        if word & 1 == 1 {
-            // Data of net_cls and net_prio stands in the place of the pointer.
-            return None;
-        }
-        Cgroup::new(pointer(word))
+        Cgroup::new(typed(self.0, layout!(sock_cgroup.offset)))
     }
 }
 
@@ -385,116 +369,93 @@ impl Cgroup {
     /// The inode number of its directory, which is never used again.
     #[inline(always)]
     pub(crate) fn id(self) -> u64 {
-        let kn = follow(self.0, layout!(cgroup_kn.offset));
-        if layout!(typed_cgroup) == 1 {
-            read_field!(kn, kernfs_id)
-        } else {
-            probe(kn, layout!(kernfs_id.offset))
-        }
+        read_field!(typed(self.0, layout!(cgroup_kn.offset)), kernfs_id)
     }
 
     /// Whether it is of the v2 hierarchy (`cgrp_dfl_root`, which has the first
     /// id). Of those that a socket refers to, all are.
     #[inline(always)]
     pub(crate) fn is_v2(self) -> bool {
-        let root = follow(self.0, layout!(cgroup_root.offset));
-        let id = if layout!(typed_cgroup) == 1 {
-            number(read_field!(root, hierarchy_id))
-        } else {
-            u32::from_ne_bytes(probe_bytes(root, layout!(hierarchy_id.offset)))
-        };
-        id == 0
+        let root = typed(self.0, layout!(cgroup_root.offset));
+        number(read_field!(root, hierarchy_id)) == 0
     }
 
     /// The cgroup above, none for the root.
     #[inline(always)]
     pub(crate) fn parent(self) -> Option<Self> {
-        let css = follow(self.0, layout!(cgroup_parent.offset));
+        let css = typed(self.0, layout!(cgroup_parent.offset));
         if css.is_null() {
             return None;
         }
-        Self::new(follow(css, layout!(css_cgroup.offset)))
+        Self::new(typed(css, layout!(css_cgroup.offset)))
     }
-}
-
-/// The pointer that stands at `offset` of what `base` points to; null when it
-/// cannot be read.
-#[inline(always)]
-fn follow(base: *const u8, offset: u32) -> *const u8 {
-    if layout!(typed_cgroup) == 1 {
-        typed(base, offset)
-    } else {
-        pointer(probe(base, offset))
-    }
-}
-
-/// A kernel address that was read as a number.
-#[inline(always)]
-fn pointer(address: u64) -> *const u8 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "pointers of the BPF machine have 64 bits"
-    )]
-    core::ptr::with_exposed_provenance(address as usize)
-}
-
-/// Eight bytes at an address that the verifier knows nothing about; zero when
-/// they cannot be read.
-#[inline(always)]
-fn probe(base: *const u8, offset: u32) -> u64 {
-    let mut value = 0_u64;
-    // SAFETY: the helper checks the address and never faults; the destination
-    // is ours and eight bytes long.
-    unsafe {
-        bpf_probe_read_kernel(
-            (&raw mut value).cast(),
-            8,
-            base.wrapping_add(offset as usize).cast(),
-        );
-    }
-    value
 }
 
 /// An IPv4 address, its bytes in network order being the lowest of a number
 /// whose lowest byte comes first.
 #[inline(always)]
 fn v4(base: *const u8, offset: u32) -> u128 {
-    u128::from(u32::from_le_bytes(probe_bytes(base, offset)))
+    u128::from(number(load(base, offset, 4)))
 }
 
-/// Four or sixteen bytes of kernel memory. Not cleared before: the helper does
-/// that where it fails, and the compiler would clear them one by one, in a loop.
+/// An IPv6 address, its bytes in network order.
 #[inline(always)]
-fn probe_bytes<const LENGTH: usize>(base: *const u8, offset: u32) -> [u8; LENGTH] {
-    let mut bytes = MaybeUninit::<[u8; LENGTH]>::uninit();
-    #[expect(clippy::cast_possible_truncation, reason = "16 at the most")]
-    let length = LENGTH as u32;
-    // SAFETY: the helper checks the address and never faults; the destination
-    // is ours, of that length, and written whatever happens.
-    unsafe {
-        bpf_probe_read_kernel(
-            bytes.as_mut_ptr().cast(),
-            length,
-            base.wrapping_add(offset as usize).cast(),
-        );
-        bytes.assume_init()
-    }
+fn v6(base: *const u8, offset: u32) -> [u8; 16] {
+    let (first, last) = (load(base, offset, 8), load(base, offset + 8, 8));
+    (u128::from(last) << 64 | u128::from(first)).to_le_bytes()
 }
 
-/// Copies a NUL-terminated string; returns how many bytes that were, the NUL
-/// included. What does not fit is cut off.
+/// Copies a NUL-terminated string whose address is only a number to the
+/// verifier; returns how many bytes that were, the NUL included, or `SIZE` where
+/// it may have been cut off.
+///
+/// `bpf_snprintf` (since Linux 5.13) reads it as `bpf_probe_read_kernel_str`
+/// would, and is allowed under lockdown=confidentiality too.
 #[inline(always)]
 pub(crate) fn copy_string<const SIZE: usize>(
     from: *const u8,
     to: &mut [u8; SIZE],
 ) -> Option<usize> {
-    #[expect(clippy::cast_possible_truncation, reason = "strings are small")]
-    let size = const { SIZE as u32 };
-    // SAFETY: the helper checks the address and never faults; the destination
-    // is ours and that long.
-    let copied = unsafe { bpf_probe_read_kernel_str(to.as_mut_ptr().cast(), size, from.cast()) };
-    usize::try_from(copied).ok()
+    /// As many bytes as it takes from one string (`MAX_BPRINTF_BIN_ARGS` in
+    /// kernel/bpf/helpers.c, less the NUL).
+    const PIECE: usize = 511;
+    const { assert!(SIZE > 2 * PIECE, "the second piece fits") };
+    let first = print_string(from, to.as_mut_ptr())?;
+    if first <= PIECE {
+        return Some(first);
+    }
+    // SAFETY: there is room for another piece.
+    let rest = unsafe { to.as_mut_ptr().add(PIECE) };
+    let second = print_string(from.wrapping_add(PIECE), rest)?;
+    Some(if second <= PIECE {
+        PIECE + second
+    } else {
+        SIZE
+    })
 }
+
+/// Copies up to 511 bytes of a string and a NUL; tells how many there are in
+/// all.
+#[inline(always)]
+fn print_string(from: *const u8, to: *mut u8) -> Option<usize> {
+    let mut arguments = [from.expose_provenance() as u64];
+    // SAFETY: the helper checks the address and never faults; there is room for
+    // 512 bytes, the format is a read-only string of ours.
+    let length = unsafe {
+        bpf_snprintf(
+            to.cast(),
+            512,
+            STRING_FORMAT.as_ptr().cast(),
+            arguments.as_mut_ptr(),
+            8,
+        )
+    };
+    usize::try_from(length).ok()
+}
+
+/// A string and nothing else.
+#[unsafe(no_mangle)]
+static STRING_FORMAT: [u8; 3] = *b"%s\0";
 
 /// Ticks of the kernel's clock.
 #[inline(always)]
