@@ -4,6 +4,7 @@
 
 mod enforcer;
 mod events;
+mod iterators;
 mod lister;
 mod slots;
 
@@ -82,20 +83,26 @@ fn create(layout: &Layout, room: Room, cgroups: u32) -> Result<Ebpf> {
     load(layout, &sizes)
 }
 
-/// The same, with sizes for some of the maps.
-fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
+/// The BPF object.
+fn object() -> Result<&'static [u8]> {
     ensure!(
         !OBJECT.is_empty(),
         "this agent was built without its BPF object and can neither enforce nor list anything: \
          build it with `cargo xtask build`"
     );
+    Ok(OBJECT)
+}
+
+/// The same, with sizes for some of the maps.
+fn load(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
+    let object = object()?;
     let mut loader = EbpfLoader::new();
     loader.override_global(LAYOUT, layout, true);
     for (map, entries) in sizes {
         loader.map_max_entries(map, *entries);
     }
     loader
-        .load(OBJECT)
+        .load(object)
         .context("creating the BPF maps: without them nothing works")
 }
 
@@ -275,10 +282,8 @@ fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> R
     Ok(())
 }
 
-/// A program that the kernel did not load. The verifier's log can be thousands
-/// of lines; what matters stands near its end.
+/// A program that the kernel did not load.
 fn refused(name: &str, error: ProgramError) -> Error {
-    const LINES: usize = 20;
     let what = format!("the kernel refused program {name}");
     let ProgramError::LoadError {
         io_error,
@@ -287,12 +292,19 @@ fn refused(name: &str, error: ProgramError) -> Error {
     else {
         return Error::new(error).context(what);
     };
-    let log = verifier_log.to_string();
-    if log.is_empty() {
+    match last_words(&verifier_log.to_string()) {
         // It was not about what the program does.
-        return Error::new(io_error).context(what);
+        None => Error::new(io_error).context(what),
+        Some(words) => anyhow!("{io_error}; the verifier's last words:\n  {words}").context(what),
     }
+}
+
+/// The end of the verifier's log, which can be thousands of lines: what matters
+/// stands there. None where it said nothing.
+fn last_words(log: &str) -> Option<String> {
+    const LINES: usize = 20;
     let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
-    let end = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
-    anyhow!("{io_error}; the verifier's last words:\n  {end}").context(what)
+    let first = lines.len().saturating_sub(LINES);
+    let words = lines.get(first..)?.join("\n  ");
+    (!words.is_empty()).then_some(words)
 }

@@ -43,6 +43,20 @@ pub struct Layout {
     pub cgroup_root: Field,
     /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
     pub hierarchy_id: Field,
+    /// `tcp_sock` → `sock_common.skc_net.net`, the network namespace.
+    pub sock_net: Field,
+    /// `net.ns.inum`, the inode number that /proc/PID/ns/net shows.
+    pub net_inode: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
+    pub net_keepalive_time: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_intvl`, in jiffies.
+    pub net_keepalive_intvl: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
+    pub net_keepalive_probes: Field,
+    /// `tcp_sock` → `sock.sk_uid`.
+    pub sock_uid: Field,
+    /// `sock.sk_protocol`.
+    pub sock_protocol: Field,
     /// `tcp_sock` → `sock_common.skc_state`.
     pub state: Field,
     /// `tcp_sock` → `sock_common.skc_family`.
@@ -72,6 +86,8 @@ pub struct Layout {
     pub socket: Field,
     /// `socket.file`, null for a socket that has no descriptor.
     pub socket_file: Field,
+    /// `socket.sk`, null while it is closed.
+    pub socket_sock: Field,
     /// `file.f_mode`: what can be done with it.
     pub file_mode: Field,
     /// `file.f_inode`.
@@ -112,6 +128,13 @@ impl Layout {
             kernfs_id: NOWHERE,
             cgroup_root: NOWHERE,
             hierarchy_id: NOWHERE,
+            sock_net: NOWHERE,
+            net_inode: NOWHERE,
+            net_keepalive_time: NOWHERE,
+            net_keepalive_intvl: NOWHERE,
+            net_keepalive_probes: NOWHERE,
+            sock_uid: NOWHERE,
+            sock_protocol: NOWHERE,
             state: NOWHERE,
             family: NOWHERE,
             local_port: NOWHERE,
@@ -126,6 +149,7 @@ impl Layout {
             packets_out: NOWHERE,
             socket: NOWHERE,
             socket_file: NOWHERE,
+            socket_sock: NOWHERE,
             file_mode: NOWHERE,
             file_inode: NOWHERE,
             inode_number: NOWHERE,
@@ -145,6 +169,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 32 * size_of::<Field>() + 3 * 4);
+        assert_eq!(size_of::<Layout>(), 40 * size_of::<Field>() + 3 * 4);
     }
 }

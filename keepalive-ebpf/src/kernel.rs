@@ -15,11 +15,13 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     Global,
     bindings::{seq_file, tcp_sock},
-    helpers::generated::{bpf_jiffies64, bpf_seq_write, bpf_skc_to_tcp_sock, bpf_snprintf},
+    helpers::generated::{
+        bpf_jiffies64, bpf_seq_write, bpf_skc_to_tcp_sock, bpf_snprintf, bpf_sock_from_file,
+    },
     programs::{BtfTracePointContext, SockOpsContext},
 };
 use keepalive_common::{
-    descriptor::DescriptorRecord,
+    descriptor::{DescriptorRecord, Kind, MPTCP, NSFS},
     layout::Layout,
     plan::Options,
     slot::Remote,
@@ -103,11 +105,25 @@ impl TcpSock {
         number(read_field!(self.0, packets_out))
     }
 
-    /// Whether a process holds the socket. The kernel uses the keepalive timer
-    /// of an orphan for other things.
+    /// Whether it is a connection that lasts: no listener, request or TIME_WAIT,
+    /// and nothing that the kernel is about to end. The kernel uses the keepalive
+    /// timer of an orphan for other things.
     #[inline(always)]
-    fn has_owner(self) -> bool {
-        (read_field!(self.0, flags) >> layout!(dead_bit)) & 1 == 0
+    pub(crate) fn is_connection(self) -> bool {
+        let is_orphan = (read_field!(self.0, flags) >> layout!(dead_bit)) & 1 != 0;
+        is_held_open(self.state()) && !is_orphan
+    }
+
+    /// Its network namespace.
+    #[inline(always)]
+    pub(crate) fn net(self) -> Net {
+        Net::of(self.0)
+    }
+
+    /// User id of the owner.
+    #[inline(always)]
+    pub(crate) fn uid(self) -> u32 {
+        number(read_field!(self.0, sock_uid))
     }
 
     /// Jiffies per second.
@@ -217,7 +233,6 @@ impl TcpSock {
 pub(crate) struct TcpIterator {
     meta: *const IteratorMeta,
     socket: *mut c_void,
-    uid: u32,
 }
 
 /// `struct bpf_iter_meta` in include/linux/bpf.h.
@@ -227,20 +242,14 @@ struct IteratorMeta {
 }
 
 impl TcpIterator {
-    /// The socket, if it is a connection that a process holds: no listener,
-    /// request or TIME_WAIT, and nothing that the kernel is about to end.
+    /// The socket, if it is a connection that a process holds, or is about to
+    /// accept.
     #[inline(always)]
     pub(crate) fn connection(&self) -> Option<TcpSock> {
         // SAFETY: the context is the kernel's own. Volatile, so that the null
         // check stays one.
         let socket = unsafe { (&raw const self.socket).read_volatile() };
-        TcpSock::try_from(socket).filter(|sock| is_held_open(sock.state()) && sock.has_owner())
-    }
-
-    /// User id of the socket's owner.
-    #[inline(always)]
-    pub(crate) fn uid(&self) -> u32 {
-        self.uid
+        TcpSock::try_from(socket).filter(|sock| sock.is_connection())
     }
 
     /// Appends to what the reader gets.
@@ -269,28 +278,7 @@ pub(crate) struct FileIterator {
 impl FileIterator {
     /// The file, unless the iteration is over.
     #[inline(always)]
-    pub(crate) fn record(&self) -> Option<DescriptorRecord> {
-        let (task, file) = self.file()?;
-        Some(Self::describe(self.descriptor, task, file))
-    }
-
-    /// The file, unless it is one that can be read or written: a namespace
-    /// cannot. This spares a look at the inode, which is not in the processor's
-    /// cache where there are many files.
-    #[inline(always)]
-    pub(crate) fn record_without_data(&self) -> Option<DescriptorRecord> {
-        /// `FMODE_CAN_READ` and `FMODE_CAN_WRITE` (include/linux/fs.h, since
-        /// Linux 3.16): the file has functions for that.
-        const HAS_DATA: u64 = 1 << 17 | 1 << 18;
-        let (task, file) = self.file()?;
-        if read_field!(file, file_mode) & HAS_DATA != 0 {
-            return None;
-        }
-        Some(Self::describe(self.descriptor, task, file))
-    }
-
-    #[inline(always)]
-    fn file(&self) -> Option<(*const u8, *const u8)> {
+    pub(crate) fn file(&self) -> Option<OpenFile> {
         // SAFETY: the context is the kernel's own. Volatile, so that the null
         // checks stay.
         let (task, file) = unsafe {
@@ -299,25 +287,121 @@ impl FileIterator {
                 (&raw const self.file).read_volatile(),
             )
         };
-        (!task.is_null() && !file.is_null()).then_some((task, file))
-    }
-
-    #[inline(always)]
-    fn describe(descriptor: u64, task: *const u8, file: *const u8) -> DescriptorRecord {
-        let inode = typed(file, layout!(file_inode.offset));
-        let super_block = typed(inode, layout!(inode_super.offset));
-        DescriptorRecord {
-            inode: read_field!(inode, inode_number),
-            magic: read_field!(super_block, super_magic),
-            process: number(read_field!(task, task_process)),
-            descriptor: number(descriptor & 0xffff_ffff),
-        }
+        (!task.is_null() && !file.is_null()).then_some(OpenFile {
+            task,
+            descriptor: self.descriptor,
+            file,
+        })
     }
 
     /// Appends to what the reader gets.
     #[inline(always)]
     pub(crate) fn write<T>(&self, record: &T) {
         append(self.meta, record);
+    }
+}
+
+/// A file that a process holds open.
+#[derive(Clone, Copy)]
+pub(crate) struct OpenFile {
+    task: *const u8,
+    descriptor: u64,
+    file: *const u8,
+}
+
+/// What a socket of a process is.
+pub(crate) enum OpenSocket {
+    /// Of TCP, in whichever state.
+    Tcp(TcpSock),
+    /// Of MPTCP, in a network namespace.
+    Mptcp(Net),
+}
+
+impl OpenFile {
+    /// Whether it is a namespace, of whatever kind.
+    #[inline(always)]
+    pub(crate) fn is_namespace(self) -> bool {
+        /// `FMODE_CAN_READ` and `FMODE_CAN_WRITE` (include/linux/fs.h, since
+        /// Linux 3.16): the file has functions for that, which a namespace has
+        /// not. This spares a look at the inode, which is not in the processor's
+        /// cache where there are many files.
+        const HAS_DATA: u64 = 1 << 17 | 1 << 18;
+        if read_field!(self.file, file_mode) & HAS_DATA != 0 {
+            return false;
+        }
+        let super_block = typed(self.inode(), layout!(inode_super.offset));
+        read_field!(super_block, super_magic) == NSFS
+    }
+
+    /// The TCP or MPTCP socket that it is, if it is one.
+    #[inline(always)]
+    pub(crate) fn socket(self) -> Option<OpenSocket> {
+        // SAFETY: takes any file and answers null for those that are no sockets.
+        let socket = unsafe { bpf_sock_from_file(self.file.cast_mut().cast()) };
+        if socket.is_null() {
+            return None;
+        }
+        let sock = typed(socket.cast_const().cast(), layout!(socket_sock.offset));
+        if let Some(tcp) = TcpSock::try_from(sock.cast_mut().cast()) {
+            return Some(OpenSocket::Tcp(tcp));
+        }
+        if sock.is_null() || read_field!(sock, sock_protocol) != MPTCP {
+            return None;
+        }
+        Some(OpenSocket::Mptcp(Net::of(sock)))
+    }
+
+    /// What there is to say of any file.
+    #[inline(always)]
+    pub(crate) fn record(self, kind: Kind, netns: u32) -> DescriptorRecord {
+        DescriptorRecord {
+            inode: read_field!(self.inode(), inode_number),
+            process: number(read_field!(self.task, task_process)),
+            descriptor: number(self.descriptor & 0xffff_ffff),
+            netns,
+            kind: kind as u32,
+        }
+    }
+
+    #[inline(always)]
+    fn inode(self) -> *const u8 {
+        typed(self.file, layout!(file_inode.offset))
+    }
+}
+
+/// A network namespace.
+#[derive(Clone, Copy)]
+pub(crate) struct Net(*const u8);
+
+impl Net {
+    /// That of a socket.
+    #[inline(always)]
+    fn of(sock: *const u8) -> Self {
+        Self(typed(sock, layout!(sock_net.offset)))
+    }
+
+    /// Inode number that /proc/PID/ns/net shows.
+    #[inline(always)]
+    pub(crate) fn inode(self) -> u32 {
+        number(read_field!(self.0, net_inode))
+    }
+
+    /// `tcp_keepalive_time` in seconds.
+    #[inline(always)]
+    pub(crate) fn idle(self) -> u32 {
+        seconds(read_field!(self.0, net_keepalive_time))
+    }
+
+    /// `tcp_keepalive_intvl` in seconds.
+    #[inline(always)]
+    pub(crate) fn interval(self) -> u32 {
+        seconds(read_field!(self.0, net_keepalive_intvl))
+    }
+
+    /// `tcp_keepalive_probes`.
+    #[inline(always)]
+    pub(crate) fn probes(self) -> u32 {
+        number(read_field!(self.0, net_keepalive_probes))
     }
 }
 

@@ -108,11 +108,6 @@ pub(super) struct Settle {
     pub(super) freed: Records,
 }
 
-impl Room {
-    /// For what reads and claims nothing.
-    pub(super) const NONE: Self = Self { slots: 1, steps: 1 };
-}
-
 impl Slots {
     pub(super) fn new(room: Room) -> Self {
         Self {

@@ -145,6 +145,8 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
     let cgroup = Structure::named(btf, "cgroup")?;
     let file = Structure::named(btf, "file")?;
     let inode = Structure::named(btf, "inode")?;
+    let net = Structure::named(btf, "net")?;
+    let socket = Structure::named(btf, "socket")?;
     let sock = "inet_conn.icsk_inet.sk";
     // The keepalive timer had the socket's general timer to itself until it got
     // one of its own.
@@ -168,6 +170,13 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         kernfs_id: Structure::named(btf, "kernfs_node")?.number("id")?,
         cgroup_root: cgroup.number("root")?,
         hierarchy_id: Structure::named(btf, "cgroup_root")?.number("hierarchy_id")?,
+        sock_net: common("skc_net.net")?,
+        net_inode: net.number("ns.inum")?,
+        net_keepalive_time: net.number("ipv4.sysctl_tcp_keepalive_time")?,
+        net_keepalive_intvl: net.number("ipv4.sysctl_tcp_keepalive_intvl")?,
+        net_keepalive_probes: net.number("ipv4.sysctl_tcp_keepalive_probes")?,
+        sock_uid: tcp_sock.number(&format!("{sock}.sk_uid.val"))?,
+        sock_protocol: Structure::named(btf, "sock")?.number("sk_protocol")?,
         state: common("skc_state")?,
         family: common("skc_family")?,
         local_port: common("skc_num")?,
@@ -181,7 +190,8 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         last_data: tcp_sock.number("inet_conn.icsk_ack.lrcvtime")?,
         packets_out: tcp_sock.number("packets_out")?,
         socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
-        socket_file: Structure::named(btf, "socket")?.number("file")?,
+        socket_file: socket.number("file")?,
+        socket_sock: socket.number("sk")?,
         file_mode: file.number("f_mode")?,
         file_inode: file.number("f_inode")?,
         inode_number: inode.number("i_ino")?,
