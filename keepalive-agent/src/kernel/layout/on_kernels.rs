@@ -22,7 +22,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 22] = [
+    let fields: [Expected; 30] = [
         ("flags", |l| l.flags, [(96, 8); 3]),
         ("state", |l| l.state, [(18, 1); 3]),
         (
@@ -87,6 +87,30 @@ fn every_field_stands_where_the_kernel_has_it() {
         ("socket", |l| l.socket, [(624, 8), (288, 8), (288, 8)]),
         ("socket_file", |l| l.socket_file, [(16, 8); 3]),
         ("file_mode", |l| l.file_mode, [(68, 4), (12, 4), (4, 4)]),
+        ("sock_net", |l| l.sock_net, [(48, 8); 3]),
+        ("net_inode", |l| l.net_inode, [(144, 4), (136, 4), (280, 4)]),
+        (
+            "net_keepalive_time",
+            |l| l.net_keepalive_time,
+            [(1112, 4), (1220, 4), (1588, 4)],
+        ),
+        (
+            "net_keepalive_intvl",
+            |l| l.net_keepalive_intvl,
+            [(1116, 4), (1224, 4), (1592, 4)],
+        ),
+        (
+            "net_keepalive_probes",
+            |l| l.net_keepalive_probes,
+            [(1120, 1), (1228, 1), (1596, 1)],
+        ),
+        ("sock_uid", |l| l.sock_uid, [(560, 4), (612, 4), (536, 4)]),
+        (
+            "sock_protocol",
+            |l| l.sock_protocol,
+            [(516, 2), (574, 2), (540, 2)],
+        ),
+        ("socket_sock", |l| l.socket_sock, [(24, 8); 3]),
         ("local_v6", |l| l.local_v6, [(72, 16); 3]),
         ("remote_port", |l| l.remote_port, [(12, 2); 3]),
     ];
