@@ -7,12 +7,11 @@ mod events;
 mod iterators;
 mod lister;
 mod slots;
+mod survey;
 
 use std::{
     fs::File,
     io::{self, Read as _},
-    os::fd::AsRawFd as _,
-    process,
     sync::atomic::{Ordering, fence},
 };
 
@@ -22,17 +21,16 @@ use aya::{
     maps::{Array, Map, MapData},
     programs::{Iter, ProgramError, iter::IterLink},
 };
-use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
+use keepalive_common::layout::Layout;
 
-use crate::{
-    kernel::layout::{Hook, Kernel},
-    netns,
-};
+use crate::kernel::layout::{Hook, Kernel};
 
 pub use enforcer::{ByHand, Claimed, Counted, Done, Enforcer, Failure, Filled, Loaded, SlowPass};
 pub use events::{Change, Events};
 pub use lister::Lister;
+use lister::read_descriptors;
 use slots::Room;
+pub use survey::{Survey, Surveyed};
 
 /// The programs.
 mod program {
@@ -40,7 +38,7 @@ mod program {
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
-    pub(super) const NAMESPACES: &str = "namespaces";
+    pub(super) const SURVEY: &str = "survey";
     pub(super) const CGROUP_MADE: &str = "cgroup_made";
     pub(super) const CGROUP_REMOVED: &str = "cgroup_removed";
 }
@@ -228,58 +226,6 @@ fn run_iterator(
             Err(error) => return Err(Error::new(error).context("reading the iterator")),
         }
     }
-}
-
-/// The same for a program that writes records of one kind; tells how many.
-fn run_records<T: bytemuck::AnyBitPattern>(
-    link: IterLink,
-    mut each: impl FnMut(&T) -> Result<()>,
-) -> Result<u64> {
-    let size = size_of::<T>();
-    // The kernel's own buffer has eight pages, whatever their size; a smaller one
-    // here only takes more reads.
-    let mut buffer = vec![0; 64 * 1024];
-    let mut rest = Vec::new();
-    let mut count = 0;
-    run_iterator(link, &mut buffer, |bytes| {
-        // A read may end within a record.
-        rest.extend_from_slice(bytes);
-        let mut records = rest.chunks_exact(size);
-        for record in &mut records {
-            each(&bytemuck::pod_read_unaligned(record))?;
-            count += 1;
-        }
-        let left = records.remainder().len();
-        rest.drain(..rest.len() - left);
-        Ok(())
-    })?;
-    ensure!(rest.is_empty(), "the listing ended within a record");
-    Ok(count)
-}
-
-/// The same for a program that lists descriptors of processes, those of
-/// namespaces among them.
-///
-/// # Errors
-///
-/// When it does not list the namespace that is open here: then the program does
-/// not know what a namespace looks like in this kernel, or this process sees
-/// others under other ids than the kernel, being in a pid namespace.
-fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> Result<()> {
-    let own = File::open(netns::OWN)
-        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
-    let number = own.as_raw_fd().cast_unsigned();
-    let mut finds_own = false;
-    run_records(link, |record: &DescriptorRecord| {
-        finds_own |= (record.process, record.descriptor) == (process::id(), number);
-        each(record);
-        Ok(())
-    })?;
-    ensure!(
-        finds_own,
-        "the kernel does not show this process under its own id among those that hold namespaces"
-    );
-    Ok(())
 }
 
 /// A program that the kernel did not load.

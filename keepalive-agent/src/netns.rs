@@ -9,6 +9,7 @@
 //! file of a file system that this user answers for. So nothing is opened before
 //! it is known to be a namespace ([`open_checked`]).
 
+mod census;
 mod of_socket;
 
 use std::{
@@ -29,6 +30,8 @@ use rustix::{
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+pub use census::Census;
 
 /// The namespace of this process.
 pub const OWN: &str = "/proc/self/ns/net";

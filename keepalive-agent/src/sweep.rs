@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tracing::debug;
 
 use crate::{
-    bpf::{Enforcer, SlowPass},
+    bpf::{Enforcer, SlowPass, Survey},
     hierarchy::Hierarchy,
     netns::{self, Namespace},
 };
@@ -54,26 +54,43 @@ pub struct Swept {
 
 /// Brings the policy to everything but the connections that would probe at once.
 ///
+/// The first time all namespaces with connections are entered, so that these are
+/// counted; afterwards only those in which there is something to do.
+///
 /// # Errors
 ///
 /// When no namespace can be found at all, or the kernel offers no road to
 /// existing connections. What goes wrong in one namespace is reported in the
 /// result and does not keep the others from being swept.
 pub fn apply(enforcer: &mut Enforcer) -> Result<Swept> {
-    let namespaces = namespaces(enforcer)?;
-    pass(enforcer, namespaces, true)
-}
-
-/// All network namespaces, found in the kernel where that is possible: it takes
-/// a fraction of the time that /proc takes where many files are open.
-fn namespaces(enforcer: &mut Enforcer) -> Result<Vec<Namespace>> {
-    match enforcer.held_namespaces() {
-        Ok(descriptors) => netns::all_with(&descriptors),
+    let is_first = !enforcer.has_counted();
+    let Survey {
+        namespaces,
+        unknown,
+    } = match enforcer.survey() {
+        Ok(survey) => survey,
         Err(error) => {
-            debug!("{error:#}; namespaces are looked for in /proc");
-            netns::all()
+            debug!("{error:#}; every namespace is entered");
+            return pass(enforcer, netns::all()?, true);
+        }
+    };
+    let is_unknown = |namespace: &Namespace| unknown.iter().any(|(other, _)| other == namespace);
+    let mut looked_at = 0;
+    let mut entered = Vec::new();
+    for surveyed in namespaces {
+        if is_unknown(&surveyed.namespace) {
+            continue;
+        }
+        if is_first || !surveyed.is_settled() {
+            entered.push(surveyed.namespace);
+        } else {
+            looked_at += surveyed.connections;
         }
     }
+    let mut swept = pass(enforcer, entered, true)?;
+    swept.seen += looked_at;
+    swept.missed.extend(unknown);
+    Ok(swept)
 }
 
 fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Result<Swept> {
@@ -84,14 +101,7 @@ fn pass(enforcer: &mut Enforcer, namespaces: Vec<Namespace>, counts: bool) -> Re
             Road::Kernel => enforcer.pass(namespace, counts),
             Road::ByHand(hand) => hand.pass(namespace, counts, None),
         };
-        let mut done = pass(&namespace);
-        if let Ok(None) = done {
-            // What it was found by is gone. Another way in, or it is gone itself.
-            if let Some(found) = netns::all()?.iter().find(|found| found.id == namespace.id) {
-                done = pass(found);
-            }
-        }
-        match done {
+        match pass(&namespace) {
             Ok(Some(done)) => {
                 swept.seen += done.seen;
                 swept.waiting += done.waiting;

@@ -22,6 +22,8 @@ pub enum Kind {
     OtherTcp = 3,
     /// An MPTCP socket: its connections, the subflows, have no descriptors.
     Mptcp = 4,
+    /// A connection that the policy that claims it wants to change.
+    Due = 5,
 }
 
 impl Kind {
@@ -33,6 +35,7 @@ impl Kind {
             2 => Some(Self::Connection),
             3 => Some(Self::OtherTcp),
             4 => Some(Self::Mptcp),
+            5 => Some(Self::Due),
             _ => None,
         }
     }
@@ -89,7 +92,8 @@ mod tests {
                 Kind::Namespace,
                 Kind::Connection,
                 Kind::OtherTcp,
-                Kind::Mptcp
+                Kind::Mptcp,
+                Kind::Due
             ]
         );
         assert!(

@@ -91,20 +91,20 @@ extern "C" fn list(iterator: &TcpIterator) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 extern "C" fn files(iterator: &FileIterator) -> i32 {
-    files::write(iterator);
+    files::list(iterator);
     NEXT
 }
 
-/// The same for those that are namespaces only: of sockets there can be very
-/// many.
+/// The same for the sweep: with whether a connection is to be changed, and
+/// nothing else of it.
 ///
 /// # Minimum kernel version
 ///
-/// 5.8, for iterators over files.
+/// 5.12, for socket storage in such programs.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-extern "C" fn namespaces(iterator: &FileIterator) -> i32 {
-    files::write_namespace(iterator);
+extern "C" fn survey(iterator: &FileIterator) -> i32 {
+    files::survey(iterator);
     NEXT
 }
 

@@ -32,15 +32,15 @@ use keepalive_common::{
 use tracing::debug;
 
 use super::{
-    Lister, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
-    prepare_iterator, program, refused, run_descriptors, run_iterator,
+    Lister, Survey, Writable, begin_generation, create, iterator, load_iterator, map, map_mut,
+    prepare_iterator, program, refused, run_iterator,
     slots::{Held, Index, Records, Room, Settle, Slots, Switch},
 };
 use crate::{
     assignment::{self, Assignment},
     hierarchy::Cgroup,
     kernel::layout::{Hook, Kernel},
-    netns::{Descriptor, Namespace},
+    netns::Namespace,
 };
 
 /// How many cgroups can claim a policy.
@@ -74,8 +74,10 @@ pub struct Enforcer {
     lister: Option<Arc<Mutex<Lister>>>,
     /// Whether the kernel takes the sweeping program, once that was tried.
     can_sweep: Option<bool>,
-    /// Whether the program that finds namespaces is loaded.
-    can_find: bool,
+    /// Whether the program that finds what there is to do is loaded.
+    can_survey: bool,
+    /// Whether the connections that exist have been counted.
+    has_counted: bool,
 }
 
 /// Whose deeds are counted.
@@ -307,7 +309,8 @@ impl Loaded {
             originals: None,
             lister: None,
             can_sweep: self.can_sweep,
-            can_find: false,
+            can_survey: false,
+            has_counted: false,
         };
         if let Some(before) = before {
             enforcer.switch(before)?;
@@ -687,35 +690,34 @@ impl Enforcer {
         })
     }
 
-    /// Which descriptors of which processes hold namespaces, of whatever kind.
+    /// Finds out which namespaces have connections, and which of them there is
+    /// anything to do for.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program that looks for them, or knows this
-    /// process by another id than /proc.
+    /// When the kernel refuses the program, or knows this process by another id
+    /// than /proc: then every namespace has to be entered.
     ///
     /// # Minimum kernel version
     ///
-    /// 5.8, for iterators over files.
-    pub fn held_namespaces(&mut self) -> Result<Vec<Descriptor>> {
-        if !self.can_find {
-            load_iterator(
-                &mut self.ebpf,
-                program::NAMESPACES,
-                &self.kernel,
-                Hook::Files,
-            )?;
-            self.can_find = true;
+    /// 5.12, for socket storage in iterators over files.
+    pub fn survey(&mut self) -> Result<Survey> {
+        if !self.can_survey {
+            load_iterator(&mut self.ebpf, program::SURVEY, &self.kernel, Hook::Files)?;
+            self.can_survey = true;
         }
-        let link = prepare_iterator(&mut self.ebpf, program::NAMESPACES)?;
-        let mut held = Vec::new();
-        run_descriptors(link, |record| {
-            held.push(Descriptor {
-                process: record.process,
-                number: record.descriptor,
-            });
-        })?;
-        Ok(held)
+        let mut state: Array<Writable<'_>, Pass> = map_mut(&mut self.ebpf, super::map::PASS)?;
+        state
+            .set(0, Pass::default(), 0)
+            .context("starting a survey")?;
+        let link = prepare_iterator(&mut self.ebpf, program::SURVEY)?;
+        Survey::read(link.into_file().context("opening the iterator")?)
+    }
+
+    /// Whether the connections that exist have been counted.
+    #[must_use]
+    pub const fn has_counted(&self) -> bool {
+        self.has_counted
     }
 
     /// Makes a pass over the connections of a namespace that leaves those
@@ -738,6 +740,7 @@ impl Enforcer {
         if swept.is_none() {
             return Ok(None);
         }
+        self.has_counted |= counts;
         let pass: Array<_, Pass> = map(&self.ebpf, super::map::PASS)?;
         Ok(Some(pass.get(&0, 0)?))
     }

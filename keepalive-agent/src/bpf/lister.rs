@@ -4,7 +4,7 @@ use std::{fs::File, os::fd::AsRawFd as _, process};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::{
-    descriptor::{HeldRecord, Kind},
+    descriptor::{DescriptorRecord, HeldRecord, Kind},
     socket::SocketRecord,
 };
 
@@ -68,28 +68,57 @@ impl Lister {
     /// # Minimum kernel version
     ///
     /// 5.11, for bpf_sock_from_file.
-    pub fn descriptors(&self, mut each: impl FnMut(&HeldRecord)) -> Result<()> {
-        let files = match &self.files {
-            Ok(files) => files.open()?,
+    pub fn descriptors(&self, each: impl FnMut(&HeldRecord)) -> Result<()> {
+        match &self.files {
+            Ok(files) => read_descriptors(files.open()?, each),
             Err(error) => bail!("{error:#}"),
-        };
-        // Held open to be found: where it is not, the program does not know what
-        // a namespace looks like in this kernel.
-        let own = File::open(netns::OWN)
-            .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
-        let number = own.as_raw_fd().cast_unsigned();
-        let mut finds_own = false;
-        read_records(files, |record: &HeldRecord| {
-            let found = &record.descriptor;
-            finds_own |= Kind::from_number(found.kind) == Some(Kind::Namespace)
-                && (found.process, found.descriptor) == (process::id(), number);
-            each(record);
-            Ok(())
-        })?;
-        ensure!(
-            finds_own,
-            "the kernel does not show this process under its own id among those that hold namespaces"
-        );
-        Ok(())
+        }
     }
+}
+
+/// A record that tells of a descriptor.
+pub(super) trait OfDescriptor: bytemuck::AnyBitPattern {
+    /// Which one.
+    fn descriptor(&self) -> &DescriptorRecord;
+}
+
+impl OfDescriptor for DescriptorRecord {
+    fn descriptor(&self) -> &DescriptorRecord {
+        self
+    }
+}
+
+impl OfDescriptor for HeldRecord {
+    fn descriptor(&self) -> &DescriptorRecord {
+        &self.descriptor
+    }
+}
+
+/// Hands on what a program over the descriptors of all processes writes.
+///
+/// # Errors
+///
+/// When it does not find the namespace that is held open here: then the program
+/// does not know what a namespace looks like in this kernel, or this process sees
+/// others under other ids than the kernel, being in a pid namespace.
+pub(super) fn read_descriptors<T: OfDescriptor>(
+    iterator: File,
+    mut each: impl FnMut(&T),
+) -> Result<()> {
+    let own = File::open(netns::OWN)
+        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
+    let number = own.as_raw_fd().cast_unsigned();
+    let mut finds_own = false;
+    read_records(iterator, |record: &T| {
+        let found = record.descriptor();
+        finds_own |= Kind::from_number(found.kind) == Some(Kind::Namespace)
+            && (found.process, found.descriptor) == (process::id(), number);
+        each(record);
+        Ok(())
+    })?;
+    ensure!(
+        finds_own,
+        "the kernel does not show this process under its own id among those that hold namespaces"
+    );
+    Ok(())
 }

@@ -8,7 +8,7 @@
 //! sockets are gone through: each time the kernel goes through the table that all
 //! namespaces share.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use anyhow::{Error, Result, anyhow};
 use keepalive_common::{
@@ -20,7 +20,7 @@ use tracing::debug;
 use super::holders::{Holder, Holders, Key};
 use crate::{
     bpf::Lister,
-    netns::{self, Descriptor, Held, Namespace},
+    netns::{self, Census, Namespace},
 };
 
 /// A namespace whose connections could not be listed, or not all of them.
@@ -44,8 +44,8 @@ pub type Taker<'a> =
 ///
 /// When namespaces or processes cannot be found, or `take` fails.
 pub fn each_connection(lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unseen>> {
-    match Census::take(lister) {
-        Ok(census) => census.walk(lister, take),
+    match HeldSockets::find(lister) {
+        Ok(held) => held.walk(lister, take),
         Err(error) => {
             debug!("{error:#}; descriptors are looked for in /proc");
             let holders = Holders::read()?;
@@ -97,80 +97,59 @@ fn list(
 
 /// What processes hold.
 #[derive(Default)]
-struct Census {
+struct HeldSockets {
     connections: Vec<SocketRecord>,
     holders: Holders,
-    held: Held,
-    /// Namespace → how many TCP sockets of it processes hold.
-    counts: HashMap<u64, u64>,
+    census: Census,
 }
 
-impl Census {
-    fn take(lister: &Lister) -> Result<Self> {
-        let mut census = Self::default();
-        lister.descriptors(|record| census.add(record))?;
-        Ok(census)
+impl HeldSockets {
+    fn find(lister: &Lister) -> Result<Self> {
+        let mut held = Self::default();
+        lister.descriptors(|record| held.add(record))?;
+        Ok(held)
     }
 
     fn add(&mut self, HeldRecord { descriptor, socket }: &HeldRecord) {
-        let holder = Descriptor {
-            process: descriptor.process,
-            number: descriptor.descriptor,
-        };
-        let netns = u64::from(descriptor.netns);
-        match Kind::from_number(descriptor.kind) {
-            Some(Kind::Namespace) => self.held.namespaces.push(holder),
-            Some(kind @ (Kind::Connection | Kind::OtherTcp)) => {
-                let key = Key::of(descriptor.inode, socket);
-                if !self.holders.add(descriptor.process, key) {
-                    return;
-                }
-                *self.counts.entry(netns).or_default() += 1;
-                self.held.sockets.entry(netns).or_insert(holder);
-                if kind == Kind::Connection {
-                    self.connections.push(*socket);
-                }
-            }
+        let kind = Kind::from_number(descriptor.kind);
+        let is_new = match kind {
+            Some(Kind::Namespace) | None => true,
+            // Its subflows have the same inode number, and ports of their own.
             Some(Kind::Mptcp) => {
-                self.holders
-                    .add(descriptor.process, Key::of_inode(descriptor.inode));
-                self.held.sockets.entry(netns).or_insert(holder);
+                let key = Key::of_inode(descriptor.inode);
+                self.holders.add(descriptor.process, key)
             }
-            None => {}
+            Some(_) => {
+                let key = Key::of(descriptor.inode, socket);
+                self.holders.add(descriptor.process, key)
+            }
+        };
+        self.census.add(descriptor, is_new);
+        if is_new && kind == Some(Kind::Connection) {
+            self.connections.push(*socket);
         }
     }
 
-    fn walk(mut self, lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unseen>> {
-        let namespaces = netns::all_held(&self.held)?;
+    fn walk(self, lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unseen>> {
         let mut by_netns: BTreeMap<u64, Vec<SocketRecord>> = BTreeMap::new();
-        for connection in std::mem::take(&mut self.connections) {
+        for connection in self.connections {
             let of_netns = by_netns.entry(connection.netns.into()).or_default();
             of_netns.push(connection);
         }
         let mut unseen = Vec::new();
         let holders = self.holders.named();
-        for netns in &namespaces {
+        for netns in self.census.namespaces()? {
             for record in by_netns.remove(&netns.id).unwrap_or_default() {
-                take(netns, &record, holders.of(&record))?;
+                take(&netns, &record, holders.of(&record))?;
             }
-            let count = self.counts.get(&netns.id).copied().unwrap_or(0);
-            match netns.enter(netns::tcp_sockets).and_then(Option::transpose) {
-                Ok(Some(all)) if all > count => {
-                    debug!(
-                        netns = netns.name,
-                        sockets = all,
-                        held = count,
-                        "has sockets that no process holds"
-                    );
-                    let listed = list(lister, netns, &holders, take)?;
-                    unseen.extend(listed.err().map(|error| Unseen::of(netns, error)));
-                }
-                // All of it has been seen, or it is gone.
-                Ok(Some(_) | None) => {}
-                Err(error) => unseen.push(Unseen::of(netns, error)),
-            }
+            let listed = match self.census.has_others(&netns) {
+                Ok(true) => list(lister, &netns, &holders, take)?,
+                Ok(false) => Ok(()),
+                Err(error) => Err(error),
+            };
+            unseen.extend(listed.err().map(|error| Unseen::of(&netns, error)));
         }
-        // Of namespaces that were made or left by their processes meanwhile.
+        // Of namespaces that nothing leads to any more.
         for (id, records) in by_netns {
             let netns = Namespace::without_a_way(id);
             for record in records {
