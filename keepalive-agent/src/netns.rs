@@ -26,7 +26,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use keepalive_common::descriptor::NSFS;
 use rustix::{
-    fs::{CWD, Dir, Mode, OFlags, fstatfs, open, openat, readlinkat},
+    fs::{CWD, Dir, Mode, OFlags, fstat, fstatfs, open, openat, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
@@ -53,8 +53,8 @@ pub struct Namespace {
 /// Where a namespace can be entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Way {
-    /// A bind mount.
-    Mount(PathBuf),
+    /// A bind mount, by its id in mountinfo.
+    Mount(u64, PathBuf),
     /// A process that is in it.
     Process(u32),
     /// A descriptor of it.
@@ -208,9 +208,9 @@ impl Found {
     /// Bind mounts, wherever they are in this mount namespace.
     fn mounted(&mut self) {
         let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
-        for (id, path) in mounts_of_namespaces(&mountinfo) {
+        for (id, mount, path) in mounts_of_namespaces(&mountinfo) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            self.add(id, &name, Way::Mount(path.clone()));
+            self.add(id, &name, Way::Mount(mount, path.clone()));
         }
     }
 
@@ -272,12 +272,13 @@ fn linked(path: &str) -> Option<u64> {
     namespace_of_link(target.as_os_str().as_encoded_bytes())
 }
 
-/// Network namespaces by id, and where they are mounted.
-fn mounts_of_namespaces(mountinfo: &[u8]) -> impl Iterator<Item = (u64, PathBuf)> {
+/// Network namespaces by id, and the ids and places of their mounts.
+fn mounts_of_namespaces(mountinfo: &[u8]) -> impl Iterator<Item = (u64, u64, PathBuf)> {
     mountinfo.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let id = namespace_of_link(fields.nth(3)?)?;
-        Some((id, unescape(fields.next()?)))
+        let mount = str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let id = namespace_of_link(fields.nth(2)?)?;
+        Some((id, mount, unescape(fields.next()?)))
     })
 }
 
@@ -343,7 +344,18 @@ impl Namespace {
             // Entering takes a capability even for one that is inside.
             return Ok(Some(inside()));
         }
-        let entering = || format!("entering network namespace {}", self.name);
+        let Some(file) = self.find()? else {
+            return Ok(None);
+        };
+        on_a_thread(|| {
+            self.move_into(&file)?;
+            Ok(Some(inside()))
+        })?
+    }
+
+    /// A descriptor of it; looks for the namespace once more where all ways that
+    /// are known are gone.
+    fn find(&self) -> Result<Option<OwnedFd>> {
         let mut opened = self.open();
         if let Ok(None) = opened {
             let again = all()?.into_iter().find(|found| found.id == self.id);
@@ -351,21 +363,16 @@ impl Namespace {
                 opened = again.open();
             }
         }
-        let Some(file) = opened.with_context(entering)? else {
-            return Ok(None);
-        };
-        thread::scope(|scope| {
-            thread::Builder::new()
-                .name("netns".to_owned())
-                .spawn_scoped(scope, || {
-                    let kind = Some(LinkNameSpaceType::Network);
-                    move_into_link_name_space(file.as_fd(), kind).with_context(entering)?;
-                    Ok(Some(inside()))
-                })
-                .context("starting a thread")?
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("a thread in namespace {} failed", self.name)))
-        })
+        opened.with_context(|| self.entering())
+    }
+
+    fn move_into(&self, file: &OwnedFd) -> Result<()> {
+        let kind = Some(LinkNameSpaceType::Network);
+        move_into_link_name_space(file.as_fd(), kind).with_context(|| self.entering())
+    }
+
+    fn entering(&self) -> String {
+        format!("entering network namespace {}", self.name)
     }
 
     /// A descriptor of it; none when no way leads there any more.
@@ -382,14 +389,54 @@ impl Namespace {
     }
 }
 
+/// Runs something inside each of these namespaces, one after the other on one
+/// thread; as [`Namespace::enter`], for many and at less cost.
+///
+/// # Errors
+///
+/// When no thread can be started. What stands in the way of one namespace is its
+/// own result.
+pub fn enter_each<T: Send>(
+    namespaces: &[Namespace],
+    inside: impl Fn() -> T + Send + Sync,
+) -> Result<Vec<Result<Option<T>>>> {
+    // Not on the thread that will be elsewhere.
+    let mut own = namespaces.iter().any(|found| found.is_own).then(&inside);
+    on_a_thread(|| {
+        let enter = |namespace: &Namespace| {
+            if namespace.is_own {
+                return Ok(own.take());
+            }
+            let Some(file) = namespace.find()? else {
+                return Ok(None);
+            };
+            namespace.move_into(&file)?;
+            Ok(Some(inside()))
+        };
+        namespaces.iter().map(enter).collect()
+    })
+}
+
+/// Runs something on a thread that can go elsewhere.
+fn on_a_thread<T: Send>(run: impl FnOnce() -> T + Send) -> Result<T> {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("netns".to_owned())
+            .spawn_scoped(scope, run)
+            .context("starting a thread")?
+            .join()
+            .map_err(|_| anyhow!("a thread that entered network namespaces failed"))
+    })
+}
+
 impl Way {
     /// A descriptor of the namespace of that id; none when this leads to
     /// something else by now, or nowhere.
     fn open(&self, id: u64) -> io::Result<Option<OwnedFd>> {
         let opened = match self {
-            Self::Mount(path) => open_checked(path, id),
-            Self::Process(process) => open_checked(format!("/proc/{process}/ns/net").as_ref(), id),
-            Self::Descriptor(descriptor) => open_checked(descriptor.path().as_ref(), id),
+            Self::Mount(mount, path) => open_checked(path, id, |handle| is_on(handle, *mount)),
+            Self::Process(process) => open_link(&format!("/proc/{process}/ns/net"), id),
+            Self::Descriptor(descriptor) => open_link(&descriptor.path(), id),
             Self::Socket(descriptor) => {
                 of_socket::open(*descriptor).map(|file| file.filter(|file| leads_to(file, id)))
             }
@@ -401,18 +448,39 @@ impl Way {
     }
 }
 
+/// Opens what a link in /proc leads to, if it is the network namespace of that id.
+fn open_link(link: &str, id: u64) -> io::Result<Option<OwnedFd>> {
+    open_checked(link.as_ref(), id, |handle| leads_to(handle, id))
+}
+
 /// Opens what a path leads to, if it is the network namespace of that id.
 ///
-/// Looked at first through a descriptor that opens nothing (O_PATH): by its name,
-/// which the kernel makes, then by its file system. Asking the file system first
+/// Looked at first through a descriptor that opens nothing (O_PATH), and first of
+/// all by what only the kernel answers: asking for the file system, or the inode,
 /// would ask that of another user, if it is one.
-fn open_checked(path: &Path, id: u64) -> io::Result<Option<OwnedFd>> {
+fn open_checked(
+    path: &Path,
+    id: u64,
+    is_kernels: impl FnOnce(&OwnedFd) -> bool,
+) -> io::Result<Option<OwnedFd>> {
     let handle = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    if !leads_to(&handle, id) || u64::try_from(fstatfs(&handle)?.f_type) != Ok(NSFS) {
+    if !is_kernels(&handle)
+        || u64::try_from(fstatfs(&handle)?.f_type) != Ok(NSFS)
+        || fstat(&handle)?.st_ino != id
+    {
         return Ok(None);
     }
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     Ok(Some(openat(CWD, own_link(&handle), flags, Mode::empty())?))
+}
+
+/// Whether an open file is on the mount of that id.
+fn is_on(handle: &OwnedFd, mount: u64) -> bool {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", handle.as_raw_fd()));
+    info.is_ok_and(|info| {
+        let mut ids = info.lines().filter_map(|line| line.strip_prefix("mnt_id:"));
+        ids.next().and_then(|id| id.trim().parse().ok()) == Some(mount)
+    })
 }
 
 fn leads_to(handle: &OwnedFd, id: u64) -> bool {
@@ -481,7 +549,7 @@ mod tests {
             91 22 0:4 mnt:[4026532002] /run/mnt rw - nsfs nsfs rw\n";
         let found: Vec<_> = mounts_of_namespaces(mountinfo).collect();
         let path = std::ffi::OsString::from_vec(b"/run/netns/dark blue\\\xff".to_vec());
-        assert_eq!(found, [(4_026_532_001, PathBuf::from(path))]);
+        assert_eq!(found, [(4_026_532_001, 90, PathBuf::from(path))]);
     }
 
     #[test]
@@ -517,10 +585,12 @@ mod tests {
             Path::new("/proc/self/ns/mnt"),
             Path::new("/dev/null"),
         ] {
-            assert!(open_checked(other, id).unwrap().is_none());
+            assert!(open_link(other.to_str().unwrap(), id).unwrap().is_none());
+            // Nor when the first look is deceived.
+            assert!(open_checked(other, id, |_| true).unwrap().is_none());
         }
-        assert!(open_checked(OWN.as_ref(), id + 1).unwrap().is_none());
-        assert!(open_checked(OWN.as_ref(), id).unwrap().is_some());
+        assert!(open_link(OWN, id + 1).unwrap().is_none());
+        assert!(open_link(OWN, id).unwrap().is_some());
     }
 
     #[test]
@@ -562,7 +632,7 @@ mod tests {
         #[test]
         fn any_mountinfo_is_survived(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
             let _ = mounts_of_namespaces(&bytes).count();
-            let line = [b"1 2 0:4 net:[7] /", bytes.as_slice()].concat();
+            let line = [&b"1 2 0:4 net:[7] /"[..], bytes.as_slice()].concat();
             proptest::prop_assert!(mounts_of_namespaces(&line).next().is_some());
         }
     }

@@ -8,7 +8,8 @@ use keepalive_common::{
 
 use crate::{
     kernel::{FileIterator, OpenFile, OpenSocket, TcpSock},
-    list::record, sweep,
+    list::record,
+    sweep,
 };
 
 /// What a file is, if that is of interest.

@@ -39,7 +39,7 @@ pub struct Surveyed {
     /// Those of them that the policy that claims them wants to change.
     pub due: u64,
     /// Whether there are TCP sockets that no process was found to hold (see
-    /// [`Census::has_others`]): some may be connections, and due.
+    /// [`Census::have_others`]): some may be connections, and due.
     pub has_others: bool,
 }
 
@@ -76,9 +76,11 @@ impl Survey {
             }
         })?;
         let mut survey = Self::default();
-        for namespace in census.namespaces()? {
+        let namespaces = census.namespaces()?;
+        let others = census.have_others(&namespaces)?;
+        for (namespace, has_others) in namespaces.into_iter().zip(others) {
             let (connections, due) = counts.get(&namespace.id).copied().unwrap_or_default();
-            let has_others = match census.has_others(&namespace) {
+            let has_others = match has_others {
                 Ok(has_others) => has_others,
                 Err(error) => {
                     survey.unknown.push((namespace.clone(), error));

@@ -7,7 +7,7 @@ use anyhow::Result;
 use keepalive_common::descriptor::{DescriptorRecord, Kind};
 use tracing::debug;
 
-use super::{Descriptor, Held, Namespace, all_held, tcp_sockets};
+use super::{Descriptor, Held, Namespace, all_held, enter_each, tcp_sockets};
 
 /// What a pass over the descriptors of all processes has found.
 #[derive(Clone, Debug, Default)]
@@ -48,26 +48,31 @@ impl Census {
         all_held(&self.held)
     }
 
-    /// Whether a namespace has TCP sockets that no process was found to hold:
-    /// connections that wait to be accepted, those of the kernel (NFS), the
-    /// subflows of MPTCP, descriptors on their way from one process to another or
-    /// registered with io_uring, and connections that the kernel is ending. One
-    /// that is gone has none.
+    /// Of each of these namespaces whether it has TCP sockets that no process was
+    /// found to hold: connections that wait to be accepted, those of the kernel
+    /// (NFS), the subflows of MPTCP, descriptors on their way from one process to
+    /// another or registered with io_uring, and connections that the kernel is
+    /// ending. One that is gone has none.
     ///
     /// # Errors
     ///
-    /// When it cannot be entered, or the kernel does not tell its number.
-    pub fn has_others(&self, netns: &Namespace) -> Result<bool> {
-        let found = self.found.get(&netns.id).copied().unwrap_or(0);
-        let all = netns.enter(tcp_sockets)?.transpose()?.unwrap_or(0);
-        if all > found {
-            debug!(
-                netns = netns.name,
-                sockets = all,
-                found,
-                "has sockets that no process holds"
-            );
-        }
-        Ok(all > found)
+    /// When no thread can be started. That of one namespace: it cannot be entered,
+    /// or the kernel does not tell its number.
+    pub fn have_others(&self, namespaces: &[Namespace]) -> Result<Vec<Result<bool>>> {
+        let counted = enter_each(namespaces, tcp_sockets)?;
+        let others = namespaces.iter().zip(counted).map(|(netns, counted)| {
+            let found = self.found.get(&netns.id).copied().unwrap_or(0);
+            let all = counted?.transpose()?.unwrap_or(0);
+            if all > found {
+                debug!(
+                    netns = netns.name,
+                    sockets = all,
+                    found,
+                    "has sockets that no process holds"
+                );
+            }
+            Ok(all > found)
+        });
+        Ok(others.collect())
     }
 }

@@ -138,16 +138,18 @@ impl HeldSockets {
         }
         let mut unseen = Vec::new();
         let holders = self.holders.named();
-        for netns in self.census.namespaces()? {
+        let namespaces = self.census.namespaces()?;
+        let others = self.census.have_others(&namespaces)?;
+        for (netns, has_others) in namespaces.iter().zip(others) {
             for record in by_netns.remove(&netns.id).unwrap_or_default() {
-                take(&netns, &record, holders.of(&record))?;
+                take(netns, &record, holders.of(&record))?;
             }
-            let listed = match self.census.has_others(&netns) {
-                Ok(true) => list(lister, &netns, &holders, take)?,
+            let listed = match has_others {
+                Ok(true) => list(lister, netns, &holders, take)?,
                 Ok(false) => Ok(()),
                 Err(error) => Err(error),
             };
-            unseen.extend(listed.err().map(|error| Unseen::of(&netns, error)));
+            unseen.extend(listed.err().map(|error| Unseen::of(netns, error)));
         }
         // Of namespaces that nothing leads to any more.
         for (id, records) in by_netns {
