@@ -154,7 +154,7 @@ pub fn first_pass(sweeper: &Sweeper) -> Result<Swept> {
         stop: Arc::default(),
         probed: Arc::default(),
     };
-    passes.pass(true)
+    passes.pass(sweeper.counts())
 }
 
 struct Passes {
@@ -168,10 +168,11 @@ impl Passes {
     fn run(self, sender: &UnboundedSender<Progress>) {
         // Nobody listens any more when the agent is stopping.
         let tell = |progress| drop(sender.send(progress));
-        let mut swept = match self.pass(true) {
+        let mut swept = match self.pass(self.sweeper.counts()) {
             Ok(swept) => swept,
             Err(error) => return tell(Progress::FirstPass(Err(error))),
         };
+        self.sweeper.set_counts(false);
         let mut waiting = swept.waiting_by_class;
         tell(Progress::FirstPass(Ok(swept)));
         for _ in 0..ROUNDS {

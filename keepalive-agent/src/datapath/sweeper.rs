@@ -28,6 +28,8 @@ struct Inner {
     ebpf: Ebpf,
     pass: Array<MapData, Pass>,
     loaded: Vec<&'static str>,
+    /// Whether existing connections are still to be counted.
+    counts: bool,
 }
 
 /// What one pass over a namespace came to.
@@ -42,15 +44,34 @@ pub enum Step {
 }
 
 impl Sweeper {
-    pub(super) fn new(ebpf: Ebpf, pass: Array<MapData, Pass>, kernel: &Kernel) -> Self {
+    pub(super) fn new(
+        ebpf: Ebpf,
+        pass: Array<MapData, Pass>,
+        kernel: &Kernel,
+        counts: bool,
+    ) -> Self {
         Self {
             kernel: *kernel,
             inner: Arc::new(Mutex::new(Inner {
                 ebpf,
                 pass,
                 loaded: Vec::new(),
+                counts,
             })),
         }
+    }
+
+    /// Whether the next pass is to count existing connections: once, in the first
+    /// set of a row, so that the numbers are those of connections and not of
+    /// connections times sweeps.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.inner().counts
+    }
+
+    /// Says whether it is to count them.
+    pub fn set_counts(&self, counts: bool) {
+        self.inner().counts = counts;
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
