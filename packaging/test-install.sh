@@ -162,7 +162,10 @@ say "stopped: the kernel goes on enforcing"
 inside sed -i 's/^idle = .*/idle = "30s"/' /etc/keepalive/keepalive.toml
 inside systemctl reload keepalive-agent || fail "reload"
 connect 7004
-timers 7004 | grep -q 'keepalive,\(2[0-9]\|30\)' || fail "not by the new config: $(timers 7004)"
+# The signal is sent when systemctl returns, not yet followed.
+by_new_config() { timers 7004 | grep -q 'keepalive,\(2[0-9]\|30\)sec'; }
+for _ in $(seq 50); do ! by_new_config || break; sleep 0.2; done
+by_new_config || fail "not by the new config: $(timers 7004)"
 say "configured and reloaded"
 
 power_off
@@ -180,7 +183,7 @@ inside dpkg --purge keepalive-agent > /dev/null 2>&1 || fail "purge"
 left=$(inside find / -xdev '(' -name '*keepalive-agent*' -o -path /etc/keepalive -o -path '/run/keepalive*' ')' \
     -not -path '/proc/*' -not -path '/sys/*' -not -path '/var/log/*' | grep -v '^/var/lib/systemd' || true)
 [ -z "$left" ] || fail "left by purge: $left"
-[ -z "$(inside ls /sys/fs/bpf 2> /dev/null || true)" ] || fail "pins are left: $(inside ls -R /sys/fs/bpf)"
+! inside test -e /sys/fs/bpf/keepalive || fail "pins are left: $(inside ls -R /sys/fs/bpf/keepalive)"
 connect 7006
 [ "$(timers 7006 | grep -c keepalive)" = 0 ] || fail "still enforced: $(timers 7006)"
 say "purged: nothing is left"
