@@ -12,6 +12,8 @@ use std::{
         unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
@@ -121,12 +123,23 @@ fn open_file(path: &Path, flags: OFlags) -> io::Result<File> {
 }
 
 impl Ownership {
-    /// Takes the lock of a cgroup.
+    /// Takes the lock of a cgroup, and waits so long at the most for whoever has it.
     ///
     /// # Errors
     ///
     /// [`Error::Taken`] when another agent has it.
-    pub fn acquire(cgroup: &CgroupPath) -> Result<Self, Error> {
+    pub fn acquire(cgroup: &CgroupPath, patience: Duration) -> Result<Self, Error> {
+        const PAUSE: Duration = Duration::from_millis(10);
+        let end = Instant::now() + patience;
+        loop {
+            match Self::try_acquire(cgroup) {
+                Err(Error::Taken { .. }) if Instant::now() < end => thread::sleep(PAUSE),
+                other => return other,
+            }
+        }
+    }
+
+    fn try_acquire(cgroup: &CgroupPath) -> Result<Self, Error> {
         directory()?;
         let path = lock_path(cgroup);
         let locking = |source| Error::Lock {
@@ -175,10 +188,16 @@ pub fn own() -> Owner {
     }
 }
 
-/// Whether an agent that a policy set names lives.
+/// Whether an agent that a policy set names lives, in whatever pid namespace.
 #[must_use]
 pub fn lives(owner: &Owner, cgroup: &CgroupPath) -> bool {
-    started(owner.pid) == Some(owner.started) || Ownership::is_taken(cgroup) == Some(true)
+    runs(owner) || Ownership::is_taken(cgroup) == Some(true)
+}
+
+/// Whether it runs in this pid namespace.
+#[must_use]
+pub fn runs(owner: &Owner) -> bool {
+    started(owner.pid) == Some(owner.started)
 }
 
 /// When a process was started, in clock ticks since boot (`starttime` in
