@@ -2,6 +2,7 @@
 //! that is, and what is going to happen on it. Nothing is changed.
 
 pub mod cgroups;
+pub mod columns;
 pub mod filter;
 pub mod forecast;
 pub mod format;
@@ -41,6 +42,8 @@ pub struct Connection<'a> {
     pub policy: Option<&'a Assigned>,
     /// Who holds it; none where nobody has asked, or no process was seen to.
     pub holder: Option<Holder<'a>>,
+    /// Whether all processes were looked at, and none holds it.
+    pub is_held_by_nobody: bool,
     /// What holds for it.
     pub settings: Settings,
     /// What its policy would make of it, if that is only counted; none where it
@@ -85,6 +88,7 @@ impl<'a> Connection<'a> {
             cgroup,
             policy,
             holder: None,
+            is_held_by_nobody: false,
             settings,
             would: would.filter(|wants| *wants != has),
             forecast: Forecast::new(timers.as_ref(), &moment),
@@ -108,6 +112,8 @@ pub struct Listing<'a> {
     pub filter: &'a Filter,
     /// Whether it is wanted who holds them.
     pub with_holders: bool,
+    /// Whether this process sees all others.
+    pub sees_all: bool,
 }
 
 /// What receives the connections. It runs on the threads that are inside the
@@ -244,6 +250,7 @@ impl Pass<'_> {
                     *holders = Some(Holders::read()?);
                 }
                 connection.holder = holders.as_ref().and_then(|found| found.of(record.inode));
+                connection.is_held_by_nobody = listing.sees_all && connection.holder.is_none();
             }
             receiver.take(&connection).inspect_err(|_| failed = true)
         });
