@@ -2,6 +2,7 @@
 //! that is, and what is going to happen on it. Nothing is changed.
 
 pub mod cgroups;
+pub mod columns;
 pub mod filter;
 pub mod forecast;
 pub mod format;
@@ -38,6 +39,8 @@ pub struct Connection<'a> {
     pub policy: Option<&'a Assigned>,
     /// Who holds it; none where no process was seen to.
     pub holder: Option<Holder<'a>>,
+    /// Whether all processes were looked at, and none holds it.
+    pub is_held_by_nobody: bool,
     /// What holds for it.
     pub settings: Settings,
     /// What its policy would make of it, if that is only counted; none where it
@@ -81,6 +84,7 @@ impl<'a> Connection<'a> {
             cgroup,
             policy,
             holder: None,
+            is_held_by_nobody: false,
             settings,
             would: would.filter(|wants| *wants != has),
             forecast: Forecast::new(timers.as_ref(), &moment),
@@ -106,13 +110,15 @@ pub trait Receiver: Send {
 const STEP: u64 = 1024;
 
 /// Hands on the connections that are wanted, and returns the namespaces that
-/// could not be seen, or not wholly.
+/// could not be seen, or not wholly. `sees_all` says that this process sees all
+/// others.
 ///
 /// # Errors
 ///
 /// When namespaces or processes cannot be found, or the receiver fails.
 pub fn list(
     filter: &Filter,
+    sees_all: bool,
     lister: &Lister,
     cgroups: &mut Cgroups,
     receiver: &mut dyn Receiver,
@@ -129,6 +135,7 @@ pub fn list(
         let (cgroup, policy) = cgroups.get(record)?;
         let mut connection = Connection::new(netns, record, cgroup, policy);
         connection.holder = holder;
+        connection.is_held_by_nobody = sees_all && holder.is_none();
         if filter.wants(&connection) {
             receiver.take(&connection)?;
         }
