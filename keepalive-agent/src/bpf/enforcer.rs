@@ -24,7 +24,7 @@ use keepalive_common::{
     counters::{Counters, Failure as Refusals, FailureKey, SocketOption},
     history::Originals,
     policy::Policy,
-    slot::{Claim, FIRST, Found, PortKey, RemoteKey, Step, UNCLAIMED, resolve},
+    slot::{Claim, Ends, FIRST, Found, PortKey, RemoteKey, Step, UNCLAIMED, resolve},
     socket::SocketRecord,
     sweep::Pass,
 };
@@ -170,10 +170,10 @@ impl ByHand {
     #[must_use]
     pub fn claimed(&self, record: &SocketRecord) -> Option<Claimed> {
         let claim = self.claims.get(&record.cgroup)?;
-        let remote = record.remote().into();
+        let ends = Ends::new(record.remote(), record.local().port());
         Some(Claimed {
-            now: resolve(&self.rules, claim.now, &remote),
-            before: resolve(&self.rules, claim.before, &remote),
+            now: resolve(&self.rules, claim.now, &ends),
+            before: resolve(&self.rules, claim.before, &ends),
         })
     }
 
@@ -419,7 +419,7 @@ impl Enforcer {
             map.set(slot, held.policy, 0)
                 .with_context(|| format!("writing policy {} to the kernel", held.name))?;
         }
-        let mut map: LpmTrie<Writable<'_>, PortKey, u32> =
+        let mut map: LpmTrie<Writable<'_>, PortKey, Found> =
             map_mut(&mut self.ebpf, super::map::PORTS)?;
         for (number, table) in records.ports {
             for ((port, length), slot) in table.iter() {
@@ -489,7 +489,7 @@ impl Enforcer {
                 map.remove(&remote_key(number, *address, *length))?;
             }
         }
-        let mut map: LpmTrie<Writable<'_>, PortKey, u32> =
+        let mut map: LpmTrie<Writable<'_>, PortKey, Found> =
             map_mut(&mut self.ebpf, super::map::PORTS)?;
         for (number, table) in freed.ports {
             for ((port, length), _) in table.iter() {

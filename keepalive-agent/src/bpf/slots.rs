@@ -20,7 +20,7 @@ use crate::{
     hierarchy::{Cgroup, parent, upward},
     rules::{
         Rules,
-        compiled::{PortTable, Verdict, compile},
+        compiled::{self, Verdict, compile},
     },
 };
 use pool::Pool;
@@ -35,6 +35,9 @@ pub(super) struct Held {
 
 /// Prefixes of addresses in IPv6 and what is found for them.
 pub(super) type RemoteTable = Vec<((u128, u8), Found)>;
+
+/// Prefixes of ports and what is found for them.
+pub(super) type PortTable = compiled::PortTable<Found>;
 
 /// How many records of each kind there is room for in the kernel.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +123,7 @@ impl Slots {
             steps: Pool::new("cgroups with different rules", 0, room.steps),
             // 0 is no set of rules.
             rules: Pool::new("sets of rules", 1, u32::MAX >> 1),
-            ports: Pool::new("sets of ports", 0, u32::MAX >> 1),
+            ports: Pool::new("sets of ports", 0, u32::MAX >> 2),
             assigned: Arc::default(),
             compiled: HashMap::new(),
             before: BTreeMap::new(),
@@ -347,13 +350,15 @@ impl Kept {
     }
 
     fn found(&mut self, slots: &Slots, found: Found) {
-        let Some(table) = found.port_table() else {
+        let Some(table) = found.port_table().or(found.local_port_table()) else {
             self.slots.insert(found.any_port());
             return;
         };
         if self.ports.insert(table) {
-            let table = slots.ports.get(table).into_iter().flatten();
-            self.slots.extend(table.map(|(_, slot)| *slot));
+            // Of a remote port a local one may follow, and nothing more.
+            for (_, found) in slots.ports.get(table).into_iter().flatten() {
+                self.found(slots, *found);
+            }
         }
     }
 }
@@ -441,19 +446,31 @@ impl<'a> Placing<'a> {
             .collect();
         let mut remotes = RemoteTable::new();
         for (prefix, verdict) in compile(&claimants).remotes {
-            let found = match verdict {
-                Verdict::Slot(slot) => Found::slot(slot),
-                Verdict::ByPort(table) => {
-                    let (number, new) = self.slots.ports.place(table)?;
-                    self.written.ports.extend(new.map(|table| (number, table)));
-                    Found::by_port(number)
-                }
-            };
-            remotes.push((prefix, found));
+            remotes.push((prefix, self.found(verdict)?));
         }
         let (number, new) = self.slots.rules.place(remotes)?;
         self.written.rules.extend(new.map(|rules| (number, rules)));
         self.slots.compiled.insert(policies.to_vec(), number);
+        Ok(number)
+    }
+
+    /// What is to be found where this holds.
+    fn found(&mut self, verdict: Verdict) -> Result<Found> {
+        Ok(match verdict {
+            Verdict::Slot(slot) => Found::slot(slot),
+            Verdict::ByPort(table) => Found::by_port(self.ports(table)?),
+            Verdict::ByLocalPort(table) => Found::by_local_port(self.ports(table)?),
+        })
+    }
+
+    /// Places a table of ports, after those that it leads to.
+    fn ports(&mut self, table: compiled::PortTable<Verdict>) -> Result<u32> {
+        let table = table
+            .into_iter()
+            .map(|(prefix, verdict)| Ok((prefix, self.found(verdict)?)))
+            .collect::<Result<PortTable>>()?;
+        let (number, new) = self.slots.ports.place(table)?;
+        self.written.ports.extend(new.map(|table| (number, table)));
         Ok(number)
     }
 }
@@ -463,7 +480,7 @@ impl<'a> Placing<'a> {
 pub(super) struct Index {
     steps: HashMap<u32, Step>,
     remotes: HashMap<(u32, u8), HashMap<u128, Found>>,
-    ports: HashMap<(u32, u8), HashMap<u16, u32>>,
+    ports: HashMap<(u32, u8), HashMap<u16, Found>>,
 }
 
 impl Index {
@@ -479,9 +496,9 @@ impl Index {
             }
         }
         for (number, table) in slots.ports.iter() {
-            for ((port, length), slot) in table {
+            for ((port, length), found) in table {
                 let prefixes = index.ports.entry((number, *length)).or_default();
-                prefixes.insert(*port, *slot);
+                prefixes.insert(*port, *found);
             }
         }
         index
@@ -505,7 +522,7 @@ impl Tables for Index {
         })
     }
 
-    fn port(&self, key: &PortKey) -> Option<u32> {
+    fn port(&self, key: &PortKey) -> Option<Found> {
         let (table, port) = key.parts();
         (0..=16).rev().find_map(|length| {
             let prefixes = self.ports.get(&(table, length))?;
@@ -537,14 +554,14 @@ fn effective(claims: &BTreeMap<String, Claimed>, path: &str) -> Target {
 mod tests {
     use keepalive_common::{
         policy::Range,
-        slot::{UNCLAIMED, resolve},
+        slot::{self, UNCLAIMED, resolve},
     };
     use proptest::{collection::vec, option, prelude::*, sample::select};
 
     use super::*;
     use crate::{
         assignment::{self, Assigned},
-        rules::most_exact,
+        rules::{Ends, most_exact},
     };
 
     const ROOM: Room = Room {
@@ -577,12 +594,25 @@ mod tests {
                 } else {
                     Vec::new()
                 },
+                local_ports: if idle.is_multiple_of(3) {
+                    vec!["22".parse().unwrap()]
+                } else {
+                    Vec::new()
+                },
             },
         }
     }
 
     const PATHS: [&str; 7] = ["/", "/a", "/a/b", "/a/b/c", "/a/d", "/e", "/e/f"];
     const REMOTES: [&str; 3] = ["10.0.0.1:443", "10.0.0.2:80", "[2001:db8::1]:443"];
+
+    /// The ends of a connection; some have another local port.
+    fn ends(remote: &str) -> Ends {
+        Ends {
+            remote: Some(remote.parse().unwrap()),
+            local_port: Some(if remote.starts_with('[') { 23 } else { 22 }),
+        }
+    }
 
     /// Everything that can be asked.
     fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
@@ -593,7 +623,7 @@ mod tests {
 
     /// The idle time that an assignment means for a socket; 0 is none.
     fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
-        let remote = remote.parse().unwrap();
+        let ends = ends(remote);
         for path in upward(path) {
             let claim = assignment
                 .claims
@@ -607,7 +637,7 @@ mod tests {
                     .map(|index| &assignment.policies[*index])
             };
             let rules = claiming().map(|assigned| &assigned.rules);
-            if let Some(index) = most_exact(rules, remote) {
+            if let Some(index) = most_exact(rules, &ends) {
                 return claiming().nth(index).unwrap().policy.idle.default;
             }
         }
@@ -701,8 +731,9 @@ mod tests {
             let nearest = upward(path).find_map(|path| self.cgroups.get(&at(path).id));
             let claim = nearest.copied().unwrap_or(Claim::NONE);
             let target = if now { claim.now } else { claim.before };
-            let remote: std::net::SocketAddr = remote.parse().unwrap();
-            match resolve(&self.index, target, &remote.into()) {
+            let Ends { remote, local_port } = ends(remote);
+            let ends = slot::Ends::new(remote.unwrap(), local_port.unwrap());
+            match resolve(&self.index, target, &ends) {
                 UNCLAIMED => 0,
                 slot => self.policies[&slot],
             }

@@ -63,11 +63,13 @@ struct PolicyRecord<'a> {
     cgroups: usize,
     remotes: Vec<String>,
     ports: Vec<String>,
+    local_ports: Vec<String>,
     keepalive: String,
     idle: String,
     interval: String,
     probes: String,
     user_timeout: String,
+    give_up: String,
 }
 
 #[derive(Serialize)]
@@ -90,6 +92,8 @@ struct CountersRecord {
     clamped: u64,
     left_alone: u64,
     failed: u64,
+    user_timeout_conflict: u64,
+    give_up_unsupported: u64,
 }
 
 #[derive(Serialize)]
@@ -110,6 +114,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         } = counters;
         Self {
             seen,
@@ -119,6 +125,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         }
     }
 }
@@ -135,18 +143,21 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
             enforced: assigned.policy.is_enforced(),
             cgroups: assignment.paths_of(index).count(),
             remotes: texts(&assigned.rules.remotes),
             ports: texts(&assigned.rules.ports),
+            local_ports: texts(&assigned.rules.local_ports),
             keepalive,
             idle,
             interval,
             probes,
             user_timeout,
+            give_up,
         }
     });
     records.collect()
@@ -160,15 +171,25 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
         "INTERVAL",
         "PROBES",
         "USER-TIMEOUT",
+        "GIVE-UP",
         "CGROUPS",
-        "REMOTE",
+        "FOR",
     ];
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         let remotes = texts(&assigned.rules.remotes);
         let ports = texts(&assigned.rules.ports);
         let ports = ports.iter().map(|ports| format!("port {ports}"));
-        let remotes: Vec<_> = remotes.into_iter().chain(ports).collect();
+        let local_ports = texts(&assigned.rules.local_ports);
+        let local_ports = local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}"));
+        let ends: Vec<_> = remotes
+            .into_iter()
+            .chain(ports)
+            .chain(local_ports)
+            .collect();
         [
             name_of(&assigned.name, assigned.policy.is_enforced()),
             keepalive,
@@ -176,10 +197,11 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
             interval,
             probes,
             user_timeout,
+            give_up,
             some_of(assignment.paths_of(index)),
-            match remotes.len() {
+            match ends.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter().map(String::as_str)),
+                _ => some_of(ends.iter().map(String::as_str)),
             },
         ]
     });

@@ -15,7 +15,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use keepalive_common::{
     counters::Counters,
-    history::{Originals, application, replan},
+    environment::Environment,
+    history::{Originals, application, known_by, replan},
     plan::Options,
     sweep::{Pass, Silence, arms, now},
 };
@@ -29,7 +30,7 @@ use tracing::debug;
 use super::BATCH;
 use crate::{
     bpf::{ByHand, Claimed},
-    netns::Namespace,
+    netns::{self, Namespace},
     sockets::holders::each_socket,
 };
 
@@ -43,6 +44,7 @@ struct Candidate {
     has: Options,
     silent_ms: i64,
     claimed: Claimed,
+    environment: Environment,
 }
 
 /// Candidates by inode number.
@@ -166,6 +168,7 @@ impl Hand {
         let mut count = 0;
         let by_hand = &self.by_hand;
         let listed = namespace.enter(|| {
+            let environment = netns::environment()?;
             by_hand.list(&mut |record| {
                 *seen += 1;
                 let Some(claimed) = by_hand.claimed(record) else {
@@ -176,8 +179,9 @@ impl Hand {
                 };
                 let before = by_hand.policy(claimed.before);
                 let has = record.options();
-                let unknown = application(&has, &Originals::default(), before);
-                let is_right = replan(policy, &has, &unknown) == has;
+                let none = Originals::default();
+                let unknown = application(&has, &none, before, &environment);
+                let is_right = replan(policy, &has, &unknown, &none, &environment).wants == has;
                 if counts {
                     let done = Counters {
                         seen: 1,
@@ -198,6 +202,7 @@ impl Hand {
                         has,
                         silent_ms: record.silent_ms,
                         claimed,
+                        environment,
                     };
                     candidates.insert(record.inode, candidate);
                 }
@@ -222,18 +227,19 @@ impl Hand {
             has,
             silent_ms,
             claimed,
+            environment,
         } = *candidate;
         let Some(policy) = self.by_hand.policy(claimed.now) else {
             return false;
         };
         let originals = self.by_hand.originals(socket);
         let before = self.by_hand.policy(claimed.before);
-        let application = application(&has, &originals, before);
-        let wants = replan(policy, &has, &application);
+        let application = application(&has, &originals, before, &environment);
+        let plan = replan(policy, &has, &application, &originals, &environment);
+        let wants = plan.wants;
+        let known = known_by(policy, &plan, &environment);
         if !policy.is_enforced() {
-            // It gives nothing by which the next one could know what an earlier
-            // one set.
-            let replaces = Originals::of(&application, &has, &Options::default());
+            let replaces = Originals::of(&application, &has, &known);
             self.remember(socket, &originals, &replaces);
             if counts {
                 let done = set(None, &application, &has, &wants);
@@ -241,10 +247,10 @@ impl Hand {
             }
             return false;
         }
-        let silence = Silence::new(silent_ms, 1000, &wants);
+        let silence = Silence::new(silent_ms, 1000, &environment.complete(&wants));
         let now = now(&has, &wants, silence, may_probe);
         pass.waiting += u64::from(now != wants);
-        let replaces = Originals::of(&application, &now, &wants);
+        let replaces = Originals::of(&application, &now, &known);
         self.remember(socket, &originals, &replaces);
         if now == has {
             return false;
