@@ -24,12 +24,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use keepalive_common::descriptor::NSFS;
+use keepalive_common::{descriptor::NSFS, environment::Environment};
 use rustix::{
     fs::{CWD, Dir, Mode, OFlags, fstat, fstatfs, open, openat, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+use crate::kernel::layout::jiffies_per_second;
 
 pub use census::Census;
 
@@ -522,6 +524,24 @@ pub fn tcp_sockets() -> Result<u64> {
     // Without IPv6 there is no such file.
     let v6 = in_use("sockstat6", "TCP6").ok().flatten();
     Ok(v4 + v6.unwrap_or(0))
+}
+
+/// What the namespace that the calling thread is in, and the kernel, decide for
+/// sockets on which nothing is set.
+///
+/// # Errors
+///
+/// When /proc does not show it.
+pub fn environment() -> Result<Environment> {
+    Ok(Environment {
+        idle: sysctl("ipv4/tcp_keepalive_time")?,
+        interval: sysctl("ipv4/tcp_keepalive_intvl")?,
+        probes: sysctl("ipv4/tcp_keepalive_probes")?,
+        retries: sysctl("ipv4/tcp_retries2")?,
+        // Came with TCP_RTO_MAX_MS (Linux 6.15).
+        rto_max: sysctl("ipv4/tcp_rto_max_ms").unwrap_or(0),
+        hz: jiffies_per_second()?,
+    })
 }
 
 /// A sysctl of the namespace that the calling thread is in.
