@@ -35,6 +35,7 @@ use crate::{
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
+    view,
     watch::Watch,
 };
 use building::{Built, Job};
@@ -270,6 +271,7 @@ impl Daemon {
             warn!("{warning}");
         }
         let hierarchy = Hierarchy::find()?;
+        let unseen = view::missing(Some(&hierarchy));
         let path = hierarchy.path(&options.cgroup)?;
         let (owned, predecessor) = own(&path, options.take_over)?;
         let root = hierarchy.lookup(&path)?.unwrap_or(Cgroup { path, id: 0 });
@@ -333,6 +335,13 @@ impl Daemon {
         }
         if daemon.predecessor.is_none() && daemon.ownership.is_none() {
             daemon.part_failed("lock", "see the log".to_owned());
+        }
+        for part in &unseen {
+            warn!("{part}");
+        }
+        if !unseen.is_empty() {
+            let unseen: Vec<_> = unseen.iter().map(ToString::to_string).collect();
+            daemon.part_failed("view", unseen.join("; "));
         }
         if daemon.predecessor.is_none() {
             daemon.listen();

@@ -1,7 +1,5 @@
 //! Tells of cgroups that are made and removed, as it happens.
 
-use std::os::unix::fs::MetadataExt as _;
-
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
@@ -16,12 +14,7 @@ use super::{create, program, refused, types_of};
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
-    names::printable_path,
 };
-
-/// The id of the root of the hierarchy, where a process sees all of it
-/// (`kernfs_create_root()` in fs/kernfs/dir.c).
-const ROOT: u64 = 1;
 
 /// As many changes as are handed over at a time; more than fit into the buffer
 /// at once.
@@ -67,12 +60,8 @@ impl Events {
     ///
     /// 5.8, for ring buffers.
     pub fn load(kernel: &Kernel, hierarchy: &Hierarchy) -> Result<Self> {
-        let mount = hierarchy.mount();
-        let root = mount
-            .metadata()
-            .with_context(|| format!("looking at {}", printable_path(mount)))?;
         ensure!(
-            root.ino() == ROOT,
+            hierarchy.is_whole(),
             "this process sees only a part of the cgroup hierarchy, and the kernel names cgroups \
              by their paths in the whole: run it in the host's cgroup namespace"
         );
