@@ -22,7 +22,10 @@ use crate::{
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
-    sockets::source::{Setting, SettingsRecord, Source, Sysctls},
+    sockets::{
+        Unseen, each_connection,
+        source::{Setting, SettingsRecord, Source, Sysctls},
+    },
 };
 
 #[derive(Args, Debug)]
@@ -132,34 +135,28 @@ impl Subject {
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let mut lister = Lister::load(&Kernel::running()?)?;
+        let lister = Lister::load(&Kernel::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
-        for netns in netns::all()? {
-            let entered = netns.enter(|| {
-                let sysctls = Sysctls::here()?;
-                lister.list(&mut |record| {
-                    if canonical(record.local()) != canonical(local)
-                        || canonical(record.remote()) != canonical(remote)
-                    {
-                        return Ok(());
-                    }
-                    match &found {
-                        Some((first, ..)) => warn!(
-                            "there is another one in network namespace {}; this is about the \
-                             one in {}",
-                            netns.name, first.name
-                        ),
-                        None => found = Some((netns.clone(), *record, sysctls)),
-                    }
-                    Ok(())
-                })
-            });
-            if let Err(error) = entered.and_then(Option::transpose) {
-                warn!("namespace {}: {error:#}", netns.name);
+        let mut found: Option<(Namespace, SocketRecord)> = None;
+        let unseen = each_connection(&lister, &mut |netns, record, _| {
+            if canonical(record.local()) != canonical(local)
+                || canonical(record.remote()) != canonical(remote)
+            {
+                return Ok(());
             }
+            match &found {
+                Some((first, _)) => warn!(
+                    "there is another one in network namespace {}; this is about the one in {}",
+                    netns.name, first.name
+                ),
+                None => found = Some((netns.clone(), *record)),
+            }
+            Ok(())
+        })?;
+        for Unseen { netns, error } in unseen {
+            warn!("namespace {netns}: {error:#}");
         }
-        let Some((netns, record, sysctls)) = found else {
+        let Some((netns, record)) = found else {
             bail!(
                 "no connection goes from {local} to {remote}: \
                  `keepalive-agent sockets` shows the ones there are"
@@ -181,8 +178,8 @@ impl Subject {
             cgroup: cgroup.path,
             remote: Some(record.remote()),
             pid: None,
+            sysctls: Sysctls::of(&record),
             found: Some((netns, record)),
-            sysctls,
         })
     }
 
@@ -219,17 +216,12 @@ fn cgroup_of(pid: u32) -> Result<CgroupPath> {
 
 /// The sysctls of the network namespace of a process.
 fn sysctls_of(pid: u32) -> Result<Sysctls> {
-    use std::os::unix::fs::MetadataExt as _;
-    let file = format!("/proc/{pid}/ns/net");
-    let id = fs::metadata(&file)
-        .with_context(|| format!("looking at {file}"))?
-        .ino();
-    let own = netns::all()?.into_iter().find(|netns| netns.id == id);
-    let entered = own.map(|netns| netns.enter(Sysctls::here)).transpose()?;
-    match entered.flatten() {
-        Some(sysctls) => sysctls,
-        None => Sysctls::here(),
-    }
+    let found = netns::of_processes(&[pid])?;
+    let netns = found
+        .first()
+        .with_context(|| format!("looking for the network namespace of process {pid}"))?;
+    let entered = netns.enter(Sysctls::here)?;
+    entered.with_context(|| format!("process {pid} has ended"))?
 }
 
 /// What decides: a running agent, or a config.

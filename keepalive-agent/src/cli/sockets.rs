@@ -25,10 +25,10 @@ use crate::{
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
     sockets::{
-        Connection, Listing, Receiver, Unseen,
+        Connection, Receiver, Unseen,
         cgroups::Cgroups,
         filter::{Filter, Key, Rank, Risk},
-        format, holders,
+        format, holders, list,
         summary::Summary,
     },
 };
@@ -143,7 +143,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let mut lister = Lister::load(&Kernel::running()?)?;
+    let lister = Lister::load(&Kernel::running()?)?;
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
         let mut cgroups = Cgroups::new(hierarchy.clone(), enforcing()?)?;
@@ -151,7 +151,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
             arguments,
             filter: &filter,
             risk,
-            lister: &mut lister,
+            lister: &lister,
             cgroups: &mut cgroups,
         };
         let code = match pass.print() {
@@ -178,7 +178,7 @@ struct Pass<'a> {
     arguments: &'a Arguments,
     filter: &'a Filter,
     risk: Risk,
-    lister: &'a mut Lister,
+    lister: &'a Lister,
     cgroups: &'a mut Cgroups,
 }
 
@@ -201,12 +201,8 @@ impl Pass<'_> {
         })
     }
 
-    fn walk(&mut self, receiver: &mut dyn Receiver, with_holders: bool) -> Result<Vec<Unseen>> {
-        let listing = Listing {
-            filter: self.filter,
-            with_holders,
-        };
-        listing.walk(self.lister, self.cgroups, receiver)
+    fn walk(&mut self, receiver: &mut dyn Receiver) -> Result<Vec<Unseen>> {
+        list(self.filter, self.lister, self.cgroups, receiver)
     }
 
     /// Returns what was not seen and how many connections are at risk.
@@ -221,7 +217,7 @@ impl Pass<'_> {
             risk: self.risk,
             progress: Progress::new(self.arguments),
         };
-        let unseen = self.walk(&mut printer, true)?;
+        let unseen = self.walk(&mut printer)?;
         printer.progress.clear();
         let total = printer.total;
         let mut out = printer.out;
@@ -269,7 +265,7 @@ impl Pass<'_> {
             risk: self.risk,
             progress: Progress::new(self.arguments),
         };
-        let unseen = self.walk(&mut tally, false)?;
+        let unseen = self.walk(&mut tally)?;
         tally.progress.clear();
         let mut total = Summary::default();
         let mut cgroups: Vec<_> = tally.by_cgroup.into_iter().collect();

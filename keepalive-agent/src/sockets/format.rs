@@ -372,7 +372,7 @@ mod tests {
         sockets::{
             cgroups::Known,
             holders::Holder,
-            trial::{SYSCTLS, protected, record},
+            trial::{protected, record},
         },
     };
 
@@ -401,8 +401,7 @@ mod tests {
             policy: Policy::BUILT_IN,
             rules: Rules::default(),
         };
-        let mut connection =
-            Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
+        let mut connection = Connection::new(&netns, &found, Some(&cgroup), Some(&policy));
         connection.holder = Some(Holder {
             pid: 7,
             comm: b"ng\tinx\x1b[2J",
@@ -471,7 +470,7 @@ mod tests {
             ..Options::default()
         };
         let mut found = record("[2001:db8::1]:1", "[2001:db8::2]:2", &options);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let connection = Connection::new(&netns, &found, None, None);
         assert_eq!(
             row(&connection)[1..],
             [
@@ -496,7 +495,7 @@ mod tests {
         assert_eq!(line["noticed_by"], "never");
         assert_eq!(line["pid"], Value::Null);
         found.packets_out = 1;
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let connection = Connection::new(&netns, &found, None, None);
         assert_eq!(row(&connection)[11], "in flight");
         assert_eq!(json(&connection)["noticed_by"], "retransmission");
     }
@@ -507,7 +506,7 @@ mod tests {
         let id = "0123456789abcdef".repeat(4);
         let cgroup = Known::unclaimed(&format!("/system.slice/docker-{id}.scope/a.service"));
         let found = protected(60);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+        let connection = Connection::new(&netns, &found, Some(&cgroup), None);
         assert_eq!(row(&connection)[1], "0123456789ab/a.service");
         assert_eq!(json(&connection)["container"], id);
     }

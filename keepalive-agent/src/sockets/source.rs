@@ -9,6 +9,7 @@ use keepalive_common::{
     history::given,
     plan::{Options, plan},
     policy::{Keepalive, Policy, Range},
+    socket::SocketRecord,
 };
 use serde::Serialize;
 
@@ -26,6 +27,16 @@ pub struct Sysctls {
 }
 
 impl Sysctls {
+    /// Those of the namespace that a connection is in.
+    #[must_use]
+    pub const fn of(record: &SocketRecord) -> Self {
+        Self {
+            idle: record.sysctl_idle,
+            interval: record.sysctl_interval,
+            probes: record.sysctl_probes,
+        }
+    }
+
     /// Those of the namespace that the calling thread is in.
     ///
     /// # Errors

@@ -151,7 +151,7 @@ mod tests {
             "0.1.0",
         );
         assert!(
-            page.contains(".TH KEEPALIVE.TOML 5 2026\\-01\\-01"),
+            page.contains(".TH KEEPALIVE.TOML 5 2026-01-01"),
             "{page}"
         );
         assert!(
