@@ -506,7 +506,7 @@ fn containers_and_units() -> Result<()> {
     let root = Cgroup::new()?;
     let id = "0123456789abcdef".repeat(4);
     let service = root.child("web.service")?;
-    let container = root.child(&format!("docker-{id}.scope"))?;
+    let container = root.child(format!("docker-{id}.scope"))?;
     for (cgroup, expected) in [
         (&service, (Value::Null, json!("web.service"))),
         (&container, (json!(id), Value::Null)),
