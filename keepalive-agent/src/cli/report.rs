@@ -11,12 +11,13 @@ use std::{
 use anyhow::Result;
 use keepalive_common::counters::Counters;
 use serde::Serialize;
+use tracing::warn;
 
 use super::{ConfigSource, Target, VERSION, output};
 use crate::{
     assignment::{Assigned, Assignment},
     bpf::{Counted, Done, Failure},
-    duration, kernel,
+    duration, kernel, netns,
     sweep::Swept,
 };
 
@@ -208,12 +209,28 @@ fn policy_table(assignment: &Assignment) -> Result<()> {
     output::table(header, rows)
 }
 
+/// Says which policies want what this kernel does not have.
+fn warn_of_give_up(assignment: &Assignment) {
+    let wanted = |assigned: &&Assigned| assigned.policy.give_up != 0 && !assigned.policy.ignores();
+    let Some(first) = assignment.policies.iter().find(wanted) else {
+        return;
+    };
+    if netns::environment().is_ok_and(|environment| environment.rto_max == 0) {
+        warn!(
+            "policy {}: give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS \
+             (before Linux 6.15): data in flight is given up by net.ipv4.tcp_retries2",
+            first.name
+        );
+    }
+}
+
 pub(super) fn started(target: &Target, started: &Started<'_>) -> Result<()> {
     let Started {
         place,
         source,
         assignment,
     } = *started;
+    warn_of_give_up(assignment);
     if target.json {
         return output::json(&Event::Started {
             version: VERSION,
@@ -332,6 +349,20 @@ pub(super) fn changed(
         });
     }
     done_table(done)?;
+    for (whose, done) in done {
+        let connections =
+            done.established.user_timeout_conflict + done.existing.user_timeout_conflict;
+        if connections > 0 {
+            output::text(format_args!(
+                "policy {}: {} left without keepalive of the policy, because the application's \
+                 user-timeout would end {} at the first lost probes; \
+                 user-timeout = {{ at-least = \"derive\" }} allows for them\n",
+                whose.name,
+                count(connections, "connection"),
+                if connections == 1 { "it" } else { "them" },
+            ))?;
+        }
+    }
     for failure in failures {
         output::text(format_args!("{failure}\n"))?;
     }
