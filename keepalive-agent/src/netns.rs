@@ -24,12 +24,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use keepalive_common::descriptor::NSFS;
+use keepalive_common::{descriptor::NSFS, environment::Environment};
 use rustix::{
     fs::{CWD, Dir, Mode, OFlags, fstat, fstatfs, open, openat, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+use crate::kernel::layout::jiffies_per_second;
 
 pub use census::Census;
 
@@ -353,6 +355,21 @@ impl Namespace {
         })?
     }
 
+    /// How many TCP sockets it has, if /proc shows that from outside: by a process
+    /// that is in it before and after.
+    fn tcp_sockets(&self) -> Option<u64> {
+        if self.is_own {
+            return count_tcp_sockets("/proc/self/net".as_ref()).ok();
+        }
+        self.ways.iter().find_map(|way| {
+            let Way::Process(process) = way else {
+                return None;
+            };
+            let count = count_tcp_sockets(format!("/proc/{process}/net").as_ref()).ok()?;
+            (linked(&format!("/proc/{process}/ns/net")) == Some(self.id)).then_some(count)
+        })
+    }
+
     /// A descriptor of it; looks for the namespace once more where all ways that
     /// are known are gone.
     fn find(&self) -> Result<Option<OwnedFd>> {
@@ -502,26 +519,75 @@ fn is_gone(error: &io::Error) -> bool {
         .is_some_and(|errno| gone.iter().any(|gone| gone.raw_os_error() == errno))
 }
 
-/// How many TCP sockets the namespace has that the calling thread is in: all that
-/// are listening, connecting or connected, whoever holds them; not those in
-/// TIME_WAIT (`sock_prot_inuse_add()` in net/core/sock.c).
+/// How many TCP sockets each of these namespaces has: all that are listening,
+/// connecting or connected, whoever holds them; not those in TIME_WAIT
+/// (`sock_prot_inuse_add()` in net/core/sock.c). None where the namespace is gone.
+///
+/// Only those that no process is in are entered: /proc shows the others.
 ///
 /// # Errors
 ///
-/// When /proc does not tell.
-pub fn tcp_sockets() -> Result<u64> {
-    let in_use = |file: &str, protocol: &str| -> io::Result<Option<u64>> {
-        let text = fs::read_to_string(Path::new("/proc/thread-self/net").join(file))?;
+/// When no thread can be started. That of one namespace: it cannot be entered, or
+/// /proc does not tell.
+pub fn tcp_sockets(namespaces: &[Namespace]) -> Result<Vec<Result<Option<u64>>>> {
+    let mut counts: Vec<_> = namespaces.iter().map(Namespace::tcp_sockets).collect();
+    let hidden: Vec<_> = namespaces
+        .iter()
+        .zip(&counts)
+        .filter(|(_, count)| count.is_none())
+        .map(|(namespace, _)| namespace.clone())
+        .collect();
+    let mut inside = if hidden.is_empty() {
+        Vec::new()
+    } else {
+        enter_each(&hidden, || {
+            count_tcp_sockets("/proc/thread-self/net".as_ref())
+        })?
+    }
+    .into_iter();
+    Ok(counts
+        .drain(..)
+        .map(|count| match count {
+            Some(count) => Ok(Some(count)),
+            None => inside.next().unwrap_or(Ok(None))?.transpose(),
+        })
+        .collect())
+}
+
+/// What a directory such as /proc/PID/net says.
+fn count_tcp_sockets(directory: &Path) -> Result<u64> {
+    let in_use = |file: &str, protocol: &str| -> Result<u64> {
+        let path = directory.join(file);
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let mut words = text
             .lines()
             .filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(": inuse "));
-        let count = words.next().and_then(|words| words.split(' ').next());
-        Ok(count.and_then(|count| count.parse().ok()))
+        words
+            .next()
+            .and_then(|words| words.split(' ').next()?.parse().ok())
+            .with_context(|| format!("{} has no {protocol}", path.display()))
     };
-    let v4 = in_use("sockstat", "TCP")?.context("/proc/net/sockstat has no TCP")?;
     // Without IPv6 there is no such file.
-    let v6 = in_use("sockstat6", "TCP6").ok().flatten();
-    Ok(v4 + v6.unwrap_or(0))
+    Ok(in_use("sockstat", "TCP")? + in_use("sockstat6", "TCP6").unwrap_or(0))
+}
+
+/// What the namespace that the calling thread is in, and the kernel, decide for
+/// sockets on which nothing is set.
+///
+/// # Errors
+///
+/// When /proc does not show it.
+pub fn environment() -> Result<Environment> {
+    Ok(Environment {
+        idle: sysctl("ipv4/tcp_keepalive_time")?,
+        interval: sysctl("ipv4/tcp_keepalive_intvl")?,
+        probes: sysctl("ipv4/tcp_keepalive_probes")?,
+        retries: sysctl("ipv4/tcp_retries2")?,
+        // Came with TCP_RTO_MAX_MS (Linux 6.15).
+        rto_max: sysctl("ipv4/tcp_rto_max_ms").unwrap_or(0),
+        hz: jiffies_per_second()?,
+    })
 }
 
 /// A sysctl of the namespace that the calling thread is in.
@@ -619,6 +685,15 @@ mod tests {
         let [first, second] = ways;
         let ways = [first, second, Way::Process(u32::MAX), Way::Descriptor(good)];
         assert!(namespace(&ways).open().unwrap().is_some());
+    }
+
+    #[test]
+    fn sockets_are_counted() {
+        let own = Namespace::host(own_id().unwrap());
+        let count = || tcp_sockets(std::slice::from_ref(&own)).unwrap().remove(0);
+        assert!(count().unwrap().is_some());
+        let gone = Namespace::without_a_way(1);
+        assert!(tcp_sockets(&[gone]).unwrap().remove(0).unwrap().is_none());
     }
 
     #[test]

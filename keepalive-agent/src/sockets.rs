@@ -23,7 +23,7 @@ use cgroups::{Cgroups, Known};
 use filter::Filter;
 use forecast::{Forecast, Moment, Timers};
 use holders::Holder;
-use source::{Settings, Sysctls, settings};
+use source::{Settings, settings};
 pub use walk::{Taker, Unseen, each_connection};
 
 /// A connection with everything that is known about it.
@@ -65,8 +65,8 @@ impl<'a> Connection<'a> {
             Some(policy) if policy.is_enforced() => (claimed, None),
             _ => (None, claimed),
         };
-        let settings = settings(&has, enforced, &Sysctls::of(record));
-        let would = counted.map(|policy| plan(policy, &has));
+        let settings = settings(&has, enforced, &record.environment);
+        let would = counted.map(|policy| plan(policy, &has, &record.environment).wants);
         let timers = settings.keepalive.value.then_some(Timers {
             idle: settings.idle.value,
             interval: settings.interval.value,
@@ -77,6 +77,7 @@ impl<'a> Connection<'a> {
             timer_ms: record.timer_ms,
             silent_ms: record.silent_ms,
             in_flight: record.packets_out > 0,
+            gives_up_ms: settings.gives_up_ms,
         };
         Self {
             netns,
@@ -148,7 +149,7 @@ pub fn list(
 mod trial {
     use std::net::SocketAddr;
 
-    use keepalive_common::socket::Addresses;
+    use keepalive_common::{environment::Environment, socket::Addresses};
 
     use super::*;
 
@@ -180,9 +181,7 @@ mod trial {
         record.state = 1;
         record.inode = 4711;
         record.cgroup = 42;
-        record.sysctl_idle = 7200;
-        record.sysctl_interval = 75;
-        record.sysctl_probes = 9;
+        record.environment = Environment::UNCHANGED;
         record
     }
 
@@ -193,7 +192,7 @@ mod trial {
             idle,
             interval: 10,
             probes: 6,
-            user_timeout: 0,
+            ..Options::default()
         };
         record("192.0.2.1:40000", "198.51.100.7:5432", &options)
     }

@@ -14,6 +14,14 @@ pub struct Field {
     pub width: u32,
 }
 
+impl Field {
+    /// One that the kernel does not have.
+    pub const NOWHERE: Self = Self {
+        offset: 0,
+        width: 0,
+    };
+}
+
 /// All fields that are read, and what is needed to understand them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +37,9 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_user_timeout`, in milliseconds;
     /// 0 is unset.
     pub user_timeout: Field,
+    /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
+    /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub rto_max: Field,
     /// `tcp_sock` → `sock.sk_cgrp_data.cgroup`.
     pub sock_cgroup: Field,
     /// `cgroup` → `cgroup.self.parent`.
@@ -53,6 +64,11 @@ pub struct Layout {
     pub net_keepalive_intvl: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
     pub net_keepalive_probes: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_retries2`.
+    pub net_retries: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_rto_max_ms`; without width as
+    /// [`Self::rto_max`].
+    pub net_rto_max: Field,
     /// `tcp_sock` → `sock.sk_uid`.
     pub sock_uid: Field,
     /// `sock.sk_protocol`.
@@ -111,16 +127,14 @@ pub struct Layout {
 impl Layout {
     /// Before the agent has looked: every field at offset 0 and without width.
     pub const NOWHERE: Self = {
-        const NOWHERE: Field = Field {
-            offset: 0,
-            width: 0,
-        };
+        const NOWHERE: Field = Field::NOWHERE;
         Self {
             flags: NOWHERE,
             keepalive_time: NOWHERE,
             keepalive_intvl: NOWHERE,
             keepalive_probes: NOWHERE,
             user_timeout: NOWHERE,
+            rto_max: NOWHERE,
             sock_cgroup: NOWHERE,
             cgroup_parent: NOWHERE,
             css_cgroup: NOWHERE,
@@ -133,6 +147,8 @@ impl Layout {
             net_keepalive_time: NOWHERE,
             net_keepalive_intvl: NOWHERE,
             net_keepalive_probes: NOWHERE,
+            net_retries: NOWHERE,
+            net_rto_max: NOWHERE,
             sock_uid: NOWHERE,
             sock_protocol: NOWHERE,
             state: NOWHERE,
@@ -169,6 +185,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 40 * size_of::<Field>() + 3 * 4);
+        assert_eq!(size_of::<Layout>(), 43 * size_of::<Field>() + 3 * 4);
     }
 }

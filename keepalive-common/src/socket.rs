@@ -3,7 +3,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::plan::Options;
+use crate::{environment::Environment, plan::Options};
 
 /// Address family of IPv4 sockets.
 pub const AF_INET: u32 = 2;
@@ -37,16 +37,13 @@ pub struct SocketRecord {
     interval: u32,
     probes: u32,
     user_timeout: u32,
+    rto_max: u32,
     /// Segments that are not acknowledged yet: keepalive rests while there are any.
     pub packets_out: u32,
     /// Inode number of the network namespace, as /proc/PID/ns/net shows it.
     pub netns: u32,
-    /// `net.ipv4.tcp_keepalive_time` there, in seconds.
-    pub sysctl_idle: u32,
-    /// `net.ipv4.tcp_keepalive_intvl` there, in seconds.
-    pub sysctl_interval: u32,
-    /// `net.ipv4.tcp_keepalive_probes` there.
-    pub sysctl_probes: u32,
+    /// What it decides where nothing is set on the connection.
+    pub environment: Environment,
 }
 
 /// Where a connection goes from and to.
@@ -80,6 +77,7 @@ impl SocketRecord {
             interval: 0,
             probes: 0,
             user_timeout: 0,
+            rto_max: 0,
         },
     );
 
@@ -104,11 +102,10 @@ impl SocketRecord {
             interval: options.interval,
             probes: options.probes,
             user_timeout: options.user_timeout,
+            rto_max: options.rto_max,
             packets_out: 0,
             netns: 0,
-            sysctl_idle: 0,
-            sysctl_interval: 0,
-            sysctl_probes: 0,
+            environment: Environment::UNKNOWN,
         }
     }
 
@@ -121,6 +118,7 @@ impl SocketRecord {
             interval: self.interval,
             probes: self.probes,
             user_timeout: self.user_timeout,
+            rto_max: self.rto_max,
         }
     }
 
@@ -172,7 +170,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<SocketRecord>(),
-            4 * 8 + 2 * 16 + 4 + 2 * 2 + 12 * 4
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 10 * 4 + 6 * 4
         );
     }
 

@@ -7,7 +7,8 @@ use crate::kernel::{Cgroup, TcpSock};
 /// The record of a connection.
 #[inline(always)]
 pub(crate) fn record(sock: TcpSock) -> SocketRecord {
-    let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
+    let environment = sock.environment();
+    let mut record = SocketRecord::new(&sock.addresses(), &sock.options(&environment));
     record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
     record.timer_ms = milliseconds(sock.armed_for());
@@ -15,11 +16,8 @@ pub(crate) fn record(sock: TcpSock) -> SocketRecord {
     record.state = sock.state();
     record.uid = sock.uid();
     record.packets_out = sock.packets_out();
-    let net = sock.net();
-    record.netns = net.inode();
-    record.sysctl_idle = net.idle();
-    record.sysctl_interval = net.interval();
-    record.sysctl_probes = net.probes();
+    record.netns = sock.net().inode();
+    record.environment = environment;
     record
 }
 

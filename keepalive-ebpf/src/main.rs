@@ -5,6 +5,7 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod claim;
+mod decide;
 mod enforce;
 mod files;
 mod hierarchy;

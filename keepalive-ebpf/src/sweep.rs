@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::Counters,
-    history::{Originals, application, replan},
+    history::Originals,
     plan::Options,
     policy::Policy,
     slot::Claim,
@@ -19,6 +19,7 @@ use keepalive_common::{
 
 use crate::{
     claim,
+    decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
     kernel::{Cgroup, TcpIterator, TcpSock},
 };
@@ -39,29 +40,27 @@ static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 #[btf_map]
 static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
-/// What a connection has, and what comes of it.
-struct Decision {
-    /// Of the policy that claims it.
+/// What a decision is about, found for a connection.
+struct Claimed {
     slot: u32,
     policy: &'static Policy,
     counters: *const Counters,
-    has: Options,
-    /// What policies replaced so far.
-    originals: Originals,
-    /// What the application wants.
-    application: Options,
-    wants: Options,
+    subject: &'static mut Subject,
 }
 
+/// Decides what becomes of a connection.
 #[inline(always)]
-fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Decision> {
+fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
     let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
         return None;
     };
-    let has = enforce::forget_options(sock.options());
-    let originals = if has.has_timers() {
+    let subject = subject()?;
+    subject.environment = sock.environment();
+    let environment = &subject.environment;
+    subject.has = enforce::forget_options(sock.options(environment));
+    subject.originals = if subject.has.has_timers() {
         recall(sock)
     } else {
         // Nothing can have been written over what is unset.
@@ -72,16 +71,12 @@ fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Decision> {
     } else {
         claim::policy(claim::slot(claim.before, sock))
     };
-    let application = enforce::forget_options(application(&has, &originals, before));
-    let wants = enforce::forget_options(replan(policy, &has, &application));
-    Some(Decision {
+    decide_about(subject, policy, before);
+    Some(Claimed {
         slot,
         policy,
         counters,
-        has,
-        originals,
-        application,
-        wants,
+        subject,
     })
 }
 
@@ -93,21 +88,23 @@ pub(crate) fn is_due(sock: TcpSock) -> bool {
     };
     // SAFETY: as in `existing_connection`.
     let pass = unsafe { &mut *pass };
-    let Some(decision) = decide(pass, sock) else {
+    let Some(Claimed {
+        policy, subject, ..
+    }) = decide(pass, sock)
+    else {
         return false;
     };
-    if decision.policy.is_enforced() {
-        decision.wants != decision.has || replaces(&decision, &decision.wants, &decision.wants)
-    } else {
-        replaces(&decision, &decision.has, &Options::default())
+    if policy.is_enforced() && subject.wants != subject.has {
+        return true;
     }
+    replaces(subject)
 }
 
 /// Whether another thing would be kept on the socket than is. Out of line, as
 /// [`keep_originals`].
 #[inline(never)]
-fn replaces(decision: &Decision, now: &Options, wants: &Options) -> bool {
-    Originals::of(&decision.application, now, wants) != decision.originals
+fn replaces(subject: &Subject) -> bool {
+    Originals::of(&subject.application, &subject.has, &subject.known) != subject.originals
 }
 
 /// A connection met by the sweep.
@@ -120,47 +117,77 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     // run at the same time.
     let pass = unsafe { &mut *pass };
     pass.seen += 1;
-    let Some(Decision {
+    let Some(Claimed {
         slot,
         policy,
         counters,
-        has,
-        originals,
-        application,
-        wants,
+        ..
     }) = decide(pass, sock)
     else {
         return;
     };
+    carry_out(iterator, sock, slot, counters, policy);
+}
+
+/// Sets what was decided. Out of line, in a frame of its own: there is little
+/// stack.
+#[inline(never)]
+fn carry_out(
+    iterator: &TcpIterator,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
+    let (Some(pass), Some(subject)) = (PASS.get_ptr_mut(0), subject()) else {
+        return;
+    };
+    // SAFETY: as in `existing_connection`.
+    let pass = unsafe { &mut *pass };
+    let Subject {
+        has,
+        originals,
+        environment,
+        application,
+        wants,
+        known,
+        user_timeout_conflict,
+    } = subject;
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
+        enforce::count_limits(counters, policy, *user_timeout_conflict, environment);
     }
-    if !policy.is_enforced() {
-        // It gives nothing by which the next one could know what an earlier one
-        // set.
-        let nothing = enforce::forget_options(Options::default());
-        keep_originals(sock, &application, &has, &nothing, &originals);
+    if wants == has || !policy.is_enforced() {
+        keep_originals(sock, application, has, known, originals);
     }
-    if wants == has && originals.is_empty() {
+    if wants == has {
         return;
     }
-    let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
+    let mut setter = Setter::new(
+        sock.target(),
+        slot,
+        counters,
+        environment,
+        policy.is_enforced(),
+    );
     if !setter.enforced {
         if pass.counts != 0 {
-            setter.set(&application, &has, &wants);
+            setter.set(application, has, wants);
             setter.count();
         }
         return;
     }
-    let class = class(wants.idle);
+    // Timers that stay unset are those of the namespace.
+    let complete = environment.complete(wants);
+    let class = class(complete.idle);
     let may_probe = pass.batch != 0 && pass.class == class;
-    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
-    if now != wants {
+    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &complete);
+    let now = enforce::forget_options(now(has, wants, silence, may_probe));
+    if now != *wants {
         pass.waiting[class as usize] += 1;
     }
-    keep_originals(sock, &application, &now, &wants, &originals);
-    if now == has {
+    keep_originals(sock, application, &now, known, originals);
+    if now == *has {
         return;
     }
     if !has.keepalive && now.keepalive {
@@ -171,13 +198,13 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
             idle: has.idle,
             ..now
         };
-        setter.set(&application, &has, &but_idle);
+        setter.set(application, has, &but_idle);
         setter.arm(application.idle, has.idle, now.idle);
     } else {
-        setter.set(&application, &has, &now);
+        setter.set(application, has, &now);
     }
     setter.count();
-    if silence.is_due && arms(&has, &now) {
+    if silence.is_due && arms(has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
             pass.in_batch = 0;
@@ -190,14 +217,14 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
 /// Out of line: what the verifier concludes here ends here, or it would follow
 /// each combination of timers to the end of the caller.
 #[inline(never)]
-fn keep_originals(
+pub(crate) fn keep_originals(
     sock: TcpSock,
     application: &Options,
     now: &Options,
-    wants: &Options,
+    known: &Options,
     before: &Originals,
 ) {
-    let replaces = Originals::of(application, now, wants);
+    let replaces = Originals::of(application, now, known);
     if replaces != *before {
         remember(sock, &replaces);
     }
@@ -231,7 +258,7 @@ fn recall(sock: TcpSock) -> Originals {
 /// Keeps what was replaced. Where there is no memory for it, the policy's value
 /// will later be taken for the application's: it stays.
 #[inline(always)]
-pub(crate) fn remember(sock: TcpSock, replaces: &Originals) {
+fn remember(sock: TcpSock, replaces: &Originals) {
     let originals = storage(sock, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
     if !originals.is_null() {
         // SAFETY: as in `recall`.

@@ -44,8 +44,9 @@ pub(super) struct Arguments {
 
 pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     preflight::may_enforce()?;
+    let hierarchy = Hierarchy::find()?;
     let only = match &arguments.cgroup {
-        Some(path) => Some(Hierarchy::find()?.path(path)?),
+        Some(path) => Some(hierarchy.path(path)?),
         None => None,
     };
     let pins = PinDirectory::open(&arguments.pin)?;
@@ -53,10 +54,13 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     let mut directories = Vec::new();
     let mut failed = Vec::new();
     for found in datapath::in_force()? {
-        let path = path_of(&found);
-        if only.is_some() && path != only {
+        if only
+            .as_ref()
+            .is_some_and(|only| !found.is_of(only, &hierarchy))
+        {
             continue;
         }
+        let path = path_of(&found);
         let name = path
             .as_ref()
             .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);

@@ -5,6 +5,7 @@ use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
+    environment::Environment,
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -22,16 +23,17 @@ use crate::{
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
+    rules::Ends,
     sockets::{
         Unseen, each_connection,
-        source::{Setting, SettingsRecord, Source, Sysctls},
+        source::{Setting, SettingsRecord, Source},
     },
     view,
 };
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote"]).required(true).multiple(true)),
+    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote", "local_port"]).required(true).multiple(true)),
     after_help = "Explains what the running agent does, or what the config would do where none runs \
                   or one is named. A socket belongs to the cgroup in which it was made, and an \
                   accepted one to that of its listener.\n\n\
@@ -62,6 +64,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "socket")]
     remote: Option<SocketAddr>,
 
+    /// The port of this end, for a connection that is accepted
+    #[arg(long, value_name = "PORT", conflicts_with = "socket")]
+    local_port: Option<u16>,
+
     /// Print one JSON object instead of text for people
     #[arg(long)]
     json: bool,
@@ -77,7 +83,7 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
             .context("the globs of the config are too large together")?;
         // A cgroup that is gone has no path: the policies of the root count.
         let from = subject.cgroup.as_ref().unwrap_or(&enforced.root.path);
-        let walk = walk(&claimants, from, subject.remote);
+        let walk = walk(&claimants, from, &subject.ends);
         if enforced.may_decide(&subject, &claimants, &walk) {
             explanations.push((enforced, claimants, walk));
         }
@@ -86,7 +92,7 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
     if explanations.is_empty() {
         let claimants = Claimants::new(&nobody.config, &nobody.root)?;
         let from = subject.cgroup.as_ref().unwrap_or(&nobody.root.path);
-        let walk = walk(&claimants, from, subject.remote);
+        let walk = walk(&claimants, from, &subject.ends);
         explanations.push((&nobody, claimants, walk));
     }
     // Programs of a child cgroup run before those of its parents: of two agents
@@ -111,38 +117,40 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 struct Subject {
     /// None where it was removed, or is out of sight.
     cgroup: Option<CgroupPath>,
-    remote: Option<SocketAddr>,
+    ends: Ends,
     /// The process in whose name a connection is made.
     pid: Option<u32>,
     /// The connection, if it exists.
     found: Option<(Namespace, SocketRecord)>,
-    sysctls: Sysctls,
+    environment: Environment,
 }
 
 impl Subject {
     fn of(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Self> {
-        let remote = arguments.remote;
         if let Some([local, remote]) = arguments.socket.as_deref() {
             return Self::of_socket(*local, *remote, hierarchy);
         }
-        let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
-            (Some(pid), _) => (cgroup_of(pid, hierarchy)?, sysctls_of(pid)?),
+        let (cgroup, environment) = match (arguments.pid, &arguments.cgroup) {
+            (Some(pid), _) => (cgroup_of(pid, hierarchy)?, environment_of(pid)?),
             (None, Some(path)) => {
                 let path = hierarchy.path(path)?;
                 // It may be one that is to be made, or a slip of the pen.
                 if hierarchy.lookup(&path)?.is_none() {
                     warn!("cgroup {path} does not exist");
                 }
-                (Some(path), Sysctls::here()?)
+                (Some(path), netns::environment()?)
             }
-            (None, None) => (Some(CgroupPath::root()), Sysctls::here()?),
+            (None, None) => (Some(CgroupPath::root()), netns::environment()?),
         };
         Ok(Self {
             cgroup,
-            remote,
+            ends: Ends {
+                remote: arguments.remote,
+                local_port: arguments.local_port,
+            },
             pid: arguments.pid,
             found: None,
-            sysctls,
+            environment,
         })
     }
 
@@ -182,9 +190,12 @@ impl Subject {
             .find(|cgroup| cgroup.id == record.cgroup);
         Ok(Self {
             cgroup: cgroup.map(|cgroup| cgroup.path),
-            remote: Some(record.remote()),
+            ends: Ends {
+                remote: Some(record.remote()),
+                local_port: Some(record.local().port()),
+            },
             pid: None,
-            sysctls: Sysctls::of(&record),
+            environment: record.environment,
             found: Some((netns, record)),
         })
     }
@@ -203,7 +214,7 @@ impl Subject {
 
     /// What is explained, in words.
     fn name(&self) -> String {
-        match (&self.found, self.pid, self.remote) {
+        match (&self.found, self.pid, self.ends.remote) {
             (Some((netns, record)), ..) => format!(
                 "connection {} → {} in network namespace {}",
                 record.local(),
@@ -243,12 +254,12 @@ fn cgroup_of(pid: u32, hierarchy: &Hierarchy) -> Result<Option<CgroupPath>> {
 }
 
 /// The sysctls of the network namespace of a process.
-fn sysctls_of(pid: u32) -> Result<Sysctls> {
+fn environment_of(pid: u32) -> Result<Environment> {
     let found = netns::of_processes(&[pid])?;
     let netns = found
         .first()
         .with_context(|| format!("looking for the network namespace of process {pid}"))?;
-    let entered = netns.enter(Sysctls::here)?;
+    let entered = netns.enter(netns::environment)?;
     entered.with_context(|| format!("process {pid} has ended"))?
 }
 
@@ -343,7 +354,9 @@ impl Enforced {
         let fits = has.zip(walk.claimed).is_some_and(|(has, index)| {
             let assigned = claimants.policies().get(index);
             has != Options::default()
-                && assigned.is_some_and(|assigned| plan(&assigned.policy, &has) == has)
+                && assigned.is_some_and(|assigned| {
+                    plan(&assigned.policy, &has, &subject.environment).wants == has
+                })
         });
         self.root.path.depth() == 0 || fits
     }
@@ -390,7 +403,9 @@ impl<'a> Explained<'a> {
             .found
             .as_ref()
             .map_or_else(Options::default, |(_, record)| record.options());
-        let wants = policy.map_or(has, |assigned| plan(&assigned.policy, &has));
+        let wants = policy.map_or(has, |assigned| {
+            plan(&assigned.policy, &has, &subject.environment).wants
+        });
         Self {
             subject,
             enforced,
@@ -408,20 +423,20 @@ impl<'a> Explained<'a> {
         // What an existing connection has is not from a policy that is not in force.
         let had_its_way = self.enforced.is_in_force || self.subject.found.is_none();
         let enforced = policy.filter(|policy| policy.is_enforced() && had_its_way);
-        Meaning::of(&self.holds(), enforced, &self.subject.sysctls)
+        Meaning::of(&self.holds(), enforced, &self.subject.environment)
     }
 
     /// What the policy's wishes mean.
     fn then(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        Meaning::of(&self.wants, policy, &self.subject.sysctls)
+        Meaning::of(&self.wants, policy, &self.subject.environment)
     }
 
     /// What holds.
     fn holds(&self) -> Options {
         let enforced = self
             .policy
-            .is_none_or(|assigned| assigned.policy.is_enforced());
+            .is_none_or(|assigned| assigned.policy.sets_anything());
         if self.subject.found.is_some() || !enforced {
             self.has
         } else {
@@ -449,7 +464,7 @@ impl<'a> Explained<'a> {
                         "is for it too, but another one is more exact or comes first".to_owned()
                     }
                     Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
-                    Verdict::Depends => format!("claims what goes to {}", remotes(assigned)),
+                    Verdict::Depends => format!("claims it if its ends are {}", ends(assigned)),
                 };
                 writeln!(text, "    policy {} {verdict}", assigned.name)?;
             }
@@ -457,7 +472,7 @@ impl<'a> Explained<'a> {
         match self.policy {
             None => text.push_str("\nno policy claims it: it is left alone\n"),
             Some(assigned) => {
-                let [keepalive, idle, interval, probes, user_timeout] =
+                let [keepalive, idle, interval, probes, user_timeout, give_up] =
                     output::wishes(&assigned.policy);
                 let written = self
                     .enforced
@@ -467,10 +482,12 @@ impl<'a> Explained<'a> {
                     text,
                     "\npolicy {}{written}\n    \
                      keepalive {keepalive}, idle {idle}, interval {interval}, probes {probes}, \
-                     user-timeout {user_timeout}\n",
+                     user-timeout {user_timeout}, give-up {give_up}\n",
                     assigned.name
                 )?;
-                if !assigned.policy.is_enforced() {
+                if assigned.policy.ignores() {
+                    text.push_str("    ignores its connections: nothing is done to them\n");
+                } else if !assigned.policy.is_enforced() {
                     text.push_str("    in dry run: nothing is set\n");
                 }
             }
@@ -482,6 +499,15 @@ impl<'a> Explained<'a> {
         };
         writeln!(text, "\n{heading}")?;
         text.push_str(&meaning(&self.now()));
+        let gives_up = self.policy.is_some_and(|assigned| {
+            assigned.policy.give_up != 0 && assigned.policy.sets_anything()
+        });
+        if gives_up && self.subject.environment.rto_max == 0 {
+            text.push_str(
+                "    give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS (before \
+                 Linux 6.15)\n",
+            );
+        }
         if self.holds() != self.wants {
             text.push_str("\nwhat the policy wants\n");
             text.push_str(&meaning(&self.then()));
@@ -519,7 +545,7 @@ impl<'a> Explained<'a> {
                 .found
                 .as_ref()
                 .map(|(_, record)| record.local()),
-            remote: self.subject.remote,
+            remote: self.subject.ends.remote,
             netns: self
                 .subject
                 .found
@@ -538,8 +564,8 @@ impl<'a> Explained<'a> {
     }
 }
 
-/// The remote ends that a policy is for, in words.
-fn remotes(assigned: &Assigned) -> String {
+/// The ends that a policy is for, in words.
+fn ends(assigned: &Assigned) -> String {
     let mut words: Vec<_> = assigned
         .rules
         .remotes
@@ -552,6 +578,13 @@ fn remotes(assigned: &Assigned) -> String {
             .ports
             .iter()
             .map(|ports| format!("port {ports}")),
+    );
+    words.extend(
+        assigned
+            .rules
+            .local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}")),
     );
     words.join(", ")
 }
@@ -606,6 +639,18 @@ fn meaning(meaning: &Meaning) -> String {
         .map_or_else(|| "never".to_owned(), after);
     lines.push(format!("first probe   {first}"));
     lines.push(format!("dead peer     noticed {dead}"));
+    lines.push(format!(
+        "data          that is not acknowledged ends it {}",
+        after(settings.gives_up_ms)
+    ));
+    if settings.user_timeout_conflict {
+        lines.push(
+            "keepalive and its timers are left as the application has them: with its user-timeout\n    \
+             the kernel would end the connection before as many probes are lost as the policy says.\n    \
+             user-timeout = { at-least = \"derive\" } allows for them"
+                .to_owned(),
+        );
+    }
     let (open, lost): (Vec<&Path>, Vec<&Path>) =
         meaning.paths.iter().partition(|path| path.survives);
     for (word, paths) in [("survives", open), ("is lost on", lost)] {
@@ -628,6 +673,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
         Source::Policy => "the policy",
         Source::PolicyBound => "a bound of the policy",
         Source::Sysctl => "a sysctl of the namespace",
+        Source::UserTimeout => "the application's user-timeout",
         Source::Kernel => "nobody",
     };
     format!("{name:<13} {shown}, set by {source}")

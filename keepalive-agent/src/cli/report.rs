@@ -93,11 +93,13 @@ struct PolicyRecord<'a> {
     cgroups: usize,
     remotes: Vec<String>,
     ports: Vec<String>,
+    local_ports: Vec<String>,
     keepalive: String,
     idle: String,
     interval: String,
     probes: String,
     user_timeout: String,
+    give_up: String,
 }
 
 #[derive(Serialize)]
@@ -120,6 +122,8 @@ struct CountersRecord {
     clamped: u64,
     left_alone: u64,
     failed: u64,
+    user_timeout_conflict: u64,
+    give_up_unsupported: u64,
 }
 
 impl From<Counters> for CountersRecord {
@@ -132,6 +136,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         } = counters;
         Self {
             seen,
@@ -141,6 +147,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         }
     }
 }
@@ -168,18 +176,21 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
             enforced: assigned.policy.is_enforced(),
             cgroups: assignment.paths_of(index).count(),
             remotes: texts(&assigned.rules.remotes),
             ports: texts(&assigned.rules.ports),
+            local_ports: texts(&assigned.rules.local_ports),
             keepalive,
             idle,
             interval,
             probes,
             user_timeout,
+            give_up,
         }
     });
     records.collect()
@@ -193,15 +204,25 @@ fn policy_table(assignment: &Assignment) -> String {
         "INTERVAL",
         "PROBES",
         "USER-TIMEOUT",
+        "GIVE-UP",
         "CGROUPS",
-        "REMOTE",
+        "FOR",
     ];
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         let remotes = texts(&assigned.rules.remotes);
         let ports = texts(&assigned.rules.ports);
         let ports = ports.iter().map(|ports| format!("port {ports}"));
-        let remotes: Vec<_> = remotes.into_iter().chain(ports).collect();
+        let local_ports = texts(&assigned.rules.local_ports);
+        let local_ports = local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}"));
+        let ends: Vec<_> = remotes
+            .into_iter()
+            .chain(ports)
+            .chain(local_ports)
+            .collect();
         [
             name_of(&assigned.name, assigned.policy.is_enforced()),
             keepalive,
@@ -209,10 +230,11 @@ fn policy_table(assignment: &Assignment) -> String {
             interval,
             probes,
             user_timeout,
+            give_up,
             some_of(assignment.paths_of(index)),
-            match remotes.len() {
+            match ends.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter()),
+                _ => some_of(ends.iter()),
             },
         ]
     });
@@ -413,6 +435,21 @@ fn changed_text(record: Option<&SetRecord>) -> String {
     let (done, refusals) = counted(record);
     let done: Vec<_> = done.into_iter().map(DoneRecord::from).collect();
     let mut text = done_text(&done);
+    for record in &done {
+        let connections =
+            record.established.user_timeout_conflict + record.existing.user_timeout_conflict;
+        if connections > 0 {
+            let _ = writeln!(
+                text,
+                "policy {}: {} left without keepalive of the policy, because the application's \
+                 user-timeout would end {} at the first lost probes; \
+                 user-timeout = {{ at-least = \"derive\" }} allows for them",
+                record.name,
+                count(connections, "connection"),
+                if connections == 1 { "it" } else { "them" },
+            );
+        }
+    }
     for refused in refusals {
         let _ = writeln!(text, "{refused}");
     }

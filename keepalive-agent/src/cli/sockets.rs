@@ -367,44 +367,16 @@ impl Pass<'_> {
             let sentence = format!("not shown: {} (see --columns, --wide)", titles.join(", "));
             below.extend(table::wrap(&sentence, available));
         }
-        match (self.screen, room) {
-            (Some(screen), Some(height)) => {
-                for part in &self.unseen {
-                    below.extend(table::wrap(&part.to_string(), available));
-                }
-                self.draw(screen, height, lines, rows.len(), below)
+        if let (Some(screen), Some(height)) = (self.screen, room) {
+            for part in &self.unseen {
+                below.extend(table::wrap(&part.to_string(), available));
             }
-            _ => {
-                for line in &lines {
-                    out.write_all(line.as_bytes()).context(PRINTING)?;
-                }
-                writeln!(out, "{}", below.join("\n")).context(PRINTING)
-            }
+            return draw(screen, height, lines, rows.len(), below);
         }
-    }
-
-    /// Draws what fits: the top, and what stands below.
-    fn draw(
-        &self,
-        screen: &Screen,
-        height: usize,
-        mut lines: Vec<String>,
-        rows: usize,
-        mut below: Vec<String>,
-    ) -> Result<()> {
-        const LEAST: usize = 4;
-        below.truncate(height.saturating_sub(LEAST));
-        let room = height.saturating_sub(below.len());
-        if lines.len() > room {
-            lines.truncate(room.saturating_sub(1));
-            let shown = lines.len().saturating_sub(1);
-            lines.push(format!("… and {} more", rows.saturating_sub(shown)));
+        for line in &lines {
+            out.write_all(line.as_bytes()).context(PRINTING)?;
         }
-        let drawn = lines
-            .iter()
-            .map(|line| line.trim_end_matches('\n').to_owned());
-        let drawn: Vec<_> = drawn.chain(below).collect();
-        screen.draw(&drawn).context(PRINTING)
+        writeln!(out, "{}", below.join("\n")).context(PRINTING)
     }
 
     fn print_summary(&mut self) -> Result<u64> {
@@ -475,13 +447,36 @@ impl Pass<'_> {
         let mut below = table::wrap(below, available);
         below.insert(0, String::new());
         if let (Some(screen), Some((_, height))) = (self.screen, table::terminal()) {
-            return self.draw(screen, height, lines, rows.len(), below);
+            return draw(screen, height, lines, rows.len(), below);
         }
         for line in &lines {
             out.write_all(line.as_bytes()).context(PRINTING)?;
         }
         writeln!(out, "{}", below.join("\n")).context(PRINTING)
     }
+}
+
+/// Draws what fits: the top, and what stands below.
+fn draw(
+    screen: &Screen,
+    height: usize,
+    mut lines: Vec<String>,
+    rows: usize,
+    mut below: Vec<String>,
+) -> Result<()> {
+    const LEAST: usize = 4;
+    below.truncate(height.saturating_sub(LEAST));
+    let room = height.saturating_sub(below.len());
+    if lines.len() > room {
+        lines.truncate(room.saturating_sub(1));
+        let shown = lines.len().saturating_sub(1);
+        lines.push(format!("… and {} more", rows.saturating_sub(shown)));
+    }
+    let drawn = lines
+        .iter()
+        .map(|line| line.trim_end_matches('\n').to_owned());
+    let drawn: Vec<_> = drawn.chain(below).collect();
+    screen.draw(&drawn).context(PRINTING)
 }
 
 /// The widest cell of each column, and whether the column says anything.

@@ -114,7 +114,10 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
     let mut sets = Vec::new();
     for set in &found {
         let root = root_of(set);
-        if only.is_some() && root.as_ref().map(|root| &root.path) != only.as_ref() {
+        if only
+            .as_ref()
+            .is_some_and(|only| !set.is_of(only, &hierarchy))
+        {
             continue;
         }
         sets.push(look_at(

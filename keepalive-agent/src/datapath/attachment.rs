@@ -13,6 +13,8 @@ use std::{
 
 use aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
 
+use crate::hierarchy::{CgroupPath, Hierarchy};
+
 use super::{Error, LoadedSet, Owner, PinDirectory, SetRecord, program, syscalls};
 
 /// A policy set in force on a cgroup.
@@ -125,6 +127,18 @@ impl InForce {
     pub fn on(cgroup: u64) -> Result<Option<Self>, Error> {
         let mut found = in_force()?.into_iter();
         Ok(found.find(|found| found.cgroup == cgroup))
+    }
+
+    /// Whether it is the set of this cgroup, which need not exist any more.
+    #[must_use]
+    pub fn is_of(&self, path: &CgroupPath, hierarchy: &Hierarchy) -> bool {
+        match &self.record {
+            Ok(record) => record.description.root.path == *path,
+            Err(_) => {
+                let found = hierarchy.lookup(path).ok().flatten();
+                found.is_some_and(|found| found.id == self.cgroup)
+            }
+        }
     }
 
     /// The agent that says that it is its own; none where it has left.

@@ -120,7 +120,11 @@ impl Kernel {
 
 /// HZ, from the resolution of the clock that advances once per tick
 /// (`LOW_RES_NSEC` in include/linux/hrtimer_defs.h).
-fn jiffies_per_second() -> Result<u32> {
+///
+/// # Errors
+///
+/// When the tick is not one of a known rate.
+pub fn jiffies_per_second() -> Result<u32> {
     let tick = clock_getres(ClockId::MonotonicCoarse);
     hz_of_tick(tick.tv_sec, tick.tv_nsec).with_context(|| {
         format!("the kernel's tick of {tick:?} is not one of a known rate: timers cannot be read")
@@ -155,12 +159,18 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         .or_else(|_| tcp_sock.number(&format!("{sock}.sk_timer.expires")))?;
     let [keepopen_bit, dead_bit] = enumerators(btf, "sock_flags", ["SOCK_KEEPOPEN", "SOCK_DEAD"])?;
     let common = |name: &str| tcp_sock.number(&format!("{sock}.__sk_common.{name}"));
+    // Both came with TCP_RTO_MAX_MS.
+    let [rto_max, net_rto_max] = tcp_sock
+        .number("inet_conn.icsk_rto_max")
+        .and_then(|of_socket| Ok([of_socket, net.number("ipv4.sysctl_tcp_rto_max_ms")?]))
+        .unwrap_or([Field::NOWHERE; 2]);
     Ok(Layout {
         flags: common("skc_flags")?,
         keepalive_time: tcp_sock.number("keepalive_time")?,
         keepalive_intvl: tcp_sock.number("keepalive_intvl")?,
         keepalive_probes: tcp_sock.number("keepalive_probes")?,
         user_timeout: tcp_sock.number("inet_conn.icsk_user_timeout")?,
+        rto_max,
         // A pointer with a type since Linux 5.15 (`sock_cgroup_data` in
         // include/linux/cgroup-defs.h).
         sock_cgroup: tcp_sock.number(&format!("{sock}.sk_cgrp_data.cgroup"))?,
@@ -175,6 +185,8 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         net_keepalive_time: net.number("ipv4.sysctl_tcp_keepalive_time")?,
         net_keepalive_intvl: net.number("ipv4.sysctl_tcp_keepalive_intvl")?,
         net_keepalive_probes: net.number("ipv4.sysctl_tcp_keepalive_probes")?,
+        net_retries: net.number("ipv4.sysctl_tcp_retries2")?,
+        net_rto_max,
         sock_uid: tcp_sock.number(&format!("{sock}.sk_uid.val"))?,
         sock_protocol: Structure::named(btf, "sock")?.number("sk_protocol")?,
         state: common("skc_state")?,

@@ -7,7 +7,7 @@ use anyhow::Result;
 use keepalive_common::descriptor::{DescriptorRecord, Kind};
 use tracing::debug;
 
-use super::{Descriptor, Held, Namespace, all_held, enter_each, tcp_sockets};
+use super::{Descriptor, Held, Namespace, all_held, tcp_sockets};
 
 /// What a pass over the descriptors of all processes has found.
 #[derive(Clone, Debug, Default)]
@@ -59,10 +59,10 @@ impl Census {
     /// When no thread can be started. That of one namespace: it cannot be entered,
     /// or the kernel does not tell its number.
     pub fn have_others(&self, namespaces: &[Namespace]) -> Result<Vec<Result<bool>>> {
-        let counted = enter_each(namespaces, tcp_sockets)?;
+        let counted = tcp_sockets(namespaces)?;
         let others = namespaces.iter().zip(counted).map(|(netns, counted)| {
             let found = self.found.get(&netns.id).copied().unwrap_or(0);
-            let all = counted?.transpose()?.unwrap_or(0);
+            let all = counted?.unwrap_or(0);
             if all > found {
                 debug!(
                     netns = netns.name,

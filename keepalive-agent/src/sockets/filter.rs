@@ -145,7 +145,7 @@ impl Key {
             Self::Noticed => down(match connection.forecast.noticed {
                 Noticed::Never => u64::MAX,
                 Noticed::After(milliseconds) => milliseconds,
-                Noticed::Retransmitting => 0,
+                Noticed::Retransmitting(_) => 0,
             }),
             Self::Pid => Rank::Up(
                 connection

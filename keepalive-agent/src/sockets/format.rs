@@ -102,7 +102,7 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
             .map_or_else(|| NONE.to_owned(), rounded),
         match connection.forecast.noticed {
             Noticed::After(milliseconds) => rounded(milliseconds),
-            Noticed::Retransmitting => "in flight".to_owned(),
+            Noticed::Retransmitting(milliseconds) => format!("data {}", rounded(milliseconds)),
             Noticed::Never => "never".to_owned(),
         },
         connection
@@ -135,6 +135,7 @@ const fn letter(source: Source) -> char {
         Source::Policy => 'p',
         Source::PolicyBound => 'b',
         Source::Sysctl => 's',
+        Source::UserTimeout => 'u',
         Source::Kernel => 'k',
     }
 }
@@ -317,6 +318,7 @@ struct Would {
     interval_s: Option<u32>,
     probes: Option<u32>,
     user_timeout_ms: Option<u32>,
+    rto_max_ms: Option<u32>,
 }
 
 impl From<Options> for Would {
@@ -328,6 +330,7 @@ impl From<Options> for Would {
             interval_s: set(wants.interval),
             probes: set(wants.probes),
             user_timeout_ms: set(wants.user_timeout),
+            rto_max_ms: set(wants.rto_max),
         }
     }
 }
@@ -353,7 +356,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
     let (local, remote) = (record.local(), record.remote());
     let (noticed_ms, noticed_by) = match forecast.noticed {
         Noticed::After(milliseconds) => (Some(milliseconds), "keepalive"),
-        Noticed::Retransmitting => (None, "retransmission"),
+        Noticed::Retransmitting(_) => (None, "retransmission"),
         Noticed::Never => (None, "never"),
     };
     let line = Line {
@@ -542,6 +545,8 @@ mod tests {
                 "probes_source": "policy",
                 "user_timeout_ms": null,
                 "user_timeout_source": "kernel",
+                "gives_up_ms": 1_044_600,
+                "user_timeout_conflict": false,
                 "silent_ms": 15000,
                 "next_probe_ms": 45000,
                 "noticed_ms": 105_000,

@@ -51,8 +51,8 @@ pub fn each_connection(lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unse
             let holders = Holders::read()?;
             let mut unseen = Vec::new();
             for netns in netns::all()? {
-                let listed = list(lister, &netns, &holders, take)?;
-                unseen.extend(listed.err().map(|error| Unseen::of(&netns, error)));
+                let outcome = list(lister, &netns, &holders, take)?;
+                unseen.extend(outcome.err().map(|error| Unseen::of(&netns, error)));
             }
             Ok(unseen)
         }
@@ -78,7 +78,7 @@ fn list(
     take: &mut Taker<'_>,
 ) -> Result<Result<()>> {
     let mut failed = None;
-    let listed = netns.enter(|| {
+    let entered = netns.enter(|| {
         lister.list(&mut |record| {
             if holders.knows(record) {
                 return Ok(());
@@ -91,7 +91,7 @@ fn list(
     });
     match failed {
         Some(error) => Err(error),
-        None => Ok(listed.and_then(Option::transpose).map(drop)),
+        None => Ok(entered.and_then(Option::transpose).map(drop)),
     }
 }
 
@@ -144,12 +144,12 @@ impl HeldSockets {
             for record in by_netns.remove(&netns.id).unwrap_or_default() {
                 take(netns, &record, holders.of(&record))?;
             }
-            let listed = match has_others {
+            let outcome = match has_others {
                 Ok(true) => list(lister, netns, &holders, take)?,
                 Ok(false) => Ok(()),
                 Err(error) => Err(error),
             };
-            unseen.extend(listed.err().map(|error| Unseen::of(netns, error)));
+            unseen.extend(outcome.err().map(|error| Unseen::of(netns, error)));
         }
         // Of namespaces that nothing leads to any more.
         for (id, records) in by_netns {
