@@ -29,9 +29,9 @@ use crate::{
 /// The columns of [`summary_row`].
 pub const SUMMARY_HEADER: [&str; 7] = [
     "CGROUP",
-    "CONNECTIONS",
-    "PROTECTED",
-    "UNPROTECTED",
+    "TOTAL",
+    "ON",
+    "OFF",
     "MIN IDLE",
     "MAX IDLE",
     "AT RISK",
