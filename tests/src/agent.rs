@@ -82,12 +82,7 @@ impl Agent {
     /// # Errors
     ///
     /// As [`Agent::start`].
-    pub fn start_pinned(
-        cgroup: &Cgroup,
-        config: &str,
-        pins: &Pins,
-        more: &[&str],
-    ) -> Result<Self> {
+    pub fn start_pinned(cgroup: &Cgroup, config: &str, pins: &Pins, more: &[&str]) -> Result<Self> {
         let mut arguments = vec!["--pin", pins.name()];
         arguments.extend(more);
         Self::start_by(cgroup, config, &["env"], &arguments)

@@ -50,7 +50,11 @@ fn goes_on_without_an_agent() -> Result<()> {
     assert_eq!(connection(&cgroup)?, [Options::on(71, 10, 6); 2]);
     let finished = agent.stop()?;
     assert_eq!(finished.record["enforcement_goes_on"], true);
-    assert_eq!(finished.count("default", "seen"), 6, "the counters go on too");
+    assert_eq!(
+        finished.count("default", "seen"),
+        6,
+        "the counters go on too"
+    );
     assert_eq!(connection(&cgroup)?, [Options::on(71, 10, 6); 2]);
     detach(&cgroup)?;
     assert_eq!(connection(&cgroup)?, [Options::UNTOUCHED; 2]);
@@ -259,7 +263,9 @@ fn rewrite(map: u64, from: &str, to: &str) -> Result<()> {
     bytes[4..8].copy_from_slice(&sum.to_le_bytes());
     bytes[8..8 + length].copy_from_slice(text.as_bytes());
     let value: Vec<_> = bytes.iter().map(ToString::to_string).collect();
-    let mut arguments = vec!["map", "update", "id", &map, "key", "0", "0", "0", "0", "value"];
+    let mut arguments = vec![
+        "map", "update", "id", &map, "key", "0", "0", "0", "0", "value",
+    ];
     arguments.extend(value.iter().map(String::as_str));
     let mut command = keepalive_tests::Place::default().command("bpftool");
     let done = output(command.args(arguments), LIMIT)?;

@@ -69,12 +69,22 @@ fn everything_works() -> Result<()> {
     assert_eq!(set["agents_above"], json!([]));
     assert_eq!(set["foreign_programs"], json!([]));
     assert_eq!(set["reload"], json!(null));
-    for part in ["config files", "control socket", "new connections", "existing connections"] {
+    for part in [
+        "config files",
+        "control socket",
+        "new connections",
+        "existing connections",
+    ] {
         assert_eq!(set["parts"][part]["status"], "active", "{part}: {set}");
     }
     let said = in_words(&cgroup)?;
     assert_eq!(said.code, Some(0), "{said:?}");
-    for words in [cgroup.path(), &agent.id().to_string(), "ends with it", "default"] {
+    for words in [
+        cgroup.path(),
+        &agent.id().to_string(),
+        "ends with it",
+        "default",
+    ] {
         assert!(said.stdout.contains(words), "no {words}: {}", said.stdout);
     }
     Ok(())
@@ -110,7 +120,7 @@ fn the_last_reload_and_its_error() -> Result<()> {
 fn a_very_long_error() -> Result<()> {
     require!();
     let cgroup = Cgroup::new()?;
-    let agent = Agent::start(&cgroup, &idle(71))?;
+    let mut agent = Agent::start(&cgroup, &idle(71))?;
     let keys = (0..3000).map(|n| format!("[[policy]]\nname = \"\u{1f980}{n}\"\nidel = 1\n"));
     agent.reload_refused(&keys.collect::<String>())?;
     let mut found = status(&cgroup)?;
@@ -137,7 +147,11 @@ fn agents_one_above_the_other() -> Result<()> {
     inner.swept()?;
     let mut probe = Probe::start(Program::Static, &below)?;
     let (socket, _) = probe.connection()?;
-    assert_eq!(probe.options(socket)?.idle, 71, "the one above has the last word");
+    assert_eq!(
+        probe.options(socket)?.idle,
+        71,
+        "the one above has the last word"
+    );
     assert_eq!(status(&above)?.set["agents_above"], json!([]));
     let set = status(&below)?.set;
     assert_eq!(set["agents_above"], json!([above.path()]), "{set}");
@@ -145,7 +159,13 @@ fn agents_one_above_the_other() -> Result<()> {
 
     let address = probe.name(socket)?.to_string();
     let mut command = agent_command();
-    command.args(["explain", "--pid", &probe.id().to_string(), "--remote", &address]);
+    command.args([
+        "explain",
+        "--pid",
+        &probe.id().to_string(),
+        "--remote",
+        &address,
+    ]);
     let explained = output(&mut command, LIMIT)?;
     let named = format!("agent {} on {}", outer.id(), above.path());
     assert!(explained.stdout.contains(&named), "{explained:?}");
@@ -171,7 +191,12 @@ fn programs_of_others_on_the_way() -> Result<()> {
     let mut agent = Agent::start(&cgroup, &idle(71))?;
     agent.swept()?;
     let found = status(&cgroup)?;
-    assert_eq!(found.code, Some(0), "others are no failure: {}", found.report);
+    assert_eq!(
+        found.code,
+        Some(0),
+        "others are no failure: {}",
+        found.report
+    );
     assert_eq!(found.set["foreign_programs"][0]["name"], "neighbour");
     assert!(in_words(&cgroup)?.stdout.contains("neighbour"));
     neighbour.detach()?;
@@ -209,7 +234,11 @@ fn taken_off_by_somebody_else() -> Result<()> {
         let found = status(&cgroup)?;
         assert_eq!(found.set["attached"], true, "{}", found.set);
         assert_eq!(found.set["pinned"], pins.is_some(), "{}", found.set);
-        assert!(agent.said().contains("taken the program off"), "{}", agent.said());
+        assert!(
+            agent.said().contains("taken the program off"),
+            "{}",
+            agent.said()
+        );
         agent.stop()?;
         detach(&cgroup)?;
         assert_eq!(connection(&cgroup)?, [Options::UNTOUCHED; 2]);
@@ -220,7 +249,11 @@ fn taken_off_by_somebody_else() -> Result<()> {
 #[test]
 fn wrong_words() -> Result<()> {
     require!();
-    for arguments in [&["status", "more"][..], &["status", "--colour"], &["detach", "x"]] {
+    for arguments in [
+        &["status", "more"][..],
+        &["status", "--colour"],
+        &["detach", "x"],
+    ] {
         let said = output(agent_command().args(arguments), LIMIT)?;
         assert_eq!(said.code, Some(2), "{said:?}");
     }

@@ -193,7 +193,9 @@ fn no_thread() -> Result<()> {
     agent.reloaded()?;
     assert_eq!(connection(&cgroup)?, [OTHER; 2]);
     assert_eq!(probe.options(existing)?, OTHER);
-    wait_until(LIMIT, "all to be well", || Ok(status(&cgroup)?.code == Some(0)))?;
+    wait_until(LIMIT, "all to be well", || {
+        Ok(status(&cgroup)?.code == Some(0))
+    })?;
     assert_eq!(agent.stop()?.code, Some(0));
     Ok(())
 }
@@ -316,15 +318,24 @@ fn a_run_directory_of_no_use() -> Result<()> {
     );
     for (script, named) in [
         ("mount -t tmpfs -o ro none /run", Some("Read-only")),
-        ("mount -t tmpfs -o size=4k,nr_inodes=1 none /run", Some("No space")),
+        (
+            "mount -t tmpfs -o size=4k,nr_inodes=1 none /run",
+            Some("No space"),
+        ),
         (
             "mount -t tmpfs none /run && mkdir /run/keepalive && chmod 777 /run/keepalive",
             Some("others may write"),
         ),
         (&link, Some("belongs to another user")),
-        ("mount -t tmpfs none /run && touch /run/keepalive", Some("/run/keepalive")),
+        (
+            "mount -t tmpfs none /run && touch /run/keepalive",
+            Some("/run/keepalive"),
+        ),
         // No room for a note in the lock file: the lock is what counts.
-        ("mount -t tmpfs -o size=4k none /run && head -c 4096 /dev/zero >/run/x", None),
+        (
+            "mount -t tmpfs -o size=4k none /run && head -c 4096 /dev/zero >/run/x",
+            None,
+        ),
     ] {
         let cgroup = Cgroup::new()?;
         let mut agent = start_in_mounts(script, &cgroup, &[]).context(script.to_owned())?;
@@ -427,7 +438,10 @@ fn very_many_cgroups() -> Result<()> {
     // And they are there when it starts.
     let mut agent = Agent::start(&root, &config)?;
     let started = agent.started()["policies"].to_string();
-    assert!(started.contains(&format!("\"cgroups\":{}", SLICES * EACH)), "{started}");
+    assert!(
+        started.contains(&format!("\"cgroups\":{}", SLICES * EACH)),
+        "{started}"
+    );
     agent.swept()?;
     becomes(&last, OTHER)?;
     agent.stop()?;
@@ -442,7 +456,10 @@ fn a_command_whose_reader_is_gone_fails_quietly() -> Result<()> {
         let (reader, stdout) = pipe()?;
         drop(reader);
         let mut command: Command = agent_command();
-        command.args(arguments).stdout(stdout).stderr(Stdio::piped());
+        command
+            .args(arguments)
+            .stdout(stdout)
+            .stderr(Stdio::piped());
         let mut process = Process::start(&mut command)?;
         drop(command);
         let ended = process.wait(LIMIT)?;

@@ -246,7 +246,10 @@ impl OtherBuild {
         let to = format!("({})", "f".repeat(commit.len())).into_bytes();
         let mut binary = fs::read(agent_binary())?;
         let mut at = 0;
-        while let Some(found) = binary[at..].windows(from.len()).position(|part| part == from) {
+        while let Some(found) = binary[at..]
+            .windows(from.len())
+            .position(|part| part == from)
+        {
             at += found;
             binary[at..at + to.len()].copy_from_slice(&to);
         }
