@@ -8,6 +8,7 @@
 //! * [`history`]: what the application set, where a policy has written before,
 //! * [`cgroup_event`]: that a cgroup was made or removed,
 //! * [`counters`]: what was done, counted,
+//! * [`dead_peer`]: that a peer was found dead, and how,
 //! * [`layout`]: where the running kernel keeps the fields that the plan reads,
 //! * [`slot`]: how a cgroup points to its policy,
 //! * [`socket`]: one connection, as it is listed,
@@ -20,6 +21,7 @@
 
 pub mod cgroup_event;
 pub mod counters;
+pub mod dead_peer;
 pub mod descriptor;
 pub mod history;
 pub mod layout;

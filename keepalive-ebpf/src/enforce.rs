@@ -13,7 +13,7 @@ use keepalive_common::{
     policy::Policy,
 };
 
-use crate::{claim, kernel::TcpSock, recent, refusal, sweep};
+use crate::{claim, dead_peer, kernel::TcpSock, recent, refusal, sweep};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -40,7 +40,7 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         return;
     };
     if sock.is_touched() || !policy.is_enforced() {
-        touched(ctx.as_ptr(), sock, slot, counters, policy);
+        touched(&ctx, sock, slot, counters, policy);
         return;
     }
     // Most applications leave everything to the system: little is left of the
@@ -56,6 +56,7 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
     setter.set(&has, &has, &wants);
     setter.count_filled();
     setter.tell();
+    dead_peer::watch(&ctx);
 }
 
 /// The same where the application has set something, or where a policy is only
@@ -63,7 +64,7 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
 /// most connections.
 #[inline(never)]
 fn touched(
-    target: *mut c_void,
+    ctx: &SockOpsContext,
     sock: TcpSock,
     slot: u32,
     counters: *const Counters,
@@ -75,7 +76,7 @@ fn touched(
     if wants == has {
         return;
     }
-    let mut setter = Setter::new(target, slot, counters, policy.is_enforced());
+    let mut setter = Setter::new(ctx.as_ptr(), slot, counters, policy.is_enforced());
     setter.set(&has, &has, &wants);
     setter.count();
     if !setter.enforced {
@@ -86,6 +87,7 @@ fn touched(
         sweep::remember(sock, &replaced);
     }
     setter.tell();
+    dead_peer::watch(ctx);
 }
 
 /// Counts a socket, and whether it was left alone.
@@ -181,7 +183,7 @@ pub(crate) fn count(counter: *const u64) {
 /// Adds to a counter. The program can be interrupted on its CPU by another run
 /// of itself, so being per CPU is not enough.
 #[inline(always)]
-fn add(counter: *const u64, number: u64) {
+pub(crate) fn add(counter: *const u64, number: u64) {
     // The BPF target has no compare-and-swap, so core offers no `fetch_add`.
     #[cfg(target_arch = "bpf")]
     // SAFETY: points to an aligned 8-byte counter of a map element.

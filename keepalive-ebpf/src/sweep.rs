@@ -17,7 +17,7 @@ use keepalive_common::{
 };
 
 use crate::{
-    claim,
+    claim, dead_peer,
     enforce::{self, Setter},
     kernel::{Cgroup, TcpIterator, TcpSock},
 };
@@ -75,6 +75,9 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         // set.
         let nothing = enforce::forget_options(Options::default());
         keep_originals(sock, &application, &has, &nothing, &originals);
+    }
+    if policy.is_enforced() && wants != application {
+        dead_peer::watch_existing(sock);
     }
     if wants == has && originals.is_empty() {
         return;

@@ -26,7 +26,10 @@ impl Lister {
     ///
     /// 5.9, for TCP iterators.
     pub fn load(kernel: &Kernel) -> Result<Self> {
-        let mut ebpf = create(&kernel.layout, &[(map::CGROUPS, 1), (map::EVENTS, 1)])?;
+        let mut ebpf = create(
+            &kernel.layout,
+            &[(map::CGROUPS, 1), (map::EVENTS, 1), (map::DEATHS, 1)],
+        )?;
         load_iterator(&mut ebpf, program::LIST, kernel, Hook::Tcp)?;
         Ok(Self {
             kernel: *kernel,
