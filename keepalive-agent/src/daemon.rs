@@ -1,7 +1,7 @@
 //! Daemon: enforces the policy until it is stopped, while files, cgroups and the
 //! agent itself come and go.
 //!
-//! Everything that wakes it comes in through [`Daemon::next`]; nothing that it
+//! Everything that wakes it comes in through `Daemon::next`; nothing that it
 //! does then waits for anybody. Sets are built and connections swept on threads of
 //! their own. Only at the start can an error end it.
 
@@ -30,10 +30,12 @@ use crate::{
         self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, Reload, SetRecord, State,
     },
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
+    view,
     watch::Watch,
 };
 use building::{Built, Job};
@@ -51,7 +53,7 @@ const SHARE: u32 = 10;
 /// What failed for a reason outside the config is tried again after this time, at
 /// first, and after twice as much each time.
 const RETRY: Duration = Duration::from_secs(5);
-const LONGEST_RETRY: Duration = Duration::from_secs(300);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
 /// Changes of cgroups that are remembered while a set is built; more than these
 /// are found by reading the hierarchy.
@@ -93,7 +95,7 @@ pub enum Event<'a> {
     /// The cgroup does not exist: there is nothing to enforce on until it does.
     Waiting {
         /// Its path.
-        cgroup: &'a str,
+        cgroup: &'a CgroupPath,
     },
     /// Another config is in force.
     Reloaded {
@@ -169,6 +171,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 }
 
 /// What the daemon is woken by.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Wake {
     Stop(&'static str),
     Hangup,
@@ -199,7 +202,7 @@ struct Daemon {
     origin: Origin,
     claimants: Claimants,
     pins: Option<PinDirectory>,
-    _ownership: Option<Ownership>,
+    ownership: Option<Ownership>,
     control: Option<Control>,
     predecessor: Option<Client>,
     /// None while the cgroup does not exist.
@@ -247,8 +250,9 @@ impl Daemon {
             warn!("{warning}");
         }
         let hierarchy = Hierarchy::find()?;
+        let unseen = view::missing(Some(&hierarchy));
         let path = hierarchy.path(&options.cgroup)?;
-        let (ownership, predecessor) = own(&path, options.take_over)?;
+        let (owned, predecessor) = own(&path, options.take_over)?;
         let root = hierarchy.lookup(&path)?.unwrap_or(Cgroup { path, id: 0 });
         let kernel = Kernel::running()?;
         debug!(?kernel, "found the kernel's fields");
@@ -295,7 +299,7 @@ impl Daemon {
                 let every = within / 3;
                 (now + every, every)
             }),
-            _ownership: ownership.ok(),
+            ownership: owned.ok(),
         };
         match watch {
             Ok(watch) => {
@@ -304,8 +308,15 @@ impl Daemon {
             }
             Err(error) => daemon.files_unwatched(&error),
         }
-        if daemon._ownership.is_none() {
+        if daemon.ownership.is_none() {
             daemon.part_failed("lock", "see the log".to_owned());
+        }
+        for part in &unseen {
+            warn!("{part}");
+        }
+        if !unseen.is_empty() {
+            let unseen: Vec<_> = unseen.iter().map(ToString::to_string).collect();
+            daemon.part_failed("view", unseen.join("; "));
         }
         daemon.listen();
         daemon.follow_cgroups();
@@ -351,18 +362,9 @@ impl Daemon {
         }
     }
 
-    /// Has cgroups told of that come and go, where that matters.
+    /// Has cgroups told of that come and go.
     fn follow_cgroups(&mut self) {
         const PART: &str = "new cgroups";
-        if !self.claimants.name_cgroups() && self.root.path == "/" {
-            self.events = None;
-            let disabled = Part {
-                status: PartStatus::Disabled,
-                reason: Some("no policy names a cgroup".to_owned()),
-            };
-            self.state.parts.insert(PART.to_owned(), disabled);
-            return;
-        }
         if self.events.is_some() {
             return;
         }
@@ -447,7 +449,7 @@ impl Daemon {
         self.publish();
         let directory = self.hierarchy.directory(&self.root.path);
         reporter.report(&Event::Started {
-            cgroup: &directory.display().to_string(),
+            cgroup: &printable_path(&directory).to_string(),
             origin: &self.origin,
             assignment: &assignment,
             pinned: self.pins.as_ref(),
@@ -463,7 +465,7 @@ impl Daemon {
         for _ in 0..TRIES {
             match Ownership::acquire(&self.root.path) {
                 Ok(ownership) => {
-                    self._ownership = Some(ownership);
+                    self.ownership = Some(ownership);
                     self.state.parts.remove("lock");
                     // The other one has removed the socket.
                     self.control = None;
@@ -544,7 +546,7 @@ impl Daemon {
                         built.set.record().set_state(&settled)?;
                     }
                     Err(error) => {
-                        warn!("{error:#}; connections may keep values of earlier policies")
+                        warn!("{error:#}; connections may keep values of earlier policies");
                     }
                 }
                 (attachment, built)
@@ -747,22 +749,13 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                self.follow_renamed(&config);
+                self.follow_cgroups();
                 for warning in &warnings {
                     warn!("{warning}");
                 }
                 self.build(config, origin, true);
             }
             Err(error) => self.reload_failed(&error, demanded),
-        }
-    }
-
-    /// Has it told of new cgroups before the hierarchy is read for this config.
-    fn follow_renamed(&mut self, config: &Config) {
-        if let Ok(claimants) = target::claimants(config, &self.root) {
-            let before = std::mem::replace(&mut self.claimants, claimants);
-            self.follow_cgroups();
-            self.claimants = before;
         }
     }
 
@@ -1058,14 +1051,14 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
-        let policies = self.claimants.of(&cgroup.path);
+        let policies = self.claimants.claim_of(&cgroup.path);
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
             return;
         };
         match enforcement.set.add_cgroup(cgroup, &policies) {
             Ok(false) => {}
             Ok(true) => {
-                debug!(cgroup = cgroup.path, "a new cgroup has its policy");
+                debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
                 // One without processes cannot have had connections.
                 if self.hierarchy.has_processes(cgroup) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
@@ -1176,22 +1169,13 @@ impl Daemon {
             self.published = State::default();
             return;
         };
-        if self.state == self.published && self.is_published_in(enforcement) {
+        if self.state == self.published && is_published_in(enforcement) {
             return;
         }
         match enforcement.set.record().set_state(&self.state) {
             Ok(()) => self.published = self.state.clone(),
             Err(error) => debug!("{}", chain(&error)),
         }
-    }
-
-    /// Whether the set in force is the one that the state was written to.
-    fn is_published_in(&self, enforcement: &Enforcement) -> bool {
-        enforcement
-            .set
-            .record()
-            .state()
-            .is_ok_and(|state| state.owner.is_some())
     }
 
     fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {
@@ -1215,10 +1199,10 @@ impl Daemon {
                 debug!("{}", chain(&error));
             }
         }
-        if leaves == Leaves::Nothing {
-            if let Err(error) = enforcement.attachment.detach() {
-                error!("{}", chain(&error));
-            }
+        if leaves == Leaves::Nothing
+            && let Err(error) = enforcement.attachment.detach()
+        {
+            error!("{}", chain(&error));
         }
         reporter.report(&Event::Stopped {
             by,
@@ -1232,7 +1216,7 @@ impl Daemon {
 /// Takes a cgroup, from a running agent if that is wanted. An error where it
 /// cannot be told whether another one is there.
 fn own(
-    cgroup: &str,
+    cgroup: &CgroupPath,
     take_over: bool,
 ) -> Result<(Result<Ownership, ownership::Error>, Option<Client>)> {
     match Ownership::acquire(cgroup) {
@@ -1256,6 +1240,12 @@ fn own(
             }
         }
     }
+}
+
+/// Whether the set in force is the one that the state was written to.
+fn is_published_in(enforcement: &Enforcement) -> bool {
+    let state = enforcement.set.record().state();
+    state.is_ok_and(|state| state.owner.is_some())
 }
 
 fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

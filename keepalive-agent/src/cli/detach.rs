@@ -18,7 +18,7 @@ use crate::{
         ownership::{self, Ownership},
     },
     datapath::{self, InForce, PinDirectory},
-    hierarchy::Hierarchy,
+    hierarchy::{CgroupPath, Hierarchy},
     kernel::preflight,
 };
 
@@ -56,8 +56,10 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
         if only.is_some() && path != only {
             continue;
         }
-        let name = path.unwrap_or_else(|| format!("cgroup {}", found.cgroup));
-        match take_off(found, &name, pins.as_ref()) {
+        let name = path
+            .as_ref()
+            .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);
+        match take_off(found, path.as_ref(), pins.as_ref()) {
             Ok(()) => {
                 detached += 1;
                 output::text(format_args!("detached from {name}\n"))?;
@@ -91,24 +93,26 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn path_of(found: &InForce) -> Option<String> {
+fn path_of(found: &InForce) -> Option<CgroupPath> {
     let record = found.record.as_ref().ok()?;
     Some(record.description.root.path.clone())
 }
 
-fn take_off(found: InForce, path: &str, pins: Option<&PinDirectory>) -> Result<()> {
+fn take_off(found: InForce, path: Option<&CgroupPath>, pins: Option<&PinDirectory>) -> Result<()> {
     let owner = match &found.record {
         Ok(record) => record.state()?.owner,
         Err(_) => None,
     };
-    if let Some(owner) = owner.filter(|owner| ownership::lives(owner, path)) {
+    if let (Some(owner), Some(path)) = (owner, path)
+        && ownership::lives(&owner, path)
+    {
         end_agent(owner.pid, path)?;
     }
     Ok(found.detach(pins)?)
 }
 
 /// Has a running agent end and waits until it has.
-fn end_agent(pid: u32, path: &str) -> Result<()> {
+fn end_agent(pid: u32, path: &CgroupPath) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(5);
     let asking = || format!("asking agent {pid} to end: stop it first");
     let mut client = Client::connect(path).with_context(asking)?;

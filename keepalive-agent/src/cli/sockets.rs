@@ -20,7 +20,7 @@ use super::PARTIAL;
 use crate::{
     datapath::Lister,
     enforcing::enforcing,
-    hierarchy::Hierarchy,
+    hierarchy::{CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
@@ -280,14 +280,16 @@ impl Pass<'_> {
         }
         if self.arguments.json {
             for (id, (path, summary)) in &cgroups {
-                let path = path.as_deref();
+                let path = path.as_ref();
                 format::summary_json_line(*id, path, summary, self.risk.timeout, &mut out)
                     .context(PRINTING)?;
             }
         } else {
             let mut rows = Vec::new();
             for (id, (path, summary)) in &cgroups {
-                let name = path.clone().unwrap_or_else(|| format!("(gone) {id}"));
+                let name = path
+                    .as_ref()
+                    .map_or_else(|| format!("(gone) {id}"), ToString::to_string);
                 tabbed(&format::summary_row(&name, summary), &mut rows);
             }
             tabbed(&format::summary_row("total", &total), &mut rows);
@@ -382,7 +384,7 @@ impl Receiver for Printer {
 
 /// Counts connections by cgroup id.
 struct Counter {
-    by_cgroup: HashMap<u64, (Option<String>, Summary)>,
+    by_cgroup: HashMap<u64, (Option<CgroupPath>, Summary)>,
     risk: Risk,
     progress: Progress,
 }

@@ -23,7 +23,7 @@ use crate::{
         SetRecord, State, Sweep,
     },
     duration,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::preflight,
 };
 
@@ -68,7 +68,8 @@ struct Status {
 
 #[derive(Serialize)]
 struct Set {
-    cgroup: String,
+    /// None where the set is not understood.
+    cgroup: Option<CgroupPath>,
     cgroup_id: u64,
     /// Why nothing more is known of it.
     error: Option<String>,
@@ -78,7 +79,7 @@ struct Set {
     known: Option<Known>,
     /// Other sets of ours that run for the same connections, those further up
     /// having the last word.
-    agents_above: Vec<String>,
+    agents_above: Vec<CgroupPath>,
     foreign_programs: Vec<Foreign>,
 }
 
@@ -114,7 +115,13 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
         {
             continue;
         }
-        sets.push(look_at(set, root, &roots, pins.as_ref(), &hierarchy)?);
+        sets.push(look_at(
+            set,
+            root.as_ref(),
+            &roots,
+            pins.as_ref(),
+            &hierarchy,
+        )?);
     }
     let healthy = !sets.is_empty() && sets.iter().all(Set::is_healthy);
     let code = match (sets.is_empty(), healthy) {
@@ -142,7 +149,7 @@ fn root_of(set: &InForce) -> Option<Cgroup> {
 
 fn look_at(
     set: &InForce,
-    root: Option<Cgroup>,
+    root: Option<&Cgroup>,
     roots: &[Cgroup],
     pins: Option<&PinDirectory>,
     hierarchy: &Hierarchy,
@@ -157,19 +164,16 @@ fn look_at(
         }
         Err(error) => (None, None, Some(datapath::chain(error))),
     };
-    let directory = root.as_ref().map(|root| hierarchy.open(root));
+    let directory = root.map(|root| hierarchy.open(root));
     let foreign_programs = match directory {
         Some(Ok(directory)) => datapath::programs_on_the_way(directory)?,
         _ => Vec::new(),
     };
     let above = roots.iter().filter(|other| {
-        root.as_ref()
-            .is_some_and(|root| other.contains(&root.path) && other.id != root.id)
+        root.is_some_and(|root| other.path.contains(&root.path) && other.id != root.id)
     });
     Ok(Set {
-        cgroup: root
-            .as_ref()
-            .map_or_else(String::new, |root| root.path.clone()),
+        cgroup: root.map(|root| root.path.clone()),
         cgroup_id: set.cgroup,
         error,
         pinned: pins.is_some_and(|pins| set.is_pinned_in(pins)),
@@ -228,7 +232,11 @@ fn describe(set: &Set, text: &mut String) {
         // Memory can always be written to.
         let _ = writeln!(text, "{what:<11}{value}");
     };
-    line("cgroup", &set.cgroup);
+    let cgroup = set.cgroup.as_ref().map(ToString::to_string);
+    line(
+        "cgroup",
+        &cgroup.unwrap_or_else(|| set.cgroup_id.to_string()),
+    );
     if let Some(error) = &set.error {
         line("error", error);
         return;

@@ -13,6 +13,7 @@ use tokio::{
 };
 
 use super::ownership;
+use crate::hierarchy::CgroupPath;
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -61,7 +62,7 @@ impl Control {
     /// # Errors
     ///
     /// When the socket cannot be made.
-    pub fn listen(cgroup: &str) -> io::Result<Self> {
+    pub fn listen(cgroup: &CgroupPath) -> io::Result<Self> {
         let path = ownership::socket_path(cgroup);
         // That of an agent that is gone: this one holds the lock.
         match fs::remove_file(&path) {
@@ -148,7 +149,7 @@ impl Client {
     /// # Errors
     ///
     /// When none answers there.
-    pub fn connect(cgroup: &str) -> io::Result<Self> {
+    pub fn connect(cgroup: &CgroupPath) -> io::Result<Self> {
         /// An agent answers between two things that it does.
         const PATIENCE: Duration = Duration::from_secs(10);
         let stream = BlockingStream::connect(ownership::socket_path(cgroup))?;

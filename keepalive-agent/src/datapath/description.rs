@@ -341,7 +341,7 @@ impl Document {
             let bytes = self.bytes()?;
             let (found, text) = bytes.split_at(HEADER.min(bytes.len()));
             if found != header(text) {
-                wrong = "it is being written".to_owned();
+                "it is being written".clone_into(&mut wrong);
                 continue;
             }
             match serde_json::from_slice(text) {

@@ -208,7 +208,7 @@ impl PinDirectory {
 }
 
 fn is_bpf_fs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|found| i64::from(found.f_type) == BPF_FS_MAGIC)
+    statfs(path).is_ok_and(|found| found.f_type == BPF_FS_MAGIC)
 }
 
 fn mount_where_missing(path: &Path) -> Result<(), Error> {

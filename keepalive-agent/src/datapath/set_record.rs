@@ -35,6 +35,9 @@ pub struct SetRecord {
     pub(super) originals: MapHandle,
 }
 
+/// What policies did, and what the kernel refused.
+type Totals = (Vec<(Counted, Done)>, Vec<Refusals>);
+
 /// What one set counts.
 pub(super) struct CounterMaps {
     pub(super) counters: PerCpuArray<MapData, Counters>,
@@ -112,7 +115,7 @@ impl CounterMaps {
     fn refusals(&self) -> Result<Vec<Refusals>, Error> {
         const READING: &str = "reading what the kernel refused";
         let mut refusals = Vec::new();
-        for entry in self.failures.iter() {
+        for entry in &self.failures {
             let (key, of_cpus) = entry.map_err(Error::map(READING))?;
             let whose = self.slots.iter().find(|(slot, _)| *slot == key.slot);
             let name = whose.map_or(assignment::UNCLAIMED, |(_, counted)| &counted.name);
@@ -262,7 +265,7 @@ impl SetRecord {
 
     /// What the sets before the one that is going to follow have counted, once
     /// their counters are final.
-    pub(super) fn final_done(&self) -> Result<(Vec<(Counted, Done)>, Vec<Refusals>), Error> {
+    pub(super) fn final_done(&self) -> Result<Totals, Error> {
         let mut totals: BTreeMap<Counted, Done> = self.description.done.iter().cloned().collect();
         let mut refusals = self.description.refusals.clone();
         if let Some(previous) = &self.previous {

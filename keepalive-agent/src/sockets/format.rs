@@ -17,7 +17,12 @@ use super::{
     source::{Setting, SettingsRecord, Source},
     summary::Summary,
 };
-use crate::{duration, paths::IdleTimeout};
+use crate::{
+    duration,
+    hierarchy::CgroupPath,
+    names::{printable, to_json, write_json},
+    paths::IdleTimeout,
+};
 
 /// The columns of [`row`].
 pub const HEADER: [&str; 13] = [
@@ -92,7 +97,7 @@ pub fn row(connection: &Connection<'_>) -> [String; 13] {
         (would.user_timeout != has.user_timeout).then(|| milliseconds(would.user_timeout)),
     );
     [
-        printable(&connection.netns.name).into_owned(),
+        printable(&connection.netns.name).to_string(),
         location(connection),
         process(connection),
         connection.record.local().to_string(),
@@ -153,12 +158,12 @@ fn location(connection: &Connection<'_>) -> String {
         };
     };
     let place = Place::of(&cgroup.path);
-    let shown = match (place.short_container(), place.unit) {
-        (Some(container), Some(unit)) => Cow::Owned(format!("{container}/{unit}")),
-        (Some(name), None) | (None, Some(name)) => Cow::Borrowed(name),
-        (None, None) => Cow::Borrowed(cgroup.path.as_str()),
-    };
-    printable(&shown).into_owned()
+    match (place.short_container(), place.unit) {
+        (Some(container), Some(unit)) => format!("{container}/{}", printable(unit)),
+        (Some(container), None) => container.to_owned(),
+        (None, Some(unit)) => printable(unit).to_string(),
+        (None, None) => cgroup.path.to_string(),
+    }
 }
 
 /// `nginx/1234`, and how many more hold it.
@@ -170,16 +175,6 @@ fn process(connection: &Connection<'_>) -> String {
     match holder.count {
         0 | 1 => first,
         count => format!("{first} +{}", count - 1),
-    }
-}
-
-/// Processes choose their names: nothing in them may move the cursor or end a
-/// cell.
-fn printable(text: &str) -> Cow<'_, str> {
-    if text.contains(char::is_control) {
-        Cow::Owned(text.replace(char::is_control, "?"))
-    } else {
-        Cow::Borrowed(text)
     }
 }
 
@@ -203,12 +198,12 @@ fn rounded(milliseconds: u64) -> String {
 struct Line<'a> {
     netns: &'a str,
     netns_id: u64,
-    cgroup: Option<&'a str>,
+    cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
     container: Option<&'a str>,
-    unit: Option<&'a str>,
+    unit: Option<Cow<'a, str>>,
     pid: Option<u32>,
-    comm: Option<&'a str>,
+    comm: Option<Cow<'a, str>>,
     holders: u32,
     uid: u32,
     inode: u64,
@@ -277,12 +272,12 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
     let line = Line {
         netns: &netns.name,
         netns_id: netns.id,
-        cgroup: cgroup.map(|cgroup| cgroup.path.as_str()),
+        cgroup: cgroup.map(|cgroup| &cgroup.path),
         cgroup_id: record.cgroup,
         container: place.container,
-        unit: place.unit,
+        unit: place.unit.map(to_json),
         pid: holder.map(|holder| holder.pid),
-        comm: holder.map(|holder| holder.comm),
+        comm: holder.map(|holder| to_json(holder.comm)),
         holders: holder.map_or(0, |holder| holder.count),
         uid: record.uid,
         inode: record.inode,
@@ -299,8 +294,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         noticed_by,
         would: would.map(Would::from),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 /// The states in which a process holds a connection open, as `ss` calls them.
@@ -319,7 +313,7 @@ fn state(number: u32) -> &'static str {
 pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
     let idle = |idle: Option<u32>| idle.map_or_else(|| NONE.to_owned(), seconds);
     [
-        printable(name).into_owned(),
+        name.to_owned(),
         summary.connections.to_string(),
         summary.protected.to_string(),
         summary.unprotected.to_string(),
@@ -332,10 +326,10 @@ pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
 /// A cgroup's summary as a line of JSON.
 #[derive(Serialize)]
 struct SummaryLine<'a> {
-    cgroup: Option<&'a str>,
+    cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
     container: Option<&'a str>,
-    unit: Option<&'a str>,
+    unit: Option<Cow<'a, str>>,
     #[serde(flatten)]
     summary: &'a Summary,
     at_risk_timeout_ms: u64,
@@ -348,7 +342,7 @@ struct SummaryLine<'a> {
 /// When it cannot be written.
 pub fn summary_json_line(
     cgroup_id: u64,
-    path: Option<&str>,
+    path: Option<&CgroupPath>,
     summary: &Summary,
     timeout: IdleTimeout,
     out: &mut impl Write,
@@ -358,12 +352,11 @@ pub fn summary_json_line(
         cgroup: path,
         cgroup_id,
         container: place.container,
-        unit: place.unit,
+        unit: place.unit.map(to_json),
         summary,
         at_risk_timeout_ms: u64::try_from(timeout.duration().as_millis()).unwrap_or(u64::MAX),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 #[cfg(test)]
@@ -412,13 +405,13 @@ mod tests {
             Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
         connection.holder = Some(Holder {
             pid: 7,
-            comm: "ng\tinx\x1b[2J",
+            comm: b"ng\tinx\x1b[2J",
             count: 3,
         });
         let expected = [
             "host",
             "nginx.service",
-            "ng?inx?[2J/7 +2",
+            "ng\\tinx\\u{1b}[2J/7 +2",
             "192.0.2.1:40000",
             "198.51.100.7:5432",
             "on p",
@@ -530,12 +523,12 @@ mod tests {
             at_risk: 2,
         };
         assert_eq!(
-            summary_row("/a\n", &summary),
-            ["/a?", "3", "2", "1", "1m", "2h", "2"]
+            summary_row("/a", &summary),
+            ["/a", "3", "2", "1", "1m", "2h", "2"]
         );
         let mut line = Vec::new();
         let timeout = crate::paths::GCP.into();
-        summary_json_line(9, Some("/x.service"), &summary, timeout, &mut line).unwrap();
+        summary_json_line(9, Some(&"/x.service".into()), &summary, timeout, &mut line).unwrap();
         assert_eq!(
             serde_json::from_slice::<Value>(&line).unwrap(),
             json!({

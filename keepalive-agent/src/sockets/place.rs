@@ -1,6 +1,8 @@
 //! What a cgroup's path tells about who lives there: a container, a unit of
 //! systemd.
 
+use crate::hierarchy::CgroupPath;
+
 /// Runtimes that put their name before the container's id in the name of a
 /// cgroup.
 const RUNTIMES: [&str; 5] = ["docker", "cri-containerd", "crio", "libpod", "nerdctl"];
@@ -18,23 +20,23 @@ pub struct Place<'a> {
     pub container: Option<&'a str>,
     /// The innermost service or scope; within a container only one that is
     /// inside of it.
-    pub unit: Option<&'a str>,
+    pub unit: Option<&'a [u8]>,
 }
 
 impl<'a> Place<'a> {
     /// Reads a path from the root of the hierarchy.
     #[must_use]
-    pub fn of(path: &'a str) -> Self {
+    pub fn of(path: &'a CgroupPath) -> Self {
         let mut unit = None;
-        for part in path.rsplit('/') {
+        for part in path.as_bytes().rsplit(|byte| *byte == b'/') {
             if let Some(id) = container(part) {
                 return Self {
                     container: Some(id),
                     unit,
                 };
             }
-            let kind = part.rsplit_once('.').map(|(_, kind)| kind);
-            if unit.is_none() && matches!(kind, Some("service" | "scope")) {
+            let is_unit = part.ends_with(b".service") || part.ends_with(b".scope");
+            if unit.is_none() && is_unit {
                 unit = Some(part);
             }
         }
@@ -55,7 +57,8 @@ impl<'a> Place<'a> {
 /// `cri-containerd-ID.scope`, `libpod-ID`, or the bare id that runtimes use
 /// where systemd does not manage cgroups (`/docker/ID`, `/kubepods/podUID/ID`).
 /// A monitor (`crio-conmon-ID.scope`) is not the container.
-fn container(part: &str) -> Option<&str> {
+fn container(part: &[u8]) -> Option<&str> {
+    let part = str::from_utf8(part).ok()?;
     let name = part.strip_suffix(".scope").unwrap_or(part);
     let (id, least) = match name.rsplit_once('-') {
         Some((runtime, id)) if RUNTIMES.contains(&runtime) => (id, SHORT_ID),
@@ -130,9 +133,10 @@ mod tests {
         ] {
             let path = path.replace("ID", &id);
             let unit = unit.map(|unit| unit.replace("ID", &id));
-            let place = Place::of(&path);
+            let cgroup = CgroupPath::from(path.as_str());
+            let place = Place::of(&cgroup);
             assert_eq!(place.container, container, "{path}");
-            assert_eq!(place.unit, unit.as_deref(), "{path}");
+            assert_eq!(place.unit, unit.as_deref().map(str::as_bytes), "{path}");
             assert_eq!(place.short_container(), container.and(short), "{path}");
         }
     }
