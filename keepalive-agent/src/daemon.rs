@@ -7,10 +7,12 @@
 
 mod building;
 pub mod control;
+mod dead_peers;
+pub mod journal;
 pub mod ownership;
 pub mod target;
 
-use std::{future::pending, path::PathBuf, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -32,6 +34,7 @@ use crate::{
     },
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    metrics::{self, Exposed},
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
@@ -40,6 +43,8 @@ use crate::{
 };
 use building::{Built, Job};
 use control::{Asked, Client, Control, Request};
+use dead_peers::DeadPeerWatch;
+use journal::{Journal, Noting, What};
 use ownership::Ownership;
 
 /// After a cgroup was made with processes in it, existing connections are swept
@@ -75,6 +80,8 @@ pub struct Options {
     pub pin: Option<PathBuf>,
     /// Whether to replace a running agent.
     pub take_over: bool,
+    /// Where to serve metrics.
+    pub metrics: Option<metrics::server::Address>,
 }
 
 /// What there is to tell people and machines.
@@ -150,7 +157,15 @@ pub fn run(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 
 async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     preflight::may_enforce()?;
-    let mut daemon = Daemon::prepare(options)?;
+    let journal = Arc::new(Journal::default());
+    let reporter = &mut Noting {
+        journal: journal.clone(),
+        reporter,
+    };
+    let mut daemon = Daemon::prepare(options, journal)?;
+    if let Some(address) = &options.metrics {
+        metrics::server::start(address, daemon.exposed.clone())?;
+    }
     daemon.enforce_now(reporter)?;
     // From here on a signal ends it in an orderly way; before, the kernel would
     // have taken everything away.
@@ -178,6 +193,7 @@ enum Wake {
     Asked(std::io::Result<Asked>),
     FilesChanged(Result<()>),
     Refusals(Result<()>),
+    DeadPeers(Result<()>),
     Built(Result<Built>),
     Sweep(Option<Progress>),
     Cgroups(Result<Vec<Change>>),
@@ -207,6 +223,9 @@ struct Daemon {
     predecessor: Option<Client>,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
+    dead_peers: DeadPeerWatch,
+    journal: Arc<Journal>,
+    exposed: Arc<Exposed>,
     watch: Option<Watch>,
     events: Option<Events>,
     building: Option<oneshot::Receiver<Result<Built>>>,
@@ -238,7 +257,7 @@ struct Daemon {
 impl Daemon {
     /// Reads what there is to read and takes the cgroup for itself; attaches
     /// nothing yet.
-    fn prepare(options: &Options) -> Result<Self> {
+    fn prepare(options: &Options, journal: Arc<Journal>) -> Result<Self> {
         // Before the files are read, so that no change falls in between.
         let watch = Watch::on(&options.sources);
         let target::Read {
@@ -275,6 +294,9 @@ impl Daemon {
             control: None,
             predecessor,
             enforcement: None,
+            dead_peers: DeadPeerWatch::new(journal.clone()),
+            journal,
+            exposed: Arc::default(),
             watch: None,
             events: None,
             building: None,
@@ -334,6 +356,21 @@ impl Daemon {
                 reason: Some(reason),
             },
         };
+        let before = self.state.parts.get(name);
+        if before != Some(&part) {
+            match &part.reason {
+                Some(error) => self.journal.note(What::PartFailed {
+                    part: name.to_owned(),
+                    error: error.clone(),
+                }),
+                None if before.is_some_and(|before| before.status == PartStatus::Failed) => {
+                    self.journal.note(What::PartWorks {
+                        part: name.to_owned(),
+                    });
+                }
+                None => {}
+            }
+        }
         self.state.parts.insert(name.to_owned(), part);
     }
 
@@ -434,12 +471,13 @@ impl Daemon {
             warn!("{warning}");
         }
         let Built {
-            set,
+            mut set,
             claimants,
             assignment,
             ..
         } = built;
         self.claimants = claimants;
+        self.dead_peers.follow_set(&mut set);
         self.enforcement = Some(Enforcement {
             log: log_of(&set),
             attachment,
@@ -514,7 +552,10 @@ impl Daemon {
             }
         }
         let record = match &found.record {
-            Ok(record) => record.clone(),
+            Ok(record) => {
+                self.dead_peers.left_by(record);
+                record.clone()
+            }
             Err(error) => {
                 warn!(
                     "{error}; values that it set count as the applications' own, and what it \
@@ -626,6 +667,7 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let dead_peers = self.dead_peers.readable();
         // In this order: what a person asks for is not done twice, once because the
         // files changed as well.
         tokio::select! {
@@ -641,6 +683,7 @@ impl Daemon {
             changed = files => Wake::FilesChanged(changed),
             progress = sweep => Wake::Sweep(progress),
             refusals = refusals => Wake::Refusals(refusals),
+            found = dead_peers => Wake::DeadPeers(found),
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
             // Last: there may be more of them all the time.
@@ -672,6 +715,11 @@ impl Daemon {
                 if let Some(enforcement) = &mut self.enforcement {
                     enforcement.log = None;
                 }
+            }
+            Wake::DeadPeers(Ok(())) => self.read_dead_peers(),
+            Wake::DeadPeers(Err(error)) => {
+                warn!("{error:#}; they are counted and no longer told of");
+                self.dead_peers.stop();
             }
             Wake::Built(built) => self.on_built(built, reporter),
             Wake::Sweep(progress) => self.on_sweep_progress(progress, reporter),
@@ -712,6 +760,12 @@ impl Daemon {
             return None;
         }
         match asked.request {
+            Request::Events(wanted) => {
+                self.read_dead_peers();
+                self.journal.serve(wanted, asked.into_stream());
+                self.dead_peers.follow();
+                None
+            }
             Request::Detach => Some(("a request to detach", Leaves::Nothing)),
             Request::TakenOver => None,
             Request::StepAside => {
@@ -793,6 +847,9 @@ impl Daemon {
 
     fn reload_failed(&mut self, error: &anyhow::Error, demanded: bool) {
         let error = format!("{error:#}");
+        self.journal.note(What::ReloadFailed {
+            error: error.clone(),
+        });
         if demanded || self.last_reported_error.as_ref() != Some(&error) {
             error!("the policy in force goes on: {error}");
         }
@@ -889,6 +946,7 @@ impl Daemon {
         if let Some(enforcement) = &mut self.enforcement {
             enforcement.log = log_of(&built.set);
             enforcement.set = built.set;
+            self.dead_peers.follow_set(&mut enforcement.set);
         }
         self.config = built.config;
         self.claimants = built.claimants;
@@ -1059,6 +1117,10 @@ impl Daemon {
             Ok(false) => {}
             Ok(true) => {
                 debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
+                self.journal.note(What::CgroupAssigned {
+                    cgroup: cgroup.path.clone(),
+                    policies: self.claimants.names(&policies),
+                });
                 // One without processes cannot have had connections.
                 if self.hierarchy.has_processes(cgroup) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
@@ -1081,6 +1143,13 @@ impl Daemon {
                 }
             }
         }
+    }
+
+    /// Notes the dead peers that the kernel has told of.
+    fn read_dead_peers(&mut self) {
+        let enforcement = self.enforcement.as_ref();
+        let record = enforcement.map(|enforcement| enforcement.set.record().as_ref());
+        self.dead_peers.read(record);
     }
 
     fn on_cgroup_removed(&mut self, cgroup: &Cgroup, reporter: &mut dyn Reporter) {
@@ -1165,6 +1234,7 @@ impl Daemon {
         if let Some(why) = why.filter(|_| dropped > 0) {
             self.part_failed("output", why);
         }
+        self.expose();
         let Some(enforcement) = &self.enforcement else {
             self.published = State::default();
             return;
@@ -1176,6 +1246,25 @@ impl Daemon {
             Ok(()) => self.published = self.state.clone(),
             Err(error) => debug!("{}", chain(&error)),
         }
+    }
+
+    /// Has the metrics show the set that is in force.
+    fn expose(&self) {
+        let enforcement = self.enforcement.as_ref();
+        let record = enforcement.map(|enforcement| enforcement.set.record());
+        if self.exposed.shows(record) {
+            return;
+        }
+        let source = enforcement.and_then(|enforcement| {
+            let evidence = enforcement.attachment.evidence();
+            Some(metrics::Source {
+                record: enforcement.set.record().clone(),
+                evidence: evidence
+                    .inspect_err(|error| warn!("{}", chain(error)))
+                    .ok()?,
+            })
+        });
+        self.exposed.set(source);
     }
 
     fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {

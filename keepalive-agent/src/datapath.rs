@@ -36,7 +36,7 @@ use crate::{
     netns,
 };
 
-pub use attachment::{Attachment, Foreign, InForce, in_force, programs_on_the_way};
+pub use attachment::{Attachment, Evidence, Foreign, InForce, in_force, programs_on_the_way};
 pub use dead_peers::{DeadPeer, DeadPeers};
 pub use description::now;
 pub use description::{

@@ -102,7 +102,7 @@ impl CounterMaps {
             done.push((whose.clone(), self.done_in(*slot)?));
         }
         let unclaimed = self.done_in(UNCLAIMED)?;
-        if unclaimed.established.seen > 0 {
+        if unclaimed.established.seen > 0 || !unclaimed.dead_peers.is_empty() {
             let whose = Counted {
                 name: assignment::UNCLAIMED.to_owned(),
                 enforced: true,
@@ -160,6 +160,14 @@ pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
         | Map::RingBuf(data)
         | Map::SkStorage(data) => Ok(data),
         _ => Err(Error::Description("a map is of an unknown type".to_owned())),
+    }
+}
+
+impl std::fmt::Debug for SetRecord {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SetRecord")
+            .field("description", &self.description)
+            .finish_non_exhaustive()
     }
 }
 
@@ -295,6 +303,19 @@ impl SetRecord {
             }
         }
         Ok(refusals)
+    }
+
+    /// Dead peers that the set has counted and of which nobody will be told more.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn dead_peers_lost(&self) -> Result<u64, Error> {
+        let done = self.own.done()?;
+        Ok(done
+            .iter()
+            .map(|(_, done)| done.dead_peers.events_lost)
+            .sum())
     }
 
     /// What the agent says of itself.
