@@ -8,6 +8,7 @@ use std::{
 use globset::{GlobSet, GlobSetBuilder};
 use keepalive_common::{
     cgroup_event::PATH_SIZE,
+    environment::Environment,
     history,
     policy::{MIN_SECONDS, Policy},
     slot::MAX_DEPTH,
@@ -225,7 +226,7 @@ impl Claimants {
         self.policies
             .iter()
             .filter(|assigned| assigned.policy.is_enforced())
-            .map(|assigned| history::given(&assigned.policy).idle)
+            .map(|assigned| history::given(&assigned.policy, &Environment::UNKNOWN).idle)
             .filter(|idle| *idle > 0)
             .min()
             .unwrap_or(MIN_SECONDS)

@@ -19,6 +19,13 @@ pub struct Counters {
     pub left_alone: u64,
     /// Options that the kernel refused; the connection goes on without them.
     pub failed: u64,
+    /// Connections on which keepalive and its timers were left as the application
+    /// has them, because its user-timeout would have ended them early: see
+    /// [`crate::plan::Plan::user_timeout_conflict`].
+    pub user_timeout_conflict: u64,
+    /// Connections whose retransmission was not bounded, because the kernel knows
+    /// no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub give_up_unsupported: u64,
 }
 
 impl Counters {
@@ -31,6 +38,8 @@ impl Counters {
         self.clamped += other.clamped;
         self.left_alone += other.left_alone;
         self.failed += other.failed;
+        self.user_timeout_conflict += other.user_timeout_conflict;
+        self.give_up_unsupported += other.give_up_unsupported;
     }
 }
 
@@ -80,16 +89,19 @@ pub enum SocketOption {
     Probes = 3,
     /// TCP_USER_TIMEOUT.
     UserTimeout = 4,
+    /// TCP_RTO_MAX_MS.
+    RtoMax = 5,
 }
 
 impl SocketOption {
     /// All of them, at the index of their number.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Keepalive,
         Self::Idle,
         Self::Interval,
         Self::Probes,
         Self::UserTimeout,
+        Self::RtoMax,
     ];
 
     /// The option with this number, if there is one.
@@ -108,6 +120,7 @@ impl SocketOption {
             Self::Interval => "TCP_KEEPINTVL",
             Self::Probes => "TCP_KEEPCNT",
             Self::UserTimeout => "TCP_USER_TIMEOUT",
+            Self::RtoMax => "TCP_RTO_MAX_MS",
         }
     }
 
@@ -125,6 +138,7 @@ impl SocketOption {
             Self::Interval => (SOL_TCP, 5),
             Self::Probes => (SOL_TCP, 6),
             Self::UserTimeout => (SOL_TCP, 18),
+            Self::RtoMax => (SOL_TCP, 44),
         }
     }
 }
@@ -143,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_records_have_no_padding() {
-        assert_eq!(size_of::<Counters>(), 7 * 8);
+        assert_eq!(size_of::<Counters>(), 9 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
         assert_eq!(size_of::<Failure>(), 8);
         assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
@@ -160,6 +174,8 @@ mod tests {
             clamped: 5,
             left_alone: 6,
             failed: 7,
+            user_timeout_conflict: 8,
+            give_up_unsupported: 9,
         };
         sum.add(&one);
         assert_eq!(sum, one);

@@ -14,6 +14,14 @@ pub struct Field {
     pub width: u32,
 }
 
+impl Field {
+    /// One that the kernel does not have.
+    pub const NOWHERE: Self = Self {
+        offset: 0,
+        width: 0,
+    };
+}
+
 /// All fields that are read, and what is needed to understand them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +37,10 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_user_timeout`, in milliseconds;
     /// 0 is unset.
     pub user_timeout: Field,
-    /// `tcp_sock` → `sock.sk_cgrp_data`, whose first word is the cgroup.
+    /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
+    /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub rto_max: Field,
+    /// `tcp_sock` → `sock.sk_cgrp_data.cgroup`.
     pub sock_cgroup: Field,
     /// `cgroup` → `cgroup.self.parent`.
     pub cgroup_parent: Field,
@@ -43,6 +54,25 @@ pub struct Layout {
     pub cgroup_root: Field,
     /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
     pub hierarchy_id: Field,
+    /// `tcp_sock` → `sock_common.skc_net.net`, the network namespace.
+    pub sock_net: Field,
+    /// `net.ns.inum`, the inode number that /proc/PID/ns/net shows.
+    pub net_inode: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
+    pub net_keepalive_time: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_intvl`, in jiffies.
+    pub net_keepalive_intvl: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
+    pub net_keepalive_probes: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_retries2`.
+    pub net_retries: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_rto_max_ms`; without width as
+    /// [`Self::rto_max`].
+    pub net_rto_max: Field,
+    /// `tcp_sock` → `sock.sk_uid`.
+    pub sock_uid: Field,
+    /// `sock.sk_protocol`.
+    pub sock_protocol: Field,
     /// `tcp_sock` → `sock_common.skc_state`.
     pub state: Field,
     /// `tcp_sock` → `sock_common.skc_family`.
@@ -82,8 +112,10 @@ pub struct Layout {
     pub callbacks: Field,
     /// `tcp_sock` → `sock.sk_socket`, null for a socket that no process holds.
     pub socket: Field,
-    /// `socket` → the inode number that /proc/PID/fd shows.
-    pub socket_inode: Field,
+    /// `socket.file`, null for a socket that has no descriptor.
+    pub socket_file: Field,
+    /// `socket.sk`, null while it is closed.
+    pub socket_sock: Field,
     /// `file.f_mode`: what can be done with it.
     pub file_mode: Field,
     /// `file.f_inode`.
@@ -102,25 +134,19 @@ pub struct Layout {
     pub dead_bit: u32,
     /// Jiffies per second.
     pub hz: u32,
-    /// 1 where `sk_cgrp_data` holds a typed pointer that programs may follow;
-    /// 0 where it is a bare number (before Linux 5.15 or so) whose lowest bit says that it is
-    /// not a pointer at all.
-    pub typed_cgroup: u32,
 }
 
 impl Layout {
     /// Before the agent has looked: every field at offset 0 and without width.
     pub const NOWHERE: Self = {
-        const NOWHERE: Field = Field {
-            offset: 0,
-            width: 0,
-        };
+        const NOWHERE: Field = Field::NOWHERE;
         Self {
             flags: NOWHERE,
             keepalive_time: NOWHERE,
             keepalive_intvl: NOWHERE,
             keepalive_probes: NOWHERE,
             user_timeout: NOWHERE,
+            rto_max: NOWHERE,
             sock_cgroup: NOWHERE,
             cgroup_parent: NOWHERE,
             css_cgroup: NOWHERE,
@@ -128,6 +154,15 @@ impl Layout {
             kernfs_id: NOWHERE,
             cgroup_root: NOWHERE,
             hierarchy_id: NOWHERE,
+            sock_net: NOWHERE,
+            net_inode: NOWHERE,
+            net_keepalive_time: NOWHERE,
+            net_keepalive_intvl: NOWHERE,
+            net_keepalive_probes: NOWHERE,
+            net_retries: NOWHERE,
+            net_rto_max: NOWHERE,
+            sock_uid: NOWHERE,
+            sock_protocol: NOWHERE,
             state: NOWHERE,
             family: NOWHERE,
             local_port: NOWHERE,
@@ -146,7 +181,8 @@ impl Layout {
             error: NOWHERE,
             callbacks: NOWHERE,
             socket: NOWHERE,
-            socket_inode: NOWHERE,
+            socket_file: NOWHERE,
+            socket_sock: NOWHERE,
             file_mode: NOWHERE,
             file_inode: NOWHERE,
             inode_number: NOWHERE,
@@ -156,7 +192,6 @@ impl Layout {
             keepopen_bit: 0,
             dead_bit: 0,
             hz: 0,
-            typed_cgroup: 0,
         }
     };
 }
@@ -167,6 +202,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 37 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 48 * size_of::<Field>() + 3 * 4);
     }
 }

@@ -3,7 +3,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::plan::Options;
+use crate::{environment::Environment, plan::Options};
 
 /// Address family of IPv4 sockets.
 pub const AF_INET: u32 = 2;
@@ -37,8 +37,13 @@ pub struct SocketRecord {
     interval: u32,
     probes: u32,
     user_timeout: u32,
+    rto_max: u32,
     /// Segments that are not acknowledged yet: keepalive rests while there are any.
     pub packets_out: u32,
+    /// Inode number of the network namespace, as /proc/PID/ns/net shows it.
+    pub netns: u32,
+    /// What it decides where nothing is set on the connection.
+    pub environment: Environment,
 }
 
 /// Where a connection goes from and to.
@@ -57,6 +62,25 @@ pub struct Addresses {
 }
 
 impl SocketRecord {
+    /// What is said of something else.
+    pub const NOTHING: Self = Self::new(
+        &Addresses {
+            family: 0,
+            local_address: [0; 16],
+            remote_address: [0; 16],
+            local_port: 0,
+            remote_port: 0,
+        },
+        &Options {
+            keepalive: false,
+            idle: 0,
+            interval: 0,
+            probes: 0,
+            user_timeout: 0,
+            rto_max: 0,
+        },
+    );
+
     /// A record with these addresses and options, everything else zero.
     #[must_use]
     #[inline(always)]
@@ -78,7 +102,10 @@ impl SocketRecord {
             interval: options.interval,
             probes: options.probes,
             user_timeout: options.user_timeout,
+            rto_max: options.rto_max,
             packets_out: 0,
+            netns: 0,
+            environment: Environment::UNKNOWN,
         }
     }
 
@@ -91,6 +118,7 @@ impl SocketRecord {
             interval: self.interval,
             probes: self.probes,
             user_timeout: self.user_timeout,
+            rto_max: self.rto_max,
         }
     }
 
@@ -141,6 +169,10 @@ fn address(family: u32, bytes: [u8; 16], port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
+/// State of a socket that was never connected or is no longer, by the kernel's
+/// number (include/net/tcp_states.h).
+pub const CLOSE: u32 = 7;
+
 /// States in which a process can hold a connection open for as long as it
 /// likes: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT.
 ///
@@ -162,7 +194,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<SocketRecord>(),
-            4 * 8 + 2 * 16 + 4 + 2 * 2 + 8 * 4
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 10 * 4 + 6 * 4
         );
     }
 

@@ -40,9 +40,10 @@ const RING: usize = 256 * 1024;
 static FOLLOWED: Array<u32, 1> = Array::new();
 
 /// Has the program called for each change of the socket's state. Other programs
-/// may have asked for other callbacks.
+/// may have asked for other callbacks. `target` is the context of sock_ops.
 #[inline(always)]
-pub(crate) fn watch(ctx: &SockOpsContext) {
+pub(crate) fn watch(target: *mut c_void) {
+    let ctx = SockOpsContext::new(target.cast());
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     // A connection that is not watched is a count that is missing, no more.
     let _ = ctx.set_cb_flags(flags.cast_signed());

@@ -8,8 +8,9 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::{Counters, SocketOption},
-    history::{Originals, Replaced},
-    plan::{Options, plan},
+    environment::Environment,
+    history::{Originals, Replaced, known_by},
+    plan::{Options, plan, plan_unset},
     policy::Policy,
 };
 
@@ -39,55 +40,93 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         count(unsafe { &raw const (*counters).seen });
         return;
     };
-    if sock.is_touched() || !policy.is_enforced() {
-        touched(&ctx, sock, slot, counters, policy);
-        return;
+    // Each in a frame of its own: there is little stack.
+    if sock.is_touched() || !policy.sets_anything() || policy.give_up != 0 {
+        touched(ctx.as_ptr(), sock, slot, counters, policy);
+    } else {
+        untouched(ctx.as_ptr(), sock, slot, counters, policy);
     }
-    // Most applications leave everything to the system: little is left of the
-    // plan when the compiler knows that.
-    let has = Options::default();
-    let wants = forget_options(plan(policy, &has));
-    let left_alone = !wants.keepalive && !wants.has_timers();
-    count_seen(counters, left_alone);
-    if left_alone {
-        return;
-    }
-    let mut setter = Setter::new(ctx.as_ptr(), slot, counters, true);
-    setter.set(&has, &has, &wants);
-    setter.count_filled();
-    setter.tell();
-    dead_peer::watch(&ctx);
 }
 
-/// The same where the application has set something, or where a policy is only
-/// counted. Out of line, to keep its registers and branches out of the way of
-/// most connections.
+/// Most applications leave everything to the system.
 #[inline(never)]
-fn touched(
-    ctx: &SockOpsContext,
+fn untouched(
+    target: *mut c_void,
     sock: TcpSock,
     slot: u32,
     counters: *const Counters,
     policy: &Policy,
 ) {
-    let has = forget_options(sock.options());
-    let wants = forget_options(plan(policy, &has));
-    count_seen(counters, wants == has);
-    if wants == has {
+    let environment = if policy.depends_on_namespace() {
+        sock.environment()
+    } else {
+        Environment::UNKNOWN
+    };
+    let has = Options::default();
+    let wants = forget_options(plan_unset(policy, &environment));
+    let left_alone = !wants.keepalive && !wants.has_timers();
+    count_seen(counters, left_alone);
+    if left_alone {
         return;
     }
-    let mut setter = Setter::new(ctx.as_ptr(), slot, counters, policy.is_enforced());
+    let mut setter = Setter::new(target, slot, counters, &environment, true);
     setter.set(&has, &has, &wants);
+    setter.count_filled();
+    setter.tell();
+    dead_peer::watch(target);
+}
+
+/// The same where the application has set something, where a policy bounds
+/// retransmission, and where it is only counted. Out of line, to keep its
+/// registers and branches out of the way of most connections.
+#[inline(never)]
+fn touched(
+    target: *mut c_void,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
+    let environment = sock.environment();
+    let has = sock.options(&environment);
+    let plan = plan(policy, &has, &environment);
+    let wants = &forget_options(plan.wants);
+    count_seen(counters, *wants == has);
+    let conflict = plan.user_timeout_conflict;
+    count_limits(counters, policy, conflict, &environment);
+    if *wants == has {
+        return;
+    }
+    let mut setter = Setter::new(target, slot, counters, &environment, policy.is_enforced());
+    setter.set(&has, &has, wants);
     setter.count();
     if !setter.enforced {
         return;
     }
-    let replaced = Originals::of(&has, &wants, &wants);
-    if !replaced.is_empty() {
-        sweep::remember(sock, &replaced);
-    }
+    let known = forget_options(known_by(policy, &plan, &environment));
+    sweep::keep_originals(sock, &has, wants, &known, &forget_originals());
     setter.tell();
-    dead_peer::watch(ctx);
+    dead_peer::watch(target);
+}
+
+/// Counts what a policy could not do for a connection.
+#[inline(always)]
+pub(crate) fn count_limits(
+    counters: *const Counters,
+    policy: &Policy,
+    user_timeout_conflict: bool,
+    environment: &Environment,
+) {
+    // SAFETY: the element lives as long as the map, and only its addresses are
+    // used.
+    let counters = unsafe { &*counters };
+    add(
+        &raw const counters.user_timeout_conflict,
+        u32::from(user_timeout_conflict).into(),
+    );
+    if policy.give_up != 0 && environment.rto_max == 0 && !policy.ignores() {
+        count(&raw const counters.give_up_unsupported);
+    }
 }
 
 /// Counts a socket, and whether it was left alone.
@@ -114,6 +153,7 @@ pub(crate) fn forget_options(options: Options) -> Options {
         interval: combine(options.interval, zero),
         probes: combine(options.probes, zero),
         user_timeout: combine(options.user_timeout, zero),
+        rto_max: combine(options.rto_max, zero),
     }
 }
 
@@ -130,6 +170,7 @@ pub(crate) fn forget_originals() -> Originals {
         interval: nothing,
         probes: nothing,
         user_timeout: nothing,
+        rto_max: nothing,
     }
 }
 
@@ -218,6 +259,8 @@ pub(crate) struct Setter {
     clamped: u64,
     /// Refusals before.
     failed: u64,
+    /// TCP_RTO_MAX_MS of the namespace.
+    rto_max: u32,
     /// Whether anything is set, or only counted as if it were.
     pub(crate) enforced: bool,
 }
@@ -230,6 +273,7 @@ impl Setter {
         target: *mut c_void,
         slot: u32,
         counters: *const Counters,
+        environment: &Environment,
         enforced: bool,
     ) -> Self {
         Self {
@@ -239,6 +283,7 @@ impl Setter {
             enforced,
             filled: 0,
             clamped: 0,
+            rto_max: environment.rto_max,
             // SAFETY: a live element of a per-CPU map.
             failed: unsafe { (&raw const (*counters).failed).read_volatile() },
         }
@@ -277,6 +322,7 @@ impl Setter {
             has.user_timeout,
             wants.user_timeout,
         );
+        self.set_rto_max(application.rto_max, has.rto_max, wants.rto_max);
         if has.keepalive != wants.keepalive
             && self.set_option(SocketOption::Keepalive, u32::from(wants.keepalive))
         {
@@ -310,6 +356,11 @@ impl Setter {
     /// arms the timer from the last activity.
     #[inline(always)]
     pub(crate) fn arm(&mut self, application: u32, has: u32, wants: u32) {
+        if wants == 0 {
+            // The sysctl's, which the kernel takes from nobody: keepalive has
+            // been armed from now.
+            return;
+        }
         if has == wants {
             self.set_option(SocketOption::Idle, wants);
         } else {
@@ -319,9 +370,22 @@ impl Setter {
 
     #[inline(always)]
     fn set_timer(&mut self, option: SocketOption, application: u32, has: u32, wants: u32) {
-        if has == wants || !self.set_option(option, wants) {
-            return;
+        if has != wants && self.set_option(option, wants) {
+            self.count_timer(application, wants);
         }
+    }
+
+    /// Unset it is that of the namespace.
+    #[inline(always)]
+    fn set_rto_max(&mut self, application: u32, has: u32, wants: u32) {
+        let value = if wants == 0 { self.rto_max } else { wants };
+        if has != wants && self.set_option(SocketOption::RtoMax, value) {
+            self.count_timer(application, wants);
+        }
+    }
+
+    #[inline(always)]
+    fn count_timer(&mut self, application: u32, wants: u32) {
         if application == 0 {
             self.filled += 1;
         } else if application != wants {
@@ -339,7 +403,7 @@ impl Setter {
         let (level, number) = option.level_and_number();
         let mut value = value;
         // SAFETY: the target is the kernel's own and the value is four bytes on
-        // the stack, as all five options take it.
+        // the stack, as all options take it.
         let result = unsafe {
             bpf_setsockopt(
                 self.target,

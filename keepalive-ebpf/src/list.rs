@@ -1,21 +1,24 @@
-//! List: a record of every connection, for the agent to read.
+//! List: what there is to say of a connection, for the agent to read.
 
 use keepalive_common::socket::SocketRecord;
 
-use crate::kernel::{Cgroup, TcpIterator, TcpSock};
+use crate::kernel::{Cgroup, TcpSock};
 
-/// Appends the record of a connection to what the agent reads.
+/// The record of a connection.
 #[inline(always)]
-pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
-    let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
+pub(crate) fn record(sock: TcpSock) -> SocketRecord {
+    let environment = sock.environment();
+    let mut record = SocketRecord::new(&sock.addresses(), &sock.options(&environment));
     record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
     record.timer_ms = milliseconds(sock.armed_for());
     record.silent_ms = milliseconds(sock.silent_for());
     record.state = sock.state();
-    record.uid = iterator.uid();
+    record.uid = sock.uid();
     record.packets_out = sock.packets_out();
-    iterator.write(&record);
+    record.netns = sock.net().inode();
+    record.environment = environment;
+    record
 }
 
 /// Jiffies in milliseconds.

@@ -10,14 +10,16 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::Counters,
-    history::{Originals, application, replan},
+    history::Originals,
     plan::Options,
+    policy::Policy,
     slot::Claim,
     sweep::{Pass, Silence, arms, class, now},
 };
 
 use crate::{
     claim, dead_peer,
+    decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
     kernel::{Cgroup, TcpIterator, TcpSock},
 };
@@ -38,23 +40,27 @@ static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 #[btf_map]
 static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
-/// A connection met by the sweep.
+/// What a decision is about, found for a connection.
+struct Claimed {
+    slot: u32,
+    policy: &'static Policy,
+    counters: *const Counters,
+    subject: &'static mut Subject,
+}
+
+/// Decides what becomes of a connection.
 #[inline(always)]
-pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
-    let Some(pass) = PASS.get_ptr_mut(0) else {
-        return;
-    };
-    // SAFETY: an element of an array lives as long as the map, and passes do not
-    // run at the same time.
-    let pass = unsafe { &mut *pass };
-    pass.seen += 1;
+fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
     let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
-        return;
+        return None;
     };
-    let has = enforce::forget_options(sock.options());
-    let originals = if has.has_timers() {
+    let subject = subject()?;
+    subject.environment = sock.environment();
+    let environment = &subject.environment;
+    subject.has = enforce::forget_options(sock.options(environment));
+    subject.originals = if subject.has.has_timers() {
         recall(sock)
     } else {
         // Nothing can have been written over what is unset.
@@ -65,40 +71,126 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     } else {
         claim::policy(claim::slot(claim.before, sock))
     };
-    let application = enforce::forget_options(application(&has, &originals, before));
-    let wants = enforce::forget_options(replan(policy, &has, &application));
+    decide_about(subject, policy, before);
+    Some(Claimed {
+        slot,
+        policy,
+        counters,
+        subject,
+    })
+}
+
+/// Whether a pass would do anything to a connection but count it.
+#[inline(always)]
+pub(crate) fn is_due(sock: TcpSock) -> bool {
+    let Some(pass) = PASS.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: as in `existing_connection`.
+    let pass = unsafe { &mut *pass };
+    let Some(Claimed {
+        policy, subject, ..
+    }) = decide(pass, sock)
+    else {
+        return false;
+    };
+    if policy.is_enforced() && subject.wants != subject.has {
+        return true;
+    }
+    replaces(subject)
+}
+
+/// Whether another thing would be kept on the socket than is. Out of line, as
+/// [`keep_originals`].
+#[inline(never)]
+fn replaces(subject: &Subject) -> bool {
+    Originals::of(&subject.application, &subject.has, &subject.known) != subject.originals
+}
+
+/// A connection met by the sweep.
+#[inline(always)]
+pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
+    let Some(pass) = PASS.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: an element of an array lives as long as the map, and passes do not
+    // run at the same time.
+    let pass = unsafe { &mut *pass };
+    pass.seen += 1;
+    let Some(Claimed {
+        slot,
+        policy,
+        counters,
+        ..
+    }) = decide(pass, sock)
+    else {
+        return;
+    };
+    carry_out(iterator, sock, slot, counters, policy);
+}
+
+/// Sets what was decided. Out of line, in a frame of its own: there is little
+/// stack.
+#[inline(never)]
+fn carry_out(
+    iterator: &TcpIterator,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
+    let (Some(pass), Some(subject)) = (PASS.get_ptr_mut(0), subject()) else {
+        return;
+    };
+    // SAFETY: as in `existing_connection`.
+    let pass = unsafe { &mut *pass };
+    let Subject {
+        has,
+        originals,
+        environment,
+        application,
+        wants,
+        known,
+        user_timeout_conflict,
+    } = subject;
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
+        enforce::count_limits(counters, policy, *user_timeout_conflict, environment);
     }
-    if !policy.is_enforced() {
-        // It gives nothing by which the next one could know what an earlier one
-        // set.
-        let nothing = enforce::forget_options(Options::default());
-        keep_originals(sock, &application, &has, &nothing, &originals);
+    if wants == has || !policy.is_enforced() {
+        keep_originals(sock, application, has, known, originals);
     }
     if policy.is_enforced() && wants != application {
         dead_peer::watch_existing(sock);
     }
-    if wants == has && originals.is_empty() {
+    if wants == has {
         return;
     }
-    let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
+    let mut setter = Setter::new(
+        sock.target(),
+        slot,
+        counters,
+        environment,
+        policy.is_enforced(),
+    );
     if !setter.enforced {
         if pass.counts != 0 {
-            setter.set(&application, &has, &wants);
+            setter.set(application, has, wants);
             setter.count();
         }
         return;
     }
-    let class = class(wants.idle);
+    // Timers that stay unset are those of the namespace.
+    let complete = environment.complete(wants);
+    let class = class(complete.idle);
     let may_probe = pass.batch != 0 && pass.class == class;
-    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
-    if now != wants {
+    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &complete);
+    let now = enforce::forget_options(now(has, wants, silence, may_probe));
+    if now != *wants {
         pass.waiting[class as usize] += 1;
     }
-    keep_originals(sock, &application, &now, &wants, &originals);
-    if now == has {
+    keep_originals(sock, application, &now, known, originals);
+    if now == *has {
         return;
     }
     if !has.keepalive && now.keepalive {
@@ -109,13 +201,13 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
             idle: has.idle,
             ..now
         };
-        setter.set(&application, &has, &but_idle);
+        setter.set(application, has, &but_idle);
         setter.arm(application.idle, has.idle, now.idle);
     } else {
-        setter.set(&application, &has, &now);
+        setter.set(application, has, &now);
     }
     setter.count();
-    if silence.is_due && arms(&has, &now) {
+    if silence.is_due && arms(has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
             pass.in_batch = 0;
@@ -128,14 +220,14 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
 /// Out of line: what the verifier concludes here ends here, or it would follow
 /// each combination of timers to the end of the caller.
 #[inline(never)]
-fn keep_originals(
+pub(crate) fn keep_originals(
     sock: TcpSock,
     application: &Options,
     now: &Options,
-    wants: &Options,
+    known: &Options,
     before: &Originals,
 ) {
-    let replaces = Originals::of(application, now, wants);
+    let replaces = Originals::of(application, now, known);
     if replaces != *before {
         remember(sock, &replaces);
     }
@@ -169,7 +261,7 @@ fn recall(sock: TcpSock) -> Originals {
 /// Keeps what was replaced. Where there is no memory for it, the policy's value
 /// will later be taken for the application's: it stays.
 #[inline(always)]
-pub(crate) fn remember(sock: TcpSock, replaces: &Originals) {
+fn remember(sock: TcpSock, replaces: &Originals) {
     let originals = storage(sock, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
     if !originals.is_null() {
         // SAFETY: as in `recall`.

@@ -11,8 +11,10 @@
 //                                                  ok COUNT K I V P U
 //     churn MILLISECONDS RATE IDLE IDLE
 //         makes and closes so many connections a second and asks each end at once
-//         for its idle time. Made; ends with keepalive and the first idle time,
-//         the second, neither                      ok COUNT FIRST SECOND NEITHER
+//         for its idle time; before it closes one, sends a byte each way. Made;
+//         ends with keepalive and the first idle time, the second, neither;
+//         connections over which nothing went any more
+//                                          ok COUNT FIRST SECOND NEITHER BROKEN
 //
 // Numbers are decimal, ADDRESS is a struct sockaddr in hexadecimal.
 
@@ -133,13 +135,26 @@ static void abandon(int fd)
 	close(fd);
 }
 
-static int churn(int milliseconds, int rate, const int idle[2], int result[4])
+// Whether a byte goes each way.
+static int works(const int pair[2])
+{
+	char byte = 0;
+	int end;
+
+	for (end = 0; end < 2; end++)
+		if (send(pair[end], &byte, 1, MSG_NOSIGNAL) != 1 ||
+		    recv(pair[1 - end], &byte, 1, 0) != 1)
+			return 0;
+	return 1;
+}
+
+static int churn(int milliseconds, int rate, const int idle[2], int result[5])
 {
 	static int ring[RING][2];
 	double start = now(), passed;
 	int i, end;
 
-	memset(result, 0, 4 * sizeof(*result));
+	memset(result, 0, 5 * sizeof(*result));
 	memset(ring, -1, sizeof(ring));
 	while ((passed = now() - start) * 1000 < milliseconds) {
 		int *pair = ring[result[0] % RING];
@@ -148,6 +163,8 @@ static int churn(int milliseconds, int rate, const int idle[2], int result[4])
 			usleep(500);
 			continue;
 		}
+		if (pair[0] >= 0 && !works(pair))
+			result[4]++;
 		for (end = 0; end < 2 && pair[0] >= 0; end++)
 			abandon(pair[end]);
 		if (make_pair(pair) < 0)
@@ -166,9 +183,12 @@ static int churn(int milliseconds, int rate, const int idle[2], int result[4])
 				result[3]++;
 		}
 	}
-	for (i = 0; i < RING; i++)
+	for (i = 0; i < RING; i++) {
+		if (ring[i][0] >= 0 && !works(ring[i]))
+			result[4]++;
 		for (end = 0; end < 2 && ring[i][0] >= 0; end++)
 			abandon(ring[i][end]);
+	}
 	return 0;
 }
 
@@ -177,7 +197,7 @@ int main(void)
 	static char line[1024];
 	struct options wanted, other;
 	int *w = wanted.value, *o = other.value;
-	int number, rate, idle[2], result[4];
+	int number, rate, idle[2], result[5];
 	char text[300];
 
 	setlinebuf(stdout);
@@ -203,8 +223,8 @@ int main(void)
 		} else if (sscanf(line, "churn %d %d %d %d", &number, &rate, idle,
 				  idle + 1) == 4) {
 			if (churn(number, rate, idle, result) == 0) {
-				printf("ok %d %d %d %d\n", result[0], result[1], result[2],
-				       result[3]);
+				printf("ok %d %d %d %d %d\n", result[0], result[1], result[2],
+				       result[3], result[4]);
 				continue;
 			}
 		}

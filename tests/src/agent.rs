@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::process::lines;
-use crate::{Cgroup, Process, wait_until};
+use crate::{Cgroup, Pins, Process, wait_until};
 
 /// Loading takes a few tens of milliseconds; a busy machine is given more.
 const START: Duration = Duration::from_mins(1);
@@ -74,13 +74,53 @@ impl Agent {
     ///
     /// As [`Agent::start`].
     pub fn start_with(cgroup: &Cgroup, config: &str, by: &[&str]) -> Result<Self> {
+        Self::start_by(cgroup, config, by, &[])
+    }
+
+    /// The same with enforcement that outlives it, and more arguments.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_pinned(cgroup: &Cgroup, config: &str, pins: &Pins, more: &[&str]) -> Result<Self> {
+        let mut arguments = vec!["--pin", pins.name()];
+        arguments.extend(more);
+        Self::start_by(cgroup, config, &["env"], &arguments)
+    }
+
+    /// The same of another build, and with more arguments.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_build(
+        binary: &Path,
+        cgroup: &Cgroup,
+        config: &str,
+        more: &[&str],
+    ) -> Result<Self> {
+        let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+        fs::write(&file, config)?;
+        let mut command = Command::new(binary);
+        command.stdin(Stdio::null());
+        command.arg("run").arg("--config").arg(file.path());
+        command.args(["--cgroup", cgroup.path()]).args(more);
+        Self::start_command(command, Some(file))
+    }
+
+    /// The same by way of a command, and with more arguments.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_by(cgroup: &Cgroup, config: &str, by: &[&str], more: &[&str]) -> Result<Self> {
         let file = tempfile::NamedTempFile::with_suffix(".toml")?;
         fs::write(&file, config)?;
         let mut command = Command::new(by[0]);
         command.args(&by[1..]).arg(agent_binary());
         command.stdin(Stdio::null());
         command.arg("run").arg("--config").arg(file.path());
-        command.args(["--cgroup", cgroup.path()]);
+        command.args(["--cgroup", cgroup.path()]).args(more);
         Self::start_command(command, Some(file))
     }
 
@@ -133,7 +173,26 @@ impl Agent {
         Self::start_command(command, None)
     }
 
-    fn start_command(
+    /// Starts it for a cgroup that does not exist, for which it waits.
+    ///
+    /// # Errors
+    ///
+    /// It ends instead, or does not say that it waits.
+    pub fn start_waiting(cgroup: &Cgroup, config: &str) -> Result<Self> {
+        let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+        fs::write(&file, config)?;
+        let mut command = agent_command();
+        command.arg("run").arg("--config").arg(file.path());
+        command.args(["--cgroup", cgroup.path()]);
+        Self::start_until("waiting", command, Some(file))
+    }
+
+    fn start_command(command: Command, config: Option<tempfile::NamedTempFile>) -> Result<Self> {
+        Self::start_until("started", command, config)
+    }
+
+    fn start_until(
+        event: &str,
         mut command: Command,
         config: Option<tempfile::NamedTempFile>,
     ) -> Result<Self> {
@@ -149,7 +208,7 @@ impl Agent {
             started: Value::Null,
             config,
         };
-        agent.started = match agent.record("started", START) {
+        agent.started = match agent.record(event, START) {
             Ok(record) => record,
             Err(error) => {
                 drop(agent.process.signal(Signal::KILL));
@@ -169,6 +228,36 @@ impl Agent {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Waits until it says that it is attached, which it does again when its cgroup
+    /// has come again.
+    ///
+    /// # Errors
+    ///
+    /// It does not in time.
+    pub fn started_again(&mut self) -> Result<Value> {
+        self.record("started", START)
+            .with_context(|| self.stderr.so_far())
+    }
+
+    /// Waits until it says that its cgroup does not exist.
+    ///
+    /// # Errors
+    ///
+    /// It does not in time.
+    pub fn waits(&mut self) -> Result<Value> {
+        self.record("waiting", START)
+            .with_context(|| self.stderr.so_far())
+    }
+
+    /// Waits until it ends by itself, replaced by another one.
+    ///
+    /// # Errors
+    ///
+    /// It does not in time.
+    pub fn replaced(mut self) -> Result<Finished> {
+        self.ended()
     }
 
     /// Its next report of a sweep. Each start and each reload makes one.
@@ -247,6 +336,16 @@ impl Agent {
         Ok(said)
     }
 
+    /// Writes another configuration, which it may find by itself.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn rewrite(&self, config: &str) -> Result<()> {
+        let file = self.config.as_ref().context("an agent without a file")?;
+        Ok(fs::write(file, config)?)
+    }
+
     /// The agent finds the new file and the signal at once, and not the one long
     /// before the other: it would read the file twice then.
     fn hang_up(&self, config: &str) -> Result<()> {
@@ -274,6 +373,10 @@ impl Agent {
     /// As [`Agent::stop`].
     pub fn stop_with(mut self, signal: Signal) -> Result<Finished> {
         self.process.signal(signal)?;
+        self.ended()
+    }
+
+    fn ended(&mut self) -> Result<Finished> {
         let record = self.record("stopped", STOP);
         let status = self.process.wait(STOP)?;
         let stderr = self.stderr.end();

@@ -34,6 +34,8 @@ pub struct Churned {
     pub with: [u32; 2],
     /// Ends that had neither.
     pub without: u32,
+    /// Connections over which nothing went any more when they were to be closed.
+    pub broken: u32,
 }
 
 impl Crowd {
@@ -115,17 +117,18 @@ impl Crowd {
             .into_iter()
             .map(u32::try_from)
             .collect::<Result<_, _>>()?;
-        let &[made, first, second, without] = answer.as_slice() else {
+        let &[made, first, second, without, broken] = answer.as_slice() else {
             anyhow::bail!("`{question}` was answered with {answer:?}");
         };
         Ok(Churned {
             made,
             with: [first, second],
             without,
+            broken,
         })
     }
 
-    /// The same, again and again until `done`, but for a minute at the most.
+    /// The same, again and again until `done`, but for ten minutes at the most.
     ///
     /// # Errors
     ///
@@ -133,12 +136,13 @@ impl Crowd {
     pub fn churn_until(&mut self, done: &AtomicBool, churn: &Churn) -> Result<Churned> {
         let start = Instant::now();
         let mut sum = self.churn(churn)?;
-        while !done.load(Ordering::Relaxed) && start.elapsed() < Duration::from_mins(1) {
+        while !done.load(Ordering::Relaxed) && start.elapsed() < Duration::from_mins(10) {
             let more = self.churn(churn)?;
             sum.made += more.made;
             sum.with[0] += more.with[0];
             sum.with[1] += more.with[1];
             sum.without += more.without;
+            sum.broken += more.broken;
         }
         Ok(sum)
     }

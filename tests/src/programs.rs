@@ -15,6 +15,7 @@ const RAW: (&str, &str) = ("raw.c", include_str!("../programs/raw.c"));
 const GO: (&str, &str) = ("probe.go", include_str!("../programs/probe.go"));
 const CROWD: (&str, &str) = ("crowd.c", include_str!("../programs/crowd.c"));
 const NEIGHBOUR: (&str, &str) = ("neighbour.c", include_str!("../programs/neighbour.c"));
+const SWAPPER: (&str, &str) = ("swapper.c", include_str!("../programs/swapper.c"));
 
 /// One build at a time in this process; that others build too is no harm.
 static BUILDING: Mutex<()> = Mutex::new(());
@@ -34,6 +35,8 @@ pub enum Program {
     Crowd,
     /// `neighbour.c`, somebody else's BPF program.
     Neighbour,
+    /// `swapper.c`, whose descriptors lead elsewhere from one moment to the next.
+    Swapper,
 }
 
 impl Program {
@@ -47,6 +50,7 @@ impl Program {
             Self::Go => "probe-go",
             Self::Crowd => "crowd",
             Self::Neighbour => "neighbour",
+            Self::Swapper => "swapper",
         }
     }
 
@@ -85,6 +89,7 @@ impl Program {
             Self::Go,
             Self::Crowd,
             Self::Neighbour,
+            Self::Swapper,
         ] {
             if find_program(program.compiler()).is_some() {
                 program.build(directory, &directory.join(program.name()))?;
@@ -111,13 +116,14 @@ impl Program {
             Self::Go => &[GO],
             Self::Crowd => &[CROWD],
             Self::Neighbour => &[NEIGHBOUR],
+            Self::Swapper => &[SWAPPER],
         }
     }
 
     fn command(self) -> Command {
         let flags: &[&str] = match self {
             Self::Dynamic => &[],
-            Self::Static | Self::Crowd | Self::Neighbour => &["-static"],
+            Self::Static | Self::Crowd | Self::Neighbour | Self::Swapper => &["-static"],
             Self::Raw => &[
                 "-static",
                 "-nostdlib",

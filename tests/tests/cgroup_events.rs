@@ -226,7 +226,7 @@ fn connections_made_at_once() -> Result<()> {
         let mut connections = Connections::of(&slice)?;
         connections.get(Options::UNTOUCHED)?;
         connections.sockets.clear();
-        let scope = slice.child(&format!("x-{n}.scope"))?;
+        let scope = slice.child(format!("x-{n}.scope"))?;
         connections.probe.move_to(&scope)?;
         for _ in 0..20 {
             connections.add()?;

@@ -130,7 +130,7 @@ fn far_below() -> Result<()> {
     let _agent = Agent::start(&root, &config)?;
     let mut chain = vec![root.child("0")?];
     for depth in 1..8 {
-        let next = chain[depth - 1].child(&depth.to_string())?;
+        let next = chain[depth - 1].child(depth.to_string())?;
         chain.push(next);
     }
     assert_eq!(idle_in(&chain[7])?, [71, 71]);

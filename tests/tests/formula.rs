@@ -37,7 +37,7 @@ fn hold(cases: &[Case<'_>]) -> Result<()> {
     let mut config = String::new();
     let mut cgroups = Vec::new();
     for (n, (keys, _, _)) in cases.iter().enumerate() {
-        let cgroup = root.child(&format!("case-{n}"))?;
+        let cgroup = root.child(format!("case-{n}"))?;
         let path = cgroup.path();
         writeln!(
             config,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use keepalive_tests::{Agent, Cgroup, Need, Probe, Program, Socket, output, require, wait_until};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 const TENANT: u32 = 4711;
 
 /// Has the tenant run a script in its cgroup.

@@ -8,6 +8,7 @@
 mod agent;
 mod churn;
 mod hook;
+mod namespaces;
 mod peer;
 mod place;
 mod reaction;
@@ -73,6 +74,8 @@ enum Name {
     Veth,
     /// Existing connections, against ss
     Sweep,
+    /// Connections in many network namespaces
+    Namespaces,
     /// Policies for many cgroups
     Push,
     /// Policies for cgroups that are made meanwhile
@@ -111,6 +114,7 @@ impl Bench {
             Name::Churn => churn::loopback(self),
             Name::Veth => churn::veth(self),
             Name::Sweep => sweep::sweep(self),
+            Name::Namespaces => namespaces::namespaces(self),
             Name::Push => agent::push(self),
             Name::Reaction => reaction::reaction(self),
             Name::Idle => agent::idle(self),

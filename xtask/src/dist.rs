@@ -3,7 +3,7 @@
 mod config_page;
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use crate::{exec, workspace};
+use crate::{exec, tool, workspace};
 
 /// A user's programs, and what a container image is made of.
 const MAX_BINARY: u64 = 6 << 20;
@@ -22,7 +22,7 @@ const MAX_BINARY: u64 = 6 << 20;
 /// What makes packages is built by `cargo install` on first use, below the
 /// target directory.
 #[derive(Args)]
-#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/dist.")]
+#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/packages.")]
 pub(crate) struct Options {
     /// Version of the packages, instead of the workspace's
     #[arg(long, value_name = "VERSION")]
@@ -65,7 +65,7 @@ pub(crate) fn build() -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS"),
     )?;
     // Its place is fixed: the manifest names it.
-    let dist = workspace::root().join("target/dist");
+    let dist = workspace::root().join("target/packages");
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
     let agent = dist.join("keepalive-agent");
     let built = workspace::target_dir()
@@ -95,7 +95,7 @@ pub(crate) fn build() -> Result<PathBuf> {
 /// The .deb's name in `dist`.
 pub(crate) fn deb(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent_{version}.deb");
-    let mut cargo = tool("cargo-deb", "3.8.0")?;
+    let mut cargo = tool::cargo_with("cargo-deb", "3.8.0")?;
     cargo
         .args(["deb", "-p", "keepalive-agent", "--no-build", "--no-strip"])
         .args(["--deb-version", version, "-o"])
@@ -106,7 +106,7 @@ pub(crate) fn deb(dist: &Path, version: &str) -> Result<String> {
 
 fn rpm(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent-{version}.rpm");
-    let mut cargo = tool("cargo-generate-rpm", "0.21.1")?;
+    let mut cargo = tool::cargo_with("cargo-generate-rpm", "0.21.1")?;
     cargo
         .args([
             "generate-rpm",
@@ -155,7 +155,7 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
             ])
             .args([
                 "--directory",
-                "target/dist",
+                "target/packages",
                 "keepalive-agent",
                 "man",
                 "completions",
@@ -167,8 +167,8 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
 /// What is in the binary, as CycloneDX.
 fn sbom(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent-{version}.cdx.json");
-    let stem = "target-dist-sbom";
-    let mut cargo = tool("cargo-cyclonedx", "0.5.9")?;
+    let stem = "target-packages-sbom";
+    let mut cargo = tool::cargo_with("cargo-cyclonedx", "0.5.9")?;
     cargo
         .args(["cyclonedx", "--format", "json", "--no-build-deps"])
         .args(["--manifest-path", "keepalive-agent/Cargo.toml"])
@@ -197,35 +197,6 @@ fn checksums(dist: &Path, files: &[String]) -> Result<()> {
     command.args(files).current_dir(dist);
     let sums = exec::output(&mut command)?;
     fs::write(dist.join("SHA256SUMS"), sums).context("cannot write SHA256SUMS")
-}
-
-/// A cargo with this subcommand, in the version that this was tried with.
-pub(crate) fn tool(name: &str, version: &str) -> Result<Command> {
-    let root = workspace::target_dir().join("tools");
-    let bin = root.join("bin");
-    let installed = exec::output(Command::new(bin.join(name)).arg("--version"));
-    if !installed.is_ok_and(|text| text.contains(version)) {
-        exec::say(&format!(
-            "building {name} {version} below {}",
-            root.display()
-        ));
-        exec::run(
-            workspace::cargo()
-                .args(["install", "--quiet", "--locked", name, "--version", version])
-                .arg("--root")
-                .arg(&root)
-                .env(
-                    "CARGO_TARGET_DIR",
-                    workspace::target_dir().join("tools-build"),
-                )
-                .env_remove("RUSTFLAGS"),
-        )?;
-    }
-    let mut cargo = workspace::cargo();
-    let path = env::var_os("PATH").unwrap_or_default();
-    let path = env::join_paths([bin].into_iter().chain(env::split_paths(&path)))?;
-    cargo.env("PATH", path);
-    Ok(cargo)
 }
 
 /// The triple of this machine, as its compiler calls it.

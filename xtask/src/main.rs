@@ -9,6 +9,7 @@ mod dist;
 mod exec;
 mod run;
 mod test;
+mod tool;
 mod vm;
 mod workspace;
 

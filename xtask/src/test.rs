@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{apt, bpf, build, dist, exec, vm, workspace};
+use crate::{apt, bpf, build, dist, exec, tool, vm, workspace};
 use report::{Counts, Outcome, Report, Step};
 
 /// Check formatting, lints, documentation, dependencies and the BPF object, and
@@ -86,7 +86,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     if filter.is_none() {
         report.add(lints());
         report.add(documentation());
-        report.add(dependencies());
+        report.add(dependencies(options.no_install || options.no_live));
     }
     report.add(step("tests", |counts| {
         run_tests(workspace::cargo().arg("test").args(filter), counts)
@@ -189,12 +189,19 @@ fn documentation() -> Step {
 
 /// Licences, duplicates and sources. Not the advisories: their database cannot
 /// be fetched everywhere, and a new one must not fail an old commit.
-fn dependencies() -> Step {
+fn dependencies(no_install: bool) -> Step {
+    let mut cargo = workspace::cargo();
     if exec::output(workspace::cargo().args(["deny", "--version"])).is_err() {
-        return Step::skipped("dependencies", "cargo-deny is not installed");
+        if no_install {
+            return Step::skipped("dependencies", "cargo-deny is not installed");
+        }
+        match tool::cargo_with("cargo-deny", "0.20.2") {
+            Ok(found) => cargo = found,
+            Err(error) => return Step::failed("dependencies", &format!("{error:#}")),
+        }
     }
     step("dependencies", |_| {
-        exec::run(workspace::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
+        exec::run(cargo.args(["deny", "check", "licenses", "bans", "sources"]))
     })
     .remedy("mend what cargo-deny names above, or deny.toml")
 }

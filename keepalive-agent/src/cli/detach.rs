@@ -44,43 +44,38 @@ pub(super) struct Arguments {
 
 pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     preflight::may_enforce()?;
+    let hierarchy = Hierarchy::find()?;
     let only = match &arguments.cgroup {
-        Some(path) => Some(Hierarchy::find()?.path(path)?),
+        Some(path) => Some(hierarchy.path(path)?),
         None => None,
     };
     let pins = PinDirectory::open(&arguments.pin)?;
     let mut detached = 0;
+    let mut directories = Vec::new();
     let mut failed = Vec::new();
     for found in datapath::in_force()? {
-        let path = path_of(&found);
-        if only.is_some() && path != only {
+        if only
+            .as_ref()
+            .is_some_and(|only| !found.is_of(only, &hierarchy))
+        {
             continue;
         }
+        let path = path_of(&found);
         let name = path
             .as_ref()
             .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);
-        match take_off(found, path.as_ref(), pins.as_ref()) {
+        let pinned = found.pins(pins.as_ref());
+        match take_off(found, path.as_ref(), pinned.as_ref()) {
             Ok(()) => {
                 detached += 1;
                 output::text(format_args!("detached from {name}\n"))?;
             }
             Err(error) => failed.push(error.context(format!("detaching from {name}"))),
         }
+        directories.extend(pinned);
     }
-    if let Some(pins) = &pins {
-        pins.remove_stale()?;
-        // Only if it is empty.
-        match fs::remove_dir(pins.path()) {
-            Err(error)
-                if !matches!(
-                    error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
-                ) =>
-            {
-                return Err(error).with_context(|| format!("removing {}", pins.path().display()));
-            }
-            _ => {}
-        }
+    for pins in pins.iter().chain(&directories) {
+        remove_directory(pins)?;
     }
     if let Some(error) = failed.into_iter().next() {
         return Err(error);
@@ -98,12 +93,24 @@ fn path_of(found: &InForce) -> Option<CgroupPath> {
     Some(record.description.root.path.clone())
 }
 
+/// Removes what is left of pins, and their directory if nothing else is in it.
+fn remove_directory(pins: &PinDirectory) -> Result<()> {
+    let removing = || format!("removing {}", pins.path().display());
+    let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    if let Err(error) = fs::symlink_metadata(pins.path())
+        && is_gone(&error)
+    {
+        return Ok(());
+    }
+    pins.remove_stale()?;
+    match fs::remove_dir(pins.path()) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty || is_gone(&error) => Ok(()),
+        other => other.with_context(removing),
+    }
+}
+
 fn take_off(found: InForce, path: Option<&CgroupPath>, pins: Option<&PinDirectory>) -> Result<()> {
-    let owner = match &found.record {
-        Ok(record) => record.state()?.owner,
-        Err(_) => None,
-    };
-    if let (Some(owner), Some(path)) = (owner, path)
+    if let (Some(owner), Some(path)) = (found.owner(), path)
         && ownership::lives(&owner, path)
     {
         end_agent(owner.pid, path)?;

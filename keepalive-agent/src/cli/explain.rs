@@ -5,6 +5,7 @@ use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
+    environment::Environment,
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -22,12 +23,17 @@ use crate::{
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
-    sockets::source::{Setting, SettingsRecord, Source, Sysctls},
+    rules::Ends,
+    sockets::{
+        Unseen, each_connection,
+        source::{Setting, SettingsRecord, Source},
+    },
+    view,
 };
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote"]).required(true).multiple(true)),
+    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote", "local_port"]).required(true).multiple(true)),
     after_help = "Explains what the running agent does, or what the config would do where none runs \
                   or one is named. A socket belongs to the cgroup in which it was made, and an \
                   accepted one to that of its listener.\n\n\
@@ -58,6 +64,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "socket")]
     remote: Option<SocketAddr>,
 
+    /// The port of this end, for a connection that is accepted
+    #[arg(long, value_name = "PORT", conflicts_with = "socket")]
+    local_port: Option<u16>,
+
     /// Print one JSON object instead of text for people
     #[arg(long)]
     json: bool,
@@ -66,14 +76,25 @@ pub(super) struct Arguments {
 pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
     let hierarchy = Hierarchy::find()?;
     let subject = Subject::of(arguments, &hierarchy)?;
-    let enforced = Enforced::find(arguments, &hierarchy)?;
-    let explanations = enforced.iter().map(|enforced| {
+    let enforced = Enforced::find(arguments, &hierarchy, &subject)?;
+    let mut explanations = Vec::new();
+    for enforced in &enforced {
         let claimants = Claimants::new(&enforced.config, &enforced.root)
             .context("the globs of the config are too large together")?;
-        let walk = walk(&claimants, &subject.cgroup, subject.remote);
-        anyhow::Ok((enforced, claimants, walk))
-    });
-    let explanations = explanations.collect::<Result<Vec<_>>>()?;
+        // A cgroup that is gone has no path: the policies of the root count.
+        let from = subject.cgroup.as_ref().unwrap_or(&enforced.root.path);
+        let walk = walk(&claimants, from, &subject.ends);
+        if enforced.may_decide(&subject, &claimants, &walk) {
+            explanations.push((enforced, claimants, walk));
+        }
+    }
+    let nobody = Enforced::nobody(&enforced);
+    if explanations.is_empty() {
+        let claimants = Claimants::new(&nobody.config, &nobody.root)?;
+        let from = subject.cgroup.as_ref().unwrap_or(&nobody.root.path);
+        let walk = walk(&claimants, from, &subject.ends);
+        explanations.push((&nobody, claimants, walk));
+    }
     // Programs of a child cgroup run before those of its parents: of two agents
     // the one further up has the last word.
     let decides = explanations
@@ -94,72 +115,69 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 
 /// What is to be explained.
 struct Subject {
-    cgroup: CgroupPath,
-    remote: Option<SocketAddr>,
+    /// None where it was removed, or is out of sight.
+    cgroup: Option<CgroupPath>,
+    ends: Ends,
     /// The process in whose name a connection is made.
     pid: Option<u32>,
     /// The connection, if it exists.
     found: Option<(Namespace, SocketRecord)>,
-    sysctls: Sysctls,
+    environment: Environment,
 }
 
 impl Subject {
     fn of(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Self> {
-        let remote = arguments.remote;
         if let Some([local, remote]) = arguments.socket.as_deref() {
             return Self::of_socket(*local, *remote, hierarchy);
         }
-        let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
-            (Some(pid), _) => (cgroup_of(pid)?, sysctls_of(pid)?),
+        let (cgroup, environment) = match (arguments.pid, &arguments.cgroup) {
+            (Some(pid), _) => (cgroup_of(pid, hierarchy)?, environment_of(pid)?),
             (None, Some(path)) => {
                 let path = hierarchy.path(path)?;
                 // It may be one that is to be made, or a slip of the pen.
                 if hierarchy.lookup(&path)?.is_none() {
                     warn!("cgroup {path} does not exist");
                 }
-                (path, Sysctls::here()?)
+                (Some(path), netns::environment()?)
             }
-            (None, None) => (CgroupPath::root(), Sysctls::here()?),
+            (None, None) => (Some(CgroupPath::root()), netns::environment()?),
         };
         Ok(Self {
             cgroup,
-            remote,
+            ends: Ends {
+                remote: arguments.remote,
+                local_port: arguments.local_port,
+            },
             pid: arguments.pid,
             found: None,
-            sysctls,
+            environment,
         })
     }
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let mut lister = Lister::load(&Kernel::running()?)?;
+        let lister = Lister::load(&Kernel::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
-        for netns in netns::all()? {
-            let entered = netns.enter(|| {
-                let sysctls = Sysctls::here()?;
-                lister.list(&mut |record| {
-                    if canonical(record.local()) != canonical(local)
-                        || canonical(record.remote()) != canonical(remote)
-                    {
-                        return Ok(());
-                    }
-                    match &found {
-                        Some((first, ..)) => warn!(
-                            "there is another one in network namespace {}; this is about the \
-                             one in {}",
-                            netns.name, first.name
-                        ),
-                        None => found = Some((netns.clone(), *record, sysctls)),
-                    }
-                    Ok(())
-                })
-            });
-            if let Err(error) = entered.and_then(Option::transpose) {
-                warn!("namespace {}: {error:#}", netns.name);
+        let mut found: Option<(Namespace, SocketRecord)> = None;
+        let unseen = each_connection(&lister, &mut |netns, record, _| {
+            if canonical(record.local()) != canonical(local)
+                || canonical(record.remote()) != canonical(remote)
+            {
+                return Ok(());
             }
+            match &found {
+                Some((first, _)) => warn!(
+                    "there is another one in network namespace {}; this is about the one in {}",
+                    netns.name, first.name
+                ),
+                None => found = Some((netns.clone(), *record)),
+            }
+            Ok(())
+        })?;
+        for Unseen { netns, error } in unseen {
+            warn!("namespace {netns}: {error:#}");
         }
-        let Some((netns, record, sysctls)) = found else {
+        let Some((netns, record)) = found else {
             bail!(
                 "no connection goes from {local} to {remote}: \
                  `keepalive-agent sockets` shows the ones there are"
@@ -167,28 +185,36 @@ impl Subject {
         };
         let root = hierarchy.existing("/".as_ref())?;
         let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
-        let Some(cgroup) = cgroups
+        let cgroup = cgroups
             .into_iter()
-            .find(|cgroup| cgroup.id == record.cgroup)
-        else {
-            bail!(
-                "the cgroup that the connection belongs to (id {}) does not exist any more, or is \
-                 out of sight",
-                record.cgroup
-            );
-        };
+            .find(|cgroup| cgroup.id == record.cgroup);
         Ok(Self {
-            cgroup: cgroup.path,
-            remote: Some(record.remote()),
+            cgroup: cgroup.map(|cgroup| cgroup.path),
+            ends: Ends {
+                remote: Some(record.remote()),
+                local_port: Some(record.local().port()),
+            },
             pid: None,
+            environment: record.environment,
             found: Some((netns, record)),
-            sysctls,
         })
+    }
+
+    /// Where it is, in words.
+    fn cgroup_name(&self) -> String {
+        match (&self.cgroup, &self.found) {
+            (Some(path), _) => path.to_string(),
+            (None, Some((_, record))) => format!(
+                "(gone) {}, removed or out of sight: the policies of the root count",
+                record.cgroup
+            ),
+            (None, None) => "(gone), removed: the policies of the root count".to_owned(),
+        }
     }
 
     /// What is explained, in words.
     fn name(&self) -> String {
-        match (&self.found, self.pid, self.remote) {
+        match (&self.found, self.pid, self.ends.remote) {
             (Some((netns, record)), ..) => format!(
                 "connection {} → {} in network namespace {}",
                 record.local(),
@@ -205,8 +231,8 @@ impl Subject {
     }
 }
 
-/// The cgroup of a process in the v2 hierarchy.
-fn cgroup_of(pid: u32) -> Result<CgroupPath> {
+/// The cgroup of a process in the v2 hierarchy; none where it was removed.
+fn cgroup_of(pid: u32, hierarchy: &Hierarchy) -> Result<Option<CgroupPath>> {
     let file = format!("/proc/{pid}/cgroup");
     let text =
         fs::read(&file).with_context(|| format!("reading {file}: is there a process {pid}?"))?;
@@ -214,22 +240,27 @@ fn cgroup_of(pid: u32) -> Result<CgroupPath> {
     let mut lines = text.split(|byte| *byte == b'\n');
     let path = lines.find_map(|line| line.strip_prefix(b"0::"));
     let path = path.with_context(|| format!("{file} names no cgroup of the v2 hierarchy"))?;
-    Ok(path.strip_suffix(b" (deleted)").unwrap_or(path).into())
+    if path.starts_with(b"/..") || (hierarchy.is_whole() && !view::has_initial_cgroup_namespace()) {
+        bail!(
+            "{file} shows a path within a cgroup namespace, not in the whole hierarchy: name the \
+             cgroup by --cgroup, or run this in the host's cgroup namespace"
+        );
+    }
+    let path = CgroupPath::from(path);
+    // Of a removed one the kernel says so behind the path; it may be a name as well.
+    let exists = hierarchy.lookup(&path)?.is_some();
+    let is_removed = !exists && path.as_bytes().ends_with(b" (deleted)");
+    Ok((!is_removed).then_some(path))
 }
 
 /// The sysctls of the network namespace of a process.
-fn sysctls_of(pid: u32) -> Result<Sysctls> {
-    use std::os::unix::fs::MetadataExt as _;
-    let file = format!("/proc/{pid}/ns/net");
-    let id = fs::metadata(&file)
-        .with_context(|| format!("looking at {file}"))?
-        .ino();
-    let own = netns::all()?.into_iter().find(|netns| netns.id == id);
-    let entered = own.map(|netns| netns.enter(Sysctls::here)).transpose()?;
-    match entered.flatten() {
-        Some(sysctls) => sysctls,
-        None => Sysctls::here(),
-    }
+fn environment_of(pid: u32) -> Result<Environment> {
+    let found = netns::of_processes(&[pid])?;
+    let netns = found
+        .first()
+        .with_context(|| format!("looking for the network namespace of process {pid}"))?;
+    let entered = netns.enter(netns::environment)?;
+    entered.with_context(|| format!("process {pid} has ended"))?
 }
 
 /// What decides: a running agent, or a config.
@@ -237,6 +268,8 @@ struct Enforced {
     /// In words.
     by: String,
     agent: Option<u32>,
+    /// Whether it holds now, not only if an agent were started.
+    is_in_force: bool,
     root: Cgroup,
     config: Config,
     /// Where it is written; none where the files say something else.
@@ -245,7 +278,7 @@ struct Enforced {
 
 impl Enforced {
     /// All agents, the one further up first; or the config.
-    fn find(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Vec<Self>> {
+    fn find(arguments: &Arguments, hierarchy: &Hierarchy, subject: &Subject) -> Result<Vec<Self>> {
         let files = &arguments.files;
         let named = files.config.is_some() || !files.drop_in_dir.is_empty();
         let mut running = if named { Vec::new() } else { enforcing()? };
@@ -257,10 +290,13 @@ impl Enforced {
                 by: if named {
                     "the config that is named, if an agent enforced it for the whole machine"
                         .to_owned()
+                } else if subject.found.is_some() {
+                    "nobody: no agent is running; below is what it would do".to_owned()
                 } else {
                     "no agent is running; this is what it would do".to_owned()
                 },
                 agent: None,
+                is_in_force: false,
                 root: hierarchy.existing("/".as_ref())?,
                 config: merged.config.clone(),
                 files: Some(merged),
@@ -276,6 +312,7 @@ impl Enforced {
             .map(|agent| Self {
                 by: agent.name(),
                 agent: agent.agent,
+                is_in_force: true,
                 root: agent.root,
                 files: files
                     .clone()
@@ -283,6 +320,45 @@ impl Enforced {
                 config: agent.config,
             })
             .collect())
+    }
+
+    /// Where none of those that are in force has a say.
+    fn nobody(in_force: &[Self]) -> Self {
+        let names: Vec<_> = in_force.iter().map(|other| other.by.as_str()).collect();
+        Self {
+            by: format!(
+                "nobody: it is not below what is governed ({})",
+                names.join(", ")
+            ),
+            agent: None,
+            is_in_force: true,
+            root: Cgroup {
+                path: CgroupPath::root(),
+                id: 0,
+            },
+            config: Config {
+                default: None,
+                policies: Vec::new(),
+            },
+            files: None,
+        }
+    }
+
+    /// Whether it has a say about a connection. About one whose cgroup is gone, that
+    /// governs all cgroups; or it wants nothing to be changed on the connection.
+    fn may_decide(&self, subject: &Subject, claimants: &Claimants, walk: &Walk) -> bool {
+        if let Some(cgroup) = &subject.cgroup {
+            return self.root.contains(cgroup);
+        }
+        let has = subject.found.as_ref().map(|(_, record)| record.options());
+        let fits = has.zip(walk.claimed).is_some_and(|(has, index)| {
+            let assigned = claimants.policies().get(index);
+            has != Options::default()
+                && assigned.is_some_and(|assigned| {
+                    plan(&assigned.policy, &has, &subject.environment).wants == has
+                })
+        });
+        self.root.path.depth() == 0 || fits
     }
 
     /// Where a policy is written; none where the files say something else.
@@ -327,7 +403,9 @@ impl<'a> Explained<'a> {
             .found
             .as_ref()
             .map_or_else(Options::default, |(_, record)| record.options());
-        let wants = policy.map_or(has, |assigned| plan(&assigned.policy, &has));
+        let wants = policy.map_or(has, |assigned| {
+            plan(&assigned.policy, &has, &subject.environment).wants
+        });
         Self {
             subject,
             enforced,
@@ -342,21 +420,23 @@ impl<'a> Explained<'a> {
     /// What the options of now mean.
     fn now(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        let enforced = policy.filter(|policy| policy.is_enforced());
-        Meaning::of(&self.holds(), enforced, &self.subject.sysctls)
+        // What an existing connection has is not from a policy that is not in force.
+        let had_its_way = self.enforced.is_in_force || self.subject.found.is_none();
+        let enforced = policy.filter(|policy| policy.is_enforced() && had_its_way);
+        Meaning::of(&self.holds(), enforced, &self.subject.environment)
     }
 
     /// What the policy's wishes mean.
     fn then(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        Meaning::of(&self.wants, policy, &self.subject.sysctls)
+        Meaning::of(&self.wants, policy, &self.subject.environment)
     }
 
     /// What holds.
     fn holds(&self) -> Options {
         let enforced = self
             .policy
-            .is_none_or(|assigned| assigned.policy.is_enforced());
+            .is_none_or(|assigned| assigned.policy.sets_anything());
         if self.subject.found.is_some() || !enforced {
             self.has
         } else {
@@ -368,7 +448,7 @@ impl<'a> Explained<'a> {
         let mut text = format!(
             "{}\nin cgroup   {}\ndecided by  {}\n\n",
             self.subject.name(),
-            self.subject.cgroup,
+            self.subject.cgroup_name(),
             self.enforced.by
         );
         for visited in &self.walk.cgroups {
@@ -384,7 +464,7 @@ impl<'a> Explained<'a> {
                         "is for it too, but another one is more exact or comes first".to_owned()
                     }
                     Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
-                    Verdict::Depends => format!("claims what goes to {}", remotes(assigned)),
+                    Verdict::Depends => format!("claims it if its ends are {}", ends(assigned)),
                 };
                 writeln!(text, "    policy {} {verdict}", assigned.name)?;
             }
@@ -392,7 +472,7 @@ impl<'a> Explained<'a> {
         match self.policy {
             None => text.push_str("\nno policy claims it: it is left alone\n"),
             Some(assigned) => {
-                let [keepalive, idle, interval, probes, user_timeout] =
+                let [keepalive, idle, interval, probes, user_timeout, give_up] =
                     output::wishes(&assigned.policy);
                 let written = self
                     .enforced
@@ -402,10 +482,12 @@ impl<'a> Explained<'a> {
                     text,
                     "\npolicy {}{written}\n    \
                      keepalive {keepalive}, idle {idle}, interval {interval}, probes {probes}, \
-                     user-timeout {user_timeout}\n",
+                     user-timeout {user_timeout}, give-up {give_up}\n",
                     assigned.name
                 )?;
-                if !assigned.policy.is_enforced() {
+                if assigned.policy.ignores() {
+                    text.push_str("    ignores its connections: nothing is done to them\n");
+                } else if !assigned.policy.is_enforced() {
                     text.push_str("    in dry run: nothing is set\n");
                 }
             }
@@ -447,14 +529,14 @@ impl<'a> Explained<'a> {
                 .collect(),
         });
         Record {
-            cgroup: &self.subject.cgroup,
+            cgroup: self.subject.cgroup.as_ref(),
             pid: self.subject.pid,
             local: self
                 .subject
                 .found
                 .as_ref()
                 .map(|(_, record)| record.local()),
-            remote: self.subject.remote,
+            remote: self.subject.ends.remote,
             netns: self
                 .subject
                 .found
@@ -473,8 +555,8 @@ impl<'a> Explained<'a> {
     }
 }
 
-/// The remote ends that a policy is for, in words.
-fn remotes(assigned: &Assigned) -> String {
+/// The ends that a policy is for, in words.
+fn ends(assigned: &Assigned) -> String {
     let mut words: Vec<_> = assigned
         .rules
         .remotes
@@ -487,6 +569,13 @@ fn remotes(assigned: &Assigned) -> String {
             .ports
             .iter()
             .map(|ports| format!("port {ports}")),
+    );
+    words.extend(
+        assigned
+            .rules
+            .local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}")),
     );
     words.join(", ")
 }
@@ -503,6 +592,12 @@ fn meaning(meaning: &Meaning) -> String {
             "off"
         },
     )];
+    if (settings.keepalive.value, settings.keepalive.source) == (false, Source::App) {
+        lines.push(
+            "              or by MPTCP: subflows that join take over what is set on the whole"
+                .to_owned(),
+        );
+    }
     let timer = |name, timer: Setting<u32>, shown: &str| setting(name, timer.source, shown);
     if settings.keepalive.value {
         let (idle, interval) = (settings.idle.value, settings.interval.value);
@@ -535,6 +630,18 @@ fn meaning(meaning: &Meaning) -> String {
         .map_or_else(|| "never".to_owned(), after);
     lines.push(format!("first probe   {first}"));
     lines.push(format!("dead peer     noticed {dead}"));
+    lines.push(format!(
+        "data          that is not acknowledged ends it {}",
+        after(settings.gives_up_ms)
+    ));
+    if settings.user_timeout_conflict {
+        lines.push(
+            "keepalive and its timers are left as the application has them: with its user-timeout\n    \
+             the kernel would end the connection before as many probes are lost as the policy says.\n    \
+             user-timeout = { at-least = \"derive\" } allows for them"
+                .to_owned(),
+        );
+    }
     let (open, lost): (Vec<&Path>, Vec<&Path>) =
         meaning.paths.iter().partition(|path| path.survives);
     for (word, paths) in [("survives", open), ("is lost on", lost)] {
@@ -557,6 +664,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
         Source::Policy => "the policy",
         Source::PolicyBound => "a bound of the policy",
         Source::Sysctl => "a sysctl of the namespace",
+        Source::UserTimeout => "the application's user-timeout",
         Source::Kernel => "nobody",
     };
     format!("{name:<13} {shown}, set by {source}")
@@ -565,7 +673,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
 /// An explanation as JSON. The names are documented in docs/explain.md and stay.
 #[derive(Serialize)]
 struct Record<'a> {
-    cgroup: &'a CgroupPath,
+    cgroup: Option<&'a CgroupPath>,
     pid: Option<u32>,
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,

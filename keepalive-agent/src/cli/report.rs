@@ -94,11 +94,13 @@ struct PolicyRecord<'a> {
     cgroups: usize,
     remotes: Vec<String>,
     ports: Vec<String>,
+    local_ports: Vec<String>,
     keepalive: String,
     idle: String,
     interval: String,
     probes: String,
     user_timeout: String,
+    give_up: String,
 }
 
 #[derive(Serialize)]
@@ -123,6 +125,8 @@ struct CountersRecord {
     clamped: u64,
     left_alone: u64,
     failed: u64,
+    user_timeout_conflict: u64,
+    give_up_unsupported: u64,
 }
 
 impl From<Counters> for CountersRecord {
@@ -135,6 +139,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         } = counters;
         Self {
             seen,
@@ -144,6 +150,8 @@ impl From<Counters> for CountersRecord {
             clamped,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         }
     }
 }
@@ -175,18 +183,21 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
             enforced: assigned.policy.is_enforced(),
             cgroups: assignment.paths_of(index).count(),
             remotes: texts(&assigned.rules.remotes),
             ports: texts(&assigned.rules.ports),
+            local_ports: texts(&assigned.rules.local_ports),
             keepalive,
             idle,
             interval,
             probes,
             user_timeout,
+            give_up,
         }
     });
     records.collect()
@@ -200,15 +211,25 @@ fn policy_table(assignment: &Assignment) -> String {
         "INTERVAL",
         "PROBES",
         "USER-TIMEOUT",
+        "GIVE-UP",
         "CGROUPS",
-        "REMOTE",
+        "FOR",
     ];
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         let remotes = texts(&assigned.rules.remotes);
         let ports = texts(&assigned.rules.ports);
         let ports = ports.iter().map(|ports| format!("port {ports}"));
-        let remotes: Vec<_> = remotes.into_iter().chain(ports).collect();
+        let local_ports = texts(&assigned.rules.local_ports);
+        let local_ports = local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}"));
+        let ends: Vec<_> = remotes
+            .into_iter()
+            .chain(ports)
+            .chain(local_ports)
+            .collect();
         [
             name_of(&assigned.name, assigned.policy.is_enforced()),
             keepalive,
@@ -216,10 +237,11 @@ fn policy_table(assignment: &Assignment) -> String {
             interval,
             probes,
             user_timeout,
+            give_up,
             some_of(assignment.paths_of(index)),
-            match remotes.len() {
+            match ends.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter()),
+                _ => some_of(ends.iter()),
             },
         ]
     });

@@ -70,7 +70,10 @@ struct Status {
 struct Set {
     /// None where the set is not understood.
     cgroup: Option<CgroupPath>,
+    /// 0 where it is not attached.
     cgroup_id: u64,
+    /// Whether it is in force: somebody may have taken it off.
+    attached: bool,
     /// Why nothing more is known of it.
     error: Option<String>,
     pinned: bool,
@@ -106,12 +109,14 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
     };
     let pins = PinDirectory::open(&arguments.pin)?;
     let found = datapath::in_force()?;
-    let roots: Vec<_> = found.iter().filter_map(root_of).collect();
+    let attached = found.iter().filter(|set| set.cgroup != 0);
+    let roots: Vec<_> = attached.filter_map(root_of).collect();
     let mut sets = Vec::new();
     for set in &found {
         let root = root_of(set);
-        if set.cgroup == 0
-            || (only.is_some() && root.as_ref().map(|root| &root.path) != only.as_ref())
+        if only
+            .as_ref()
+            .is_some_and(|only| !set.is_of(only, &hierarchy))
         {
             continue;
         }
@@ -124,10 +129,10 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
         )?);
     }
     let healthy = !sets.is_empty() && sets.iter().all(Set::is_healthy);
-    let code = match (sets.is_empty(), healthy) {
-        (true, _) => NOT_IN_FORCE.into(),
-        (false, true) => ExitCode::SUCCESS,
-        (false, false) => DEGRADED.into(),
+    let code = match (sets.iter().any(|set| set.attached), healthy) {
+        (false, _) => NOT_IN_FORCE.into(),
+        (true, true) => ExitCode::SUCCESS,
+        (true, false) => DEGRADED.into(),
     };
     let status = Status {
         version: crate::VERSION,
@@ -156,7 +161,8 @@ fn look_at(
 ) -> Result<Set> {
     let (known, agent, error) = match &set.record {
         Ok(record) => {
-            let state = record.state()?;
+            // An agent may be writing it.
+            let state = record.state().unwrap_or_default();
             let path = &record.description.root.path;
             let owner = state.owner.filter(|owner| ownership::lives(owner, path));
             let known = known(record, state)?;
@@ -164,6 +170,13 @@ fn look_at(
         }
         Err(error) => (None, None, Some(datapath::chain(error))),
     };
+    let attached = set.cgroup != 0;
+    let error = error.or_else(|| {
+        let taken_off = "not in force: the cgroup is gone, or somebody took the program off it; \
+                         SIGHUP has a running agent attach it again, `keepalive-agent detach` \
+                         removes what is left";
+        (!attached).then(|| taken_off.to_owned())
+    });
     let directory = root.map(|root| hierarchy.open(root));
     let foreign_programs = match directory {
         Some(Ok(directory)) => datapath::programs_on_the_way(directory)?,
@@ -175,8 +188,9 @@ fn look_at(
     Ok(Set {
         cgroup: root.map(|root| root.path.clone()),
         cgroup_id: set.cgroup,
+        attached,
         error,
-        pinned: pins.is_some_and(|pins| set.is_pinned_in(pins)),
+        pinned: set.pins(pins).is_some(),
         agent,
         known,
         agents_above: above.map(|root| root.path.clone()).collect(),
@@ -209,7 +223,7 @@ impl Set {
                 .values()
                 .all(|part| part.status != PartStatus::Failed)
         };
-        self.agent.is_some() && self.known.as_ref().is_some_and(works)
+        self.attached && self.agent.is_some() && self.known.as_ref().is_some_and(works)
     }
 }
 
@@ -239,7 +253,6 @@ fn describe(set: &Set, text: &mut String) {
     );
     if let Some(error) = &set.error {
         line("error", error);
-        return;
     }
     let Some(known) = &set.known else { return };
     let agent = match (set.agent, set.pinned) {

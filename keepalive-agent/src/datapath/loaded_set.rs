@@ -75,7 +75,7 @@ pub struct LoadedSet {
     policies: Array<MapData, Policy>,
     steps: Array<MapData, Step>,
     remotes: LpmTrie<MapData, RemoteKey, Found>,
-    ports: LpmTrie<MapData, PortKey, u32>,
+    ports: LpmTrie<MapData, PortKey, Found>,
     generation: Array<MapData, u64>,
     record: Arc<SetRecord>,
     sweeper: Sweeper,
@@ -222,7 +222,7 @@ impl LoadedSet {
             ports: take_map(&mut ebpf, map::PORTS)?,
             generation: take_map(&mut ebpf, map::GENERATION)?,
             record: Arc::new(record(blueprint, counters, originals, &deaths)?),
-            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel),
+            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel, blueprint.previous.is_none()),
             deaths: Some(deaths),
             program,
             verified_instructions,
@@ -255,9 +255,9 @@ impl LoadedSet {
                 self.policies.set(slot, counted.policy, 0)
             })?;
         }
-        for (table, port, length, slot) in self.records.ports(since) {
+        for (table, port, length, found) in self.records.ports(since) {
             write(REMOTE, "ranges of ports", MOST, || {
-                self.ports.insert(&port_key(table, port, length), slot, 0)
+                self.ports.insert(&port_key(table, port, length), found, 0)
             })?;
         }
         for (rules, address, length, found) in self.records.remotes(since) {
@@ -348,6 +348,7 @@ impl LoadedSet {
         const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
         const TELLING: &str = "telling the programs that claims have changed";
         let generation = self.generation.get(&0, 0).map_err(Error::map(TELLING))?;
+        fault::point(Operation::WriteMap).map_err(Error::call(TELLING))?;
         // Whoever sees the new number sees what was written before it.
         fence(Ordering::SeqCst);
         self.generation
@@ -454,7 +455,7 @@ fn record(
     originals: MapHandle,
     deaths: &DeadPeers,
 ) -> Result<SetRecord, Error> {
-    /// A page: what an agent says of itself is short.
+    /// One piece, which is written in one step: an agent may be killed at any time.
     const STATE_SIZE: usize = 4000;
     let mut state = Document::create(STATE, STATE_SIZE)?;
     state.write(&State::default())?;

@@ -330,16 +330,21 @@ impl SetRecord {
             .read()
     }
 
-    /// Says something else.
+    /// Says something else. Long texts are cut off where there is no room for them.
     ///
     /// # Errors
     ///
     /// When it cannot be written.
     pub fn set_state(&self, state: &State) -> Result<(), Error> {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(state)
+        let mut document = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut written = Ok(());
+        for characters in [1000, 300, 100, 30, 0] {
+            written = document.write(&state.shortened(characters));
+            if !matches!(written, Err(Error::TooMany { .. })) {
+                break;
+            }
+        }
+        written
     }
 
     /// The descriptors of the maps that a program has to keep alive for those who

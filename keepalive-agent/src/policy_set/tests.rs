@@ -2,14 +2,14 @@ use std::collections::HashMap;
 
 use keepalive_common::{
     policy::Range,
-    slot::{PortKey, RemoteKey, Tables, UNCLAIMED, resolve},
+    slot::{self, PortKey, RemoteKey, Tables, UNCLAIMED, resolve},
 };
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
 use super::*;
 use crate::{
     assignment::{self, Assigned},
-    rules::most_exact,
+    rules::{Ends, most_exact},
 };
 
 /// An id that follows from the path, as an inode number does.
@@ -41,12 +41,25 @@ fn assigned(idle: u32, remote: Option<&str>) -> Assigned {
             } else {
                 Vec::new()
             },
+            local_ports: if idle.is_multiple_of(3) {
+                vec!["22".parse().unwrap()]
+            } else {
+                Vec::new()
+            },
         },
     }
 }
 
 const PATHS: [&str; 7] = ["/", "/a", "/a/b", "/a/b/c", "/a/d", "/e", "/e/f"];
 const REMOTES: [&str; 3] = ["10.0.0.1:443", "10.0.0.2:80", "[2001:db8::1]:443"];
+
+/// The ends of a connection; some have another local port.
+fn ends(remote: &str) -> Ends {
+    Ends {
+        remote: Some(remote.parse().unwrap()),
+        local_port: Some(if remote.starts_with('[') { 23 } else { 22 }),
+    }
+}
 
 /// Everything that can be asked.
 fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
@@ -57,7 +70,7 @@ fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// The idle time that an assignment means for a socket; 0 is none.
 fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
-    let remote = remote.parse().unwrap();
+    let ends = ends(remote);
     for path in CgroupPath::from(path).upward() {
         let claim = assignment
             .claims
@@ -71,7 +84,7 @@ fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
                 .map(|index| &assignment.policies[*index])
         };
         let rules = claiming().map(|assigned| &assigned.rules);
-        if let Some(index) = most_exact(rules, remote) {
+        if let Some(index) = most_exact(rules, &ends) {
             return claiming().nth(index).unwrap().policy.idle.default;
         }
     }
@@ -114,7 +127,7 @@ struct Maps {
     policies: HashMap<u32, Policy>,
     steps: HashMap<u32, Step>,
     remotes: HashMap<(u32, u8, u128), Found>,
-    ports: HashMap<(u32, u8, u16), u32>,
+    ports: HashMap<(u32, u8, u16), Found>,
     cgroups: HashMap<u64, Claim>,
 }
 
@@ -133,7 +146,7 @@ impl Tables for Maps {
         })
     }
 
-    fn port(&self, key: &PortKey) -> Option<u32> {
+    fn port(&self, key: &PortKey) -> Option<Found> {
         let (table, port) = key.parts();
         (0..=16_u8).rev().find_map(|length| {
             let beyond = 16 - u32::from(length);
@@ -164,8 +177,8 @@ impl Maps {
         };
         set.policies(since)
             .all(|(slot, counted)| may() && self.policies.insert(slot, counted.policy).is_none())
-            && set.ports(since).all(|(table, port, length, slot)| {
-                may() && self.ports.insert((table, length, port), slot).is_none()
+            && set.ports(since).all(|(table, port, length, found)| {
+                may() && self.ports.insert((table, length, port), found).is_none()
             })
             && set.remotes(since).all(|(rules, address, length, found)| {
                 may()
@@ -186,8 +199,9 @@ impl Maps {
             .find_map(|path| self.cgroups.get(&id_of(path)));
         let claim = nearest.copied().unwrap_or(Claim::NONE);
         let target = if now { claim.now } else { claim.before };
-        let remote: std::net::SocketAddr = remote.parse().unwrap();
-        match resolve(self, target, &remote.into()) {
+        let Ends { remote, local_port } = ends(remote);
+        let ends = slot::Ends::new(remote.unwrap(), local_port.unwrap());
+        match resolve(self, target, &ends) {
             UNCLAIMED => 0,
             slot => self.policies[&slot].idle.default,
         }

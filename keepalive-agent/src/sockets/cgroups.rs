@@ -4,7 +4,6 @@
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,7 +18,7 @@ use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
-    rules::most_exact,
+    rules::{Ends, most_exact},
 };
 
 /// How often the hierarchy is walked again for cgroups that are not known yet.
@@ -55,8 +54,8 @@ impl Known {
     }
 }
 
-/// Who claims a cgroup's sockets, and who does where none of them is for the
-/// remote end.
+/// Who claims a cgroup's sockets, and who does where none of them is for a
+/// connection.
 #[derive(Debug, PartialEq, Eq)]
 struct Claim {
     /// Indices into the policies of the agent, as in
@@ -69,8 +68,8 @@ struct Claim {
 type Found = Arc<Claim>;
 
 impl Claim {
-    /// The policy for a remote end.
-    fn policy<'a>(&self, policies: &'a [Assigned], remote: SocketAddr) -> Option<&'a Assigned> {
+    /// The policy for a connection.
+    fn policy<'a>(&self, policies: &'a [Assigned], ends: &Ends) -> Option<&'a Assigned> {
         let mut next = Some(self);
         while let Some(claim) = next {
             let claiming = || {
@@ -80,7 +79,7 @@ impl Claim {
                     .filter_map(|index| policies.get(*index))
             };
             let rules = claiming().map(|assigned| &assigned.rules);
-            if let Some(index) = most_exact(rules, remote) {
+            if let Some(index) = most_exact(rules, ends) {
                 return claiming().nth(index);
             }
             next = claim.above.as_deref();
@@ -130,7 +129,7 @@ impl Cgroups {
         &mut self,
         record: &SocketRecord,
     ) -> io::Result<(Option<&Known>, Option<&Assigned>)> {
-        let (id, remote) = (record.cgroup, record.remote());
+        let (id, ends) = (record.cgroup, Ends::of(record));
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
         }
@@ -140,7 +139,7 @@ impl Cgroups {
         let agents = self.agents.iter().zip(&known.claims);
         let policy = agents
             .into_iter()
-            .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), remote));
+            .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), &ends));
         Ok((Some(known), policy))
     }
 
@@ -153,8 +152,9 @@ impl Cgroups {
                 policies: agent.of(root),
                 above: None,
             };
-            let assigned = claim.policy(agent.policies(), record.remote())?;
-            let fits = has != Options::default() && plan(&assigned.policy, &has) == has;
+            let assigned = claim.policy(agent.policies(), &Ends::of(record))?;
+            let fits = has != Options::default()
+                && plan(&assigned.policy, &has, &record.environment).wants == has;
             (root.depth() == 0 || fits).then_some(assigned)
         })
     }
@@ -207,9 +207,9 @@ fn found(agent: &Claimants, path: &CgroupPath, above: Option<&Found>) -> Option<
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-    use keepalive_common::policy::Policy;
+    use keepalive_common::{environment::Environment, policy::Policy};
 
     use super::*;
     use crate::{
@@ -218,7 +218,13 @@ mod tests {
         sockets::trial::record,
     };
 
-    const REMOTE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
+    const ENDS: Ends = Ends {
+        remote: Some(SocketAddr::new(
+            IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+            443,
+        )),
+        local_port: None,
+    };
 
     fn in_cgroup(id: u64, remote: SocketAddr) -> SocketRecord {
         let local = if remote.is_ipv4() {
@@ -270,7 +276,7 @@ mod tests {
         cgroups.by_id = known(found, &cgroups.agents);
         ids.into_iter()
             .map(|id| {
-                let (_, policy) = cgroups.get(&in_cgroup(id, REMOTE)).unwrap();
+                let (_, policy) = cgroups.get(&in_cgroup(id, ENDS.remote.unwrap())).unwrap();
                 policy.map(|policy| policy.name.clone())
             })
             .collect()
@@ -356,7 +362,7 @@ mod tests {
             policy.map(|policy| policy.name.clone())
         };
         let untouched = Options::default();
-        let shaped = plan(&Policy::BUILT_IN, &untouched);
+        let shaped = plan(&Policy::BUILT_IN, &untouched, &Environment::UNCHANGED).wants;
         let root = || running("/", &[("other", "/a"), ("root", "/")]);
         let part = || running("/part", &[("part", "/part")]);
         assert_eq!(name(Vec::new(), &shaped), None);

@@ -139,13 +139,13 @@ fn growth(memory: &Table) -> Goal {
     }
 }
 
-struct Cost {
-    cpu: f64,
+pub(super) struct Cost {
+    pub(super) cpu: f64,
     wall: f64,
     mebibytes: f64,
 }
 
-fn time(place: &Place, command: &mut Command) -> Result<Cost> {
+pub(super) fn time(place: &Place, command: &mut Command) -> Result<Cost> {
     let [wall, cpu, kilobytes, exit] = place.measure(command)?;
     ensure!(
         exit == 0.0,
@@ -160,12 +160,17 @@ fn time(place: &Place, command: &mut Command) -> Result<Cost> {
 }
 
 /// Processes with so many established sockets together.
-struct Crowd {
+pub(super) struct Crowd {
     _processes: Vec<Process>,
 }
 
 impl Crowd {
-    fn make(place: &Place, netns: &Netns, cgroup: &Cgroup, sockets: u32) -> Result<Self> {
+    pub(super) fn make(
+        place: &Place,
+        netns: &Netns,
+        cgroup: &Cgroup,
+        sockets: u32,
+    ) -> Result<Self> {
         let mut processes = Vec::new();
         let mut missing = sockets;
         while missing > 0 {

@@ -1,5 +1,7 @@
 //! keepalive.toml(5), from docs/config.md: its keys are described once.
 
+use std::mem;
+
 use pulldown_cmark::{Event, HeadingLevel, Options, Parser, Tag, TagEnd};
 use roff::{Inline, Roff, bold, roman};
 
@@ -40,41 +42,41 @@ struct Page {
 impl Page {
     fn event(&mut self, event: Event<'_>) {
         match event {
-            Event::Start(Tag::Paragraph) => self.roff.control("PP", []),
-            Event::Start(Tag::Item) => self.roff.control("IP", ["\\(bu", "2"]),
+            Event::Start(Tag::Paragraph) => self.control("PP", &[]),
+            Event::Start(Tag::Item) => self.control("IP", &["\\(bu", "2"]),
             Event::Start(Tag::CodeBlock(_)) => {
                 self.in_code = true;
-                self.roff.control("PP", []);
-                self.roff.control("RS", ["4"]);
-                self.roff.control("nf", [])
+                self.control("PP", &[]);
+                self.control("RS", &["4"]);
+                self.control("nf", &[]);
             }
             Event::End(TagEnd::CodeBlock) => {
                 self.in_code = false;
-                self.roff.control("fi", []);
-                self.roff.control("RE", [])
+                self.control("fi", &[]);
+                self.control("RE", &[]);
             }
-            Event::End(TagEnd::Paragraph | TagEnd::Item) => return self.end_of_text(),
-            Event::End(TagEnd::Heading(level)) => return self.heading(level),
-            Event::End(TagEnd::TableCell) => {
-                return self.cells.push(std::mem::take(&mut self.line));
-            }
+            Event::End(TagEnd::Paragraph | TagEnd::Item) => self.end_of_text(),
+            Event::End(TagEnd::Heading(level)) => self.heading(level),
+            Event::End(TagEnd::TableCell) => self.cells.push(mem::take(&mut self.line)),
             Event::End(TagEnd::TableHead) => {
-                let cells = std::mem::take(&mut self.cells);
+                let cells = mem::take(&mut self.cells);
                 self.columns = cells.iter().map(|cell| plain(cell)).collect();
-                return;
             }
-            Event::End(TagEnd::TableRow) => return self.row(),
+            Event::End(TagEnd::TableRow) => self.row(),
             Event::Text(text) if self.in_code => {
                 for line in text.lines() {
                     self.roff.text([roman(line)]);
                 }
-                return;
             }
-            Event::Text(text) => return self.text(roman(&*text)),
-            Event::Code(code) => return self.text(bold(&*code)),
-            Event::SoftBreak | Event::HardBreak => return self.text(roman(" ")),
-            _ => return,
-        };
+            Event::Text(text) => self.text(roman(&*text)),
+            Event::Code(code) => self.text(bold(&*code)),
+            Event::SoftBreak | Event::HardBreak => self.text(roman(" ")),
+            _ => {}
+        }
+    }
+
+    fn control(&mut self, name: &str, arguments: &[&str]) {
+        self.roff.control(name, arguments.iter().copied());
     }
 
     fn text(&mut self, text: Inline) {
@@ -82,14 +84,14 @@ impl Page {
     }
 
     fn end_of_text(&mut self) {
-        let line = std::mem::take(&mut self.line);
+        let line = mem::take(&mut self.line);
         if !line.is_empty() {
             self.roff.text(line);
         }
     }
 
     fn heading(&mut self, level: HeadingLevel) {
-        let title = plain(&std::mem::take(&mut self.line));
+        let title = plain(&mem::take(&mut self.line));
         match level {
             // What the document is called; the page has a name already.
             HeadingLevel::H1 => {}
@@ -104,7 +106,7 @@ impl Page {
 
     /// A row as an entry of a list: tables are too wide for a terminal.
     fn row(&mut self) {
-        let cells = std::mem::take(&mut self.cells);
+        let cells = mem::take(&mut self.cells);
         let last = cells.len().saturating_sub(1);
         let mut text = Vec::new();
         self.roff.control("TP", []);
@@ -150,10 +152,7 @@ mod tests {
             "2026-01-01",
             "0.1.0",
         );
-        assert!(
-            page.contains(".TH KEEPALIVE.TOML 5 2026\\-01\\-01"),
-            "{page}"
-        );
+        assert!(page.contains(".TH KEEPALIVE.TOML 5 2026-01-01"), "{page}");
         assert!(
             page.contains(".SH KEYS\n.TP\n\\fBidle\\fR\ntype: duration; silence"),
             "{page}"

@@ -2,10 +2,10 @@
 //! (`cargo xtask test --vm --write-types` makes the files anew). What is
 //! expected was worked out apart from it, from the whole of the types.
 
-use btf_rs::Btf;
 use keepalive_common::layout::{Field, Layout};
 
 use super::resolve;
+use crate::kernel::btf::Btf;
 
 /// Debian's kernels, by the names that the live tests know them by.
 const KERNELS: [(&str, &[u8]); 3] = [
@@ -15,14 +15,14 @@ const KERNELS: [(&str, &[u8]); 3] = [
 ];
 
 fn layout(types: &[u8]) -> anyhow::Result<Layout> {
-    resolve(&Btf::from_bytes(types)?, 250)
+    resolve(&Btf::parse(types)?, 250)
 }
 
 #[test]
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 27] = [
+    let fields: [Expected; 35] = [
         ("flags", |l| l.flags, [(96, 8); 3]),
         ("state", |l| l.state, [(18, 1); 3]),
         (
@@ -48,7 +48,7 @@ fn every_field_stands_where_the_kernel_has_it() {
         (
             "sock_cgroup",
             |l| l.sock_cgroup,
-            [(648, 16), (672, 16), (688, 16)],
+            [(648, 8), (672, 8), (688, 8)],
         ),
         (
             "cgroup_parent",
@@ -85,8 +85,32 @@ fn every_field_stands_where_the_kernel_has_it() {
             [(1716, 4), (1732, 4), (1788, 4)],
         ),
         ("socket", |l| l.socket, [(624, 8), (288, 8), (288, 8)]),
-        ("socket_inode", |l| l.socket_inode, [(192, 8); 3]),
+        ("socket_file", |l| l.socket_file, [(16, 8); 3]),
         ("file_mode", |l| l.file_mode, [(68, 4), (12, 4), (4, 4)]),
+        ("sock_net", |l| l.sock_net, [(48, 8); 3]),
+        ("net_inode", |l| l.net_inode, [(144, 4), (136, 4), (280, 4)]),
+        (
+            "net_keepalive_time",
+            |l| l.net_keepalive_time,
+            [(1112, 4), (1220, 4), (1588, 4)],
+        ),
+        (
+            "net_keepalive_intvl",
+            |l| l.net_keepalive_intvl,
+            [(1116, 4), (1224, 4), (1592, 4)],
+        ),
+        (
+            "net_keepalive_probes",
+            |l| l.net_keepalive_probes,
+            [(1120, 1), (1228, 1), (1596, 1)],
+        ),
+        ("sock_uid", |l| l.sock_uid, [(560, 4), (612, 4), (536, 4)]),
+        (
+            "sock_protocol",
+            |l| l.sock_protocol,
+            [(516, 2), (574, 2), (540, 2)],
+        ),
+        ("socket_sock", |l| l.socket_sock, [(24, 8); 3]),
         (
             "write_seq",
             |l| l.write_seq,
