@@ -35,7 +35,8 @@ if ! [ -e "$base/complete" ]; then
     say "making the base system"
     rm -rf --one-file-system "$base"
     mkdir -p "$cache"
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1)
+    codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $codename" | head -n 1)
     [ -n "$mirror" ] || fail "apt knows no mirror; run apt-get update"
     debootstrap --variant=minbase \
         --include=systemd,systemd-sysv,dbus,iproute2,python3-minimal \

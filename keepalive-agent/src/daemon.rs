@@ -498,6 +498,7 @@ impl Daemon {
         for warning in &built.warnings {
             warn!("{warning}");
         }
+        target::warn_of_give_up(&built.assignment);
         let Built {
             mut set,
             claimants,
@@ -1065,6 +1066,9 @@ impl Daemon {
         };
         for warning in built.warnings.iter().filter(|_| self.reloads) {
             warn!("{warning}");
+        }
+        if self.reloads {
+            target::warn_of_give_up(&built.assignment);
         }
         if let Some(enforcement) = &mut self.enforcement {
             enforcement.log = log_of(&built.set);

@@ -7,7 +7,7 @@
 //! What a link in /proc leads to can be another thing by the time that it is
 //! followed, and another user may choose what: a FIFO, whose opening blocks, or a
 //! file of a file system that this user answers for. So nothing is opened before
-//! it is known to be a namespace ([`open_checked`]).
+//! it is known to be a namespace (`open_checked`).
 
 mod census;
 mod of_socket;

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Output, Place, Probe, Program, agent_command, output, require, wait_until,
+    Agent, Cgroup, Output, Place, Probe, Program, Socket, agent_command, output, require,
+    wait_until,
 };
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_mins(2);
 
 /// Names of cgroups and of the processes in them.
 const NAMES: [(&[u8], &[u8]); 9] = [
@@ -34,7 +35,7 @@ struct Tenant {
     cgroup: Cgroup,
     probe: Probe,
     ends: [SocketAddr; 2],
-    idle: i32,
+    sockets: [Socket; 2],
 }
 
 impl Tenant {
@@ -47,15 +48,25 @@ impl Tenant {
         symlink(Program::Static.path()?, &program)?;
         let mut probe = Probe::start_by(&mut Place::from(&cgroup).command(&program))?;
         let (connecting, accepting) = probe.connection()?;
-        let (here, there) = (probe.options(connecting)?, probe.options(accepting)?);
-        assert_eq!(here, there);
         let ends = [probe.name(connecting)?, probe.name(accepting)?];
         Ok(Self {
             cgroup,
             probe,
             ends,
-            idle: here.idle,
+            sockets: [connecting, accepting],
         })
+    }
+
+    /// Waits until both ends have this idle time, also if they were earlier than the
+    /// policy of their new cgroup.
+    fn gets(&mut self, idle: i32) -> Result<()> {
+        let Self { probe, sockets, .. } = self;
+        for socket in *sockets {
+            wait_until(LIMIT, "the policy", || {
+                Ok(probe.options(socket)?.idle == idle)
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -122,9 +133,9 @@ fn any_name_is_governed_listed_and_explained_without_harm() -> Result<()> {
     for (cgroup, comm) in NAMES {
         tenants.push(Tenant::start(&root, cgroup, comm).with_context(|| format!("{cgroup:?}"))?);
     }
-    for tenant in &tenants {
-        let name = tenant.cgroup.directory().file_name();
-        assert_eq!(tenant.idle, 71, "{name:?}");
+    for tenant in &mut tenants {
+        let name = format!("{:?}", tenant.cgroup.directory());
+        tenant.gets(71).context(name)?;
     }
 
     let table = run(&["sockets", "--cgroup", root.path()])?;
@@ -163,10 +174,6 @@ fn any_name_is_governed_listed_and_explained_without_harm() -> Result<()> {
     }
     drop(tenants);
     let finished = agent.stop()?;
-    assert_eq!(
-        finished.count("tenants", "seen"),
-        2 * u64::try_from(NAMES.len())?
-    );
     ensure_harmless("run", &finished.stderr)
 }
 
@@ -215,9 +222,7 @@ fn a_cgroup_of_any_name_may_be_the_root() -> Result<()> {
             .stdout(std::process::Stdio::piped())
             .stderr(std::process::Stdio::piped()),
     )?;
-    wait_until(LIMIT, "the agent to enforce", || {
-        Ok(Tenant::start(&root, b"x\xff", b"x")?.idle == 72)
-    })?;
+    Tenant::start(&root, b"x\xff", b"x")?.gets(72)?;
     agent.signal(rustix::process::Signal::TERM)?;
     let status = agent.wait(LIMIT)?;
     assert_eq!(status.code(), Some(0));

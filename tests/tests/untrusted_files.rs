@@ -13,7 +13,7 @@ use keepalive_tests::{
     wait_until,
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// An unprivileged user.
 const SOMEBODY: u32 = 4711;
@@ -55,23 +55,26 @@ impl Node {
         ]
     }
 
-    fn check(&self) -> Result<Output> {
+    fn read(&self) -> Result<Output> {
         let mut command = agent_command();
-        output(command.arg("check").args(self.arguments()), LIMIT)
+        output(
+            command.args(["policy", "show"]).args(self.arguments()),
+            LIMIT,
+        )
     }
 
     /// Makes sure that the config is refused as it stands now, for this reason.
     fn refused(&self, reason: &str) -> Result<()> {
-        let checked = self.check()?;
-        assert_eq!(checked.code, Some(1), "{reason}: {}", checked.stdout);
-        let said = checked.stdout.contains(reason);
-        assert!(said, "`{reason}` is not in {}", checked.stdout);
+        let checked = self.read()?;
+        assert_eq!(checked.code, Some(1), "{reason}: {}", checked.stderr);
+        let said = checked.stderr.contains(reason);
+        assert!(said, "`{reason}` is not in {}", checked.stderr);
         Ok(())
     }
 
     fn accepted(&self) -> Result<()> {
-        let checked = self.check()?;
-        assert_eq!(checked.code, Some(0), "{}", checked.stdout);
+        let checked = self.read()?;
+        assert_eq!(checked.code, Some(0), "{}", checked.stderr);
         Ok(())
     }
 }

@@ -110,7 +110,11 @@ pub(crate) fn main(options: &Options) -> ExitCode {
 
 /// What becomes of a machine on which the .deb is installed, upgraded, purged.
 fn packages(suites: &[String], no_install: bool, report: &mut Report) {
-    if !no_install && let Err(error) = apt::install(&["debootstrap", "systemd-container"]) {
+    let is_there = |program: &str| exec::output(Command::new(program).arg("--version")).is_ok();
+    if !no_install
+        && !(is_there("debootstrap") && is_there("systemd-nspawn"))
+        && let Err(error) = apt::install(&["debootstrap", "systemd-container"])
+    {
         exec::warn(&format!("{error:#}"));
     }
     let mut packages = None;

@@ -499,6 +499,15 @@ impl<'a> Explained<'a> {
         };
         writeln!(text, "\n{heading}")?;
         text.push_str(&meaning(&self.now()));
+        let gives_up = self.policy.is_some_and(|assigned| {
+            assigned.policy.give_up != 0 && assigned.policy.sets_anything()
+        });
+        if gives_up && self.subject.environment.rto_max == 0 {
+            text.push_str(
+                "    give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS (before \
+                 Linux 6.15)\n",
+            );
+        }
         if self.holds() != self.wants {
             text.push_str("\nwhat the policy wants\n");
             text.push_str(&meaning(&self.then()));

@@ -442,6 +442,21 @@ fn changed_text(record: Option<&SetRecord>) -> String {
     let (done, refusals) = counted(record);
     let done: Vec<_> = done.into_iter().map(DoneRecord::from).collect();
     let mut text = done_text(&done);
+    for record in &done {
+        let connections =
+            record.established.user_timeout_conflict + record.existing.user_timeout_conflict;
+        if connections > 0 {
+            let _ = writeln!(
+                text,
+                "policy {}: {} left without keepalive of the policy, because the application's \
+                 user-timeout would end {} at the first lost probes; \
+                 user-timeout = {{ at-least = \"derive\" }} allows for them",
+                record.name,
+                count(connections, "connection"),
+                if connections == 1 { "it" } else { "them" },
+            );
+        }
+    }
     for refused in refusals {
         let _ = writeln!(text, "{refused}");
     }

@@ -520,8 +520,9 @@ impl Widths {
         if !arguments.columns.is_empty() {
             return in_full(&arguments.columns);
         }
+        let has_rows = self.widest.iter().any(|width| *width > 0);
         let widths = all.map(|column| {
-            let speaks = self.speaks[column.index()] || column == Column::Noticed;
+            let speaks = self.speaks[column.index()] || column == Column::Noticed || !has_rows;
             if speaks { full(&column) } else { 0 }
         });
         let of = |widths: &[usize]| table::width_of_row(widths.iter().copied());

@@ -4,11 +4,12 @@ use anyhow::{Context as _, Result};
 use tracing::warn;
 
 use crate::{
-    assignment::{Assignment, Claimants, Warning},
+    assignment::{Assigned, Assignment, Claimants, Warning},
     config::{Config, Sources},
     datapath::Origin,
     hierarchy::{Cgroup, Hierarchy},
     names::printable_path,
+    netns,
 };
 
 /// A config, and the files it comes from.
@@ -63,4 +64,19 @@ pub fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<(Assignmen
             printable_path(hierarchy.mount())
         )
     })
+}
+
+/// Says which policies want what this kernel does not have.
+pub fn warn_of_give_up(assignment: &Assignment) {
+    let wanted = |assigned: &&Assigned| assigned.policy.give_up != 0 && !assigned.policy.ignores();
+    let Some(first) = assignment.policies.iter().find(wanted) else {
+        return;
+    };
+    if netns::environment().is_ok_and(|environment| environment.rto_max == 0) {
+        warn!(
+            "policy {}: give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS \
+             (before Linux 6.15): data in flight is given up by net.ipv4.tcp_retries2",
+            first.name
+        );
+    }
 }

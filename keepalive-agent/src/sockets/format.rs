@@ -28,13 +28,7 @@ use crate::{
 
 /// The columns of [`summary_row`].
 pub const SUMMARY_HEADER: [&str; 7] = [
-    "CGROUP",
-    "CONNECTIONS",
-    "PROTECTED",
-    "UNPROTECTED",
-    "MIN IDLE",
-    "MAX IDLE",
-    "AT RISK",
+    "CGROUP", "TOTAL", "ON", "OFF", "MIN IDLE", "MAX IDLE", "AT RISK",
 ];
 
 /// What stands where nothing does.
