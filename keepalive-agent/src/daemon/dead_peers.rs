@@ -21,6 +21,8 @@ pub(super) struct DeadPeerWatch {
     before: Option<DeadPeers>,
     journal: Arc<Journal>,
     lost: u64,
+    /// Whether there is more to be read than was, and nobody will say so.
+    has_more: bool,
 }
 
 impl DeadPeerWatch {
@@ -78,6 +80,9 @@ impl DeadPeerWatch {
 
     /// Waits until there is something to be read. May be dropped while it waits.
     pub(super) async fn readable(&mut self) -> Result<()> {
+        if self.has_more {
+            return Ok(());
+        }
         let Some(current) = &mut self.current else {
             return pending().await;
         };
@@ -86,20 +91,17 @@ impl DeadPeerWatch {
         Ok(())
     }
 
-    /// Notes what there is to be read.
+    /// Notes what there is to be read; where that is very much, a part of it.
     pub(super) fn read(&mut self, record: Option<&SetRecord>) {
         let mut many = false;
+        self.has_more = false;
         let current = self.current.as_mut().map(AsyncFd::get_mut);
         for readers in [self.before.as_mut(), current].into_iter().flatten() {
-            loop {
-                let found = readers.read();
-                if found.is_empty() {
-                    break;
-                }
-                many |= found.len() >= MANY;
-                for peer in found {
-                    self.journal.add(&Entry::from(peer));
-                }
+            let found = readers.read();
+            many |= found.len() >= MANY;
+            self.has_more |= found.len() >= DeadPeers::BATCH;
+            for peer in found {
+                self.journal.add(&Entry::from(peer));
             }
         }
         if many && let Some(record) = record {

@@ -19,9 +19,6 @@ use super::{
 };
 use crate::assignment;
 
-/// As many records as are handed over at a time.
-const BATCH: usize = 4096;
-
 /// A connection whose peer was found dead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadPeer {
@@ -55,6 +52,9 @@ pub struct DeadPeers {
 }
 
 impl DeadPeers {
+    /// As many records as are handed over at a time.
+    pub const BATCH: usize = 4096;
+
     pub(super) fn new(ring: Map, followed: Map, slots: &[(u32, Counted)]) -> Result<Self, Error> {
         const USING: &str = "using the records of dead peers";
         let [ring_id, followed_id] = [
@@ -87,10 +87,10 @@ impl DeadPeers {
         )
     }
 
-    /// What there is, without waiting; never more than a few thousand at a time.
+    /// What there is, without waiting; never more than [`Self::BATCH`] at a time.
     pub fn read(&mut self) -> Vec<DeadPeer> {
         let mut found = Vec::new();
-        while found.len() < BATCH
+        while found.len() < Self::BATCH
             && let Some(record) = self.ring.next()
         {
             found.extend(understand(&record, &self.names));
