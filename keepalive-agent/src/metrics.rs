@@ -348,7 +348,7 @@ impl Statistic {
             Value::Number(number) => encoder.encode_gauge(&number),
             Value::Histogram { seconds, buckets } => {
                 let bounds =
-                    (0..BUCKETS).map(|index| upper_bound(index).map_or(f64::MAX, f64::from));
+                    (0..BUCKETS).map(|index| upper_bound(index).map_or(f64::INFINITY, f64::from));
                 let buckets: Vec<_> = bounds.zip(buckets).collect();
                 let count = buckets.iter().map(|(_, count)| count).sum();
                 encoder.encode_histogram::<Vec<(&str, &str)>>(seconds, count, &buckets, None)

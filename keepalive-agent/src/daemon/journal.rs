@@ -275,7 +275,7 @@ async fn send(
     let mut nothing = [0];
     loop {
         let line = tokio::select! {
-            received = receiver.recv() => match received {
+            next = receiver.recv() => match next {
                 Ok(line) => line.json,
                 Err(RecvError::Lagged(skipped)) => {
                     let what = What::Skipped { skipped };
