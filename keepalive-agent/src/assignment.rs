@@ -201,6 +201,13 @@ impl Claimants {
         Ok(claimants)
     }
 
+    /// The names of policies, by their indices.
+    #[must_use]
+    pub fn names(&self, policies: &[usize]) -> Vec<String> {
+        let of = |index: &usize| Some(self.policies.get(*index)?.name.clone());
+        policies.iter().filter_map(of).collect()
+    }
+
     /// The cgroup that the program is attached to.
     #[must_use]
     pub const fn root(&self) -> &Cgroup {

@@ -2,6 +2,7 @@
 
 mod check;
 mod detach;
+mod events;
 mod explain;
 mod generate;
 mod output;
@@ -60,6 +61,7 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run --config my.toml      with a policy of your own\n  \
                   keepalive-agent run --pin                 that go on when the agent ends\n  \
                   keepalive-agent status                    what is in force\n  \
+                  keepalive-agent events                    what happens, such as dead peers\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
@@ -82,6 +84,8 @@ enum Command {
     Sweep(sweep::Arguments),
     /// Show what is in force in the kernel, with or without a running agent
     Status(status::Arguments),
+    /// Follow what happens: dead peers, reloads, sweeps, errors
+    Events(events::Arguments),
     /// Take enforcement off, with all its pins
     Detach(detach::Arguments),
     /// Find out whether this kernel is able, and whether a config is right
@@ -157,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Status(arguments) => status::status(arguments),
+        Command::Events(arguments) => events::events(arguments),
         Command::Detach(arguments) => detach::detach(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),

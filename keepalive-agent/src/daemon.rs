@@ -7,10 +7,12 @@
 
 mod building;
 pub mod control;
+mod dead_peers;
+pub mod journal;
 pub mod ownership;
 pub mod target;
 
-use std::{future::pending, path::PathBuf, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -32,6 +34,7 @@ use crate::{
     },
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    metrics::{self, Exposed},
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
@@ -40,6 +43,8 @@ use crate::{
 };
 use building::{Built, Job};
 use control::{Asked, Client, Control, Request};
+use dead_peers::DeadPeerWatch;
+use journal::{Journal, Noting, What};
 use ownership::Ownership;
 
 /// After a cgroup was made with processes in it, existing connections are swept
@@ -81,6 +86,8 @@ pub struct Options {
     pub pin: Option<PathBuf>,
     /// Whether to replace a running agent.
     pub take_over: bool,
+    /// Where to serve metrics.
+    pub metrics: Option<metrics::server::Address>,
 }
 
 /// What there is to tell people and machines.
@@ -157,7 +164,15 @@ pub fn run(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     preflight::may_enforce()?;
     let hangup = watch(SignalKind::hangup(), "SIGHUP")?;
-    let mut daemon = Daemon::prepare(options)?;
+    let journal = Arc::new(Journal::default());
+    let reporter = &mut Noting {
+        journal: journal.clone(),
+        reporter,
+    };
+    let mut daemon = Daemon::prepare(options, journal)?;
+    if let Some(address) = &options.metrics {
+        metrics::server::start(address, daemon.exposed.clone())?;
+    }
     let started = daemon.put_in_force()?;
     // From here on these end it in an orderly way. Before they end it at once: what
     // takes long at the start must not make it deaf, and nothing is half there.
@@ -190,6 +205,7 @@ enum Wake {
     Asked(std::io::Result<Asked>),
     FilesChanged(Result<()>),
     Refusals(Result<()>),
+    DeadPeers(Result<()>),
     Built(Result<Built>),
     Sweep(Option<Progress>),
     EarlierSweepOver,
@@ -225,6 +241,9 @@ struct Daemon {
     successor: Option<Asked>,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
+    dead_peers: DeadPeerWatch,
+    journal: Arc<Journal>,
+    exposed: Arc<Exposed>,
     watch: Option<Watch>,
     events: Option<Events>,
     building: Option<oneshot::Receiver<Result<Built>>>,
@@ -259,7 +278,7 @@ struct Daemon {
 impl Daemon {
     /// Reads what there is to read and takes the cgroup for itself; attaches
     /// nothing yet.
-    fn prepare(options: &Options) -> Result<Self> {
+    fn prepare(options: &Options, journal: Arc<Journal>) -> Result<Self> {
         // Before the files are read, so that no change falls in between.
         let watch = Watch::on(&options.sources);
         let target::Read {
@@ -297,6 +316,9 @@ impl Daemon {
             predecessor,
             successor: None,
             enforcement: None,
+            dead_peers: DeadPeerWatch::new(journal.clone()),
+            journal,
+            exposed: Arc::default(),
             watch: None,
             events: None,
             building: None,
@@ -361,6 +383,21 @@ impl Daemon {
                 reason: Some(reason),
             },
         };
+        let before = self.state.parts.get(name);
+        if before != Some(&part) {
+            match &part.reason {
+                Some(error) => self.journal.note(What::PartFailed {
+                    part: name.to_owned(),
+                    error: error.clone(),
+                }),
+                None if before.is_some_and(|before| before.status == PartStatus::Failed) => {
+                    self.journal.note(What::PartWorks {
+                        part: name.to_owned(),
+                    });
+                }
+                None => {}
+            }
+        }
         self.state.parts.insert(name.to_owned(), part);
     }
 
@@ -463,12 +500,13 @@ impl Daemon {
         }
         target::warn_of_give_up(&built.assignment);
         let Built {
-            set,
+            mut set,
             claimants,
             assignment,
             ..
         } = built;
         self.claimants = claimants;
+        self.dead_peers.follow_set(&mut set);
         self.enforcement = Some(Enforcement {
             log: log_of(&set),
             attachment,
@@ -574,7 +612,10 @@ impl Daemon {
             );
         }
         let record = match &found.record {
-            Ok(record) => record.clone(),
+            Ok(record) => {
+                self.dead_peers.left_by(record);
+                record.clone()
+            }
             Err(error) => {
                 warn!(
                     "{error}; values that it set count as the applications' own, and what it \
@@ -692,6 +733,7 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let dead_peers = self.dead_peers.readable();
         let watchdog = at(self.watchdog.map(|(due, _)| due));
         if let Some(successor) = &mut self.successor {
             // Nothing is changed any more.
@@ -719,6 +761,7 @@ impl Daemon {
             progress = sweep => Wake::Sweep(progress),
             () = earlier_sweep => Wake::EarlierSweepOver,
             refusals = refusals => Wake::Refusals(refusals),
+            found = dead_peers => Wake::DeadPeers(found),
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
             // Last: there may be more of them all the time.
@@ -750,6 +793,11 @@ impl Daemon {
                 if let Some(enforcement) = &mut self.enforcement {
                     enforcement.log = None;
                 }
+            }
+            Wake::DeadPeers(Ok(())) => self.read_dead_peers(),
+            Wake::DeadPeers(Err(error)) => {
+                warn!("{error:#}; they are counted and no longer told of");
+                self.dead_peers.stop();
             }
             Wake::Built(built) => return self.on_built(built, reporter),
             Wake::Sweep(progress) => self.on_sweep_progress(progress, reporter),
@@ -812,6 +860,11 @@ impl Daemon {
             return None;
         }
         match asked.request {
+            Request::Events(wanted) => {
+                self.read_dead_peers();
+                self.journal.serve(wanted, asked.into_stream());
+                self.dead_peers.follow();
+            }
             Request::Detach => return Some(("a request to detach", Leaves::Nothing)),
             Request::StepAside => self.successor = Some(asked),
             Request::TakenOver => {}
@@ -904,6 +957,9 @@ impl Daemon {
 
     fn reload_failed(&mut self, error: &anyhow::Error, demanded: bool) {
         let error = format!("{error:#}");
+        self.journal.note(What::ReloadFailed {
+            error: error.clone(),
+        });
         if demanded || self.last_reported_error.as_ref() != Some(&error) {
             error!("the policy in force goes on: {error}");
         }
@@ -1017,6 +1073,7 @@ impl Daemon {
         if let Some(enforcement) = &mut self.enforcement {
             enforcement.log = log_of(&built.set);
             enforcement.set = built.set;
+            self.dead_peers.follow_set(&mut enforcement.set);
         }
         self.config = built.config;
         self.origin = built.origin;
@@ -1226,6 +1283,10 @@ impl Daemon {
             Ok(false) => {}
             Ok(true) => {
                 debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
+                self.journal.note(What::CgroupAssigned {
+                    cgroup: cgroup.path.clone(),
+                    policies: self.claimants.names(&policies),
+                });
                 // One without processes cannot have had connections.
                 if self.hierarchy.has_processes(cgroup) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
@@ -1246,6 +1307,13 @@ impl Daemon {
                 self.retry_later();
             }
         }
+    }
+
+    /// Notes the dead peers that the kernel has told of.
+    fn read_dead_peers(&mut self) {
+        let enforcement = self.enforcement.as_ref();
+        let record = enforcement.map(|enforcement| enforcement.set.record().as_ref());
+        self.dead_peers.read(record);
     }
 
     fn on_cgroup_removed(&mut self, cgroup: &Cgroup, reporter: &mut dyn Reporter) {
@@ -1344,6 +1412,7 @@ impl Daemon {
         if let Some(why) = why.filter(|_| dropped > 0) {
             self.part_failed("output", why);
         }
+        self.expose();
         let Some(enforcement) = &self.enforcement else {
             self.published = State::default();
             return;
@@ -1358,6 +1427,25 @@ impl Daemon {
                 self.retry_later();
             }
         }
+    }
+
+    /// Has the metrics show the set that is in force.
+    fn expose(&self) {
+        let enforcement = self.enforcement.as_ref();
+        let record = enforcement.map(|enforcement| enforcement.set.record());
+        if self.exposed.shows(record) {
+            return;
+        }
+        let source = enforcement.and_then(|enforcement| {
+            let evidence = enforcement.attachment.evidence();
+            Some(metrics::Source {
+                record: enforcement.set.record().clone(),
+                evidence: evidence
+                    .inspect_err(|error| warn!("{}", chain(error)))
+                    .ok()?,
+            })
+        });
+        self.exposed.set(source);
     }
 
     fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {

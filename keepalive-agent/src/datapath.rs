@@ -3,6 +3,7 @@
 //! The names of its maps, programs and globals stand here and nowhere else.
 
 mod attachment;
+mod dead_peers;
 mod description;
 mod error;
 mod events;
@@ -32,7 +33,8 @@ use keepalive_common::layout::Layout;
 
 use crate::kernel::layout::{Hook, Kernel};
 
-pub use attachment::{Attachment, Foreign, InForce, in_force, programs_on_the_way};
+pub use attachment::{Attachment, Evidence, Foreign, InForce, in_force, programs_on_the_way};
+pub use dead_peers::{DeadPeer, DeadPeers};
 pub use description::now;
 pub use description::{
     Counted, Description, Done, Origin, Owner, Part, PartStatus, Refusals, Reload, State, Sweep,
@@ -67,6 +69,9 @@ mod map {
     pub(super) const COUNTERS: &str = "COUNTERS";
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
+    pub(super) const DEAD_PEERS: &str = "DEAD_PEERS";
+    pub(super) const DEATHS: &str = "DEATHS";
+    pub(super) const FOLLOWED: &str = "FOLLOWED";
     pub(super) const GENERATION: &str = "GENERATION";
     pub(super) const PASS: &str = "PASS";
     pub(super) const ORIGINALS: &str = "ORIGINALS";

@@ -36,6 +36,7 @@ pub mod enforcing;
 pub mod explain;
 pub mod hierarchy;
 pub mod kernel;
+pub mod metrics;
 pub mod mountinfo;
 pub mod names;
 pub mod netns;

@@ -98,6 +98,18 @@ pub struct Layout {
     pub last_data: Field,
     /// `tcp_sock.packets_out`: segments that are not acknowledged yet.
     pub packets_out: Field,
+    /// `tcp_sock.write_seq`: the number behind the last byte that the application
+    /// has written.
+    pub write_seq: Field,
+    /// `tcp_sock.snd_una`: the first byte that is not acknowledged yet.
+    pub snd_una: Field,
+    /// `tcp_sock` → `inet_connection_sock.icsk_probes_out`: probes that are not
+    /// answered yet.
+    pub probes_out: Field,
+    /// `tcp_sock` → `sock.sk_err`: what the application is told next.
+    pub error: Field,
+    /// `tcp_sock.bpf_sock_ops_cb_flags`: what BPF programs are called for.
+    pub callbacks: Field,
     /// `tcp_sock` → `sock.sk_socket`, null for a socket that no process holds.
     pub socket: Field,
     /// `socket.file`, null for a socket that has no descriptor.
@@ -163,6 +175,11 @@ impl Layout {
             last_ack: NOWHERE,
             last_data: NOWHERE,
             packets_out: NOWHERE,
+            write_seq: NOWHERE,
+            snd_una: NOWHERE,
+            probes_out: NOWHERE,
+            error: NOWHERE,
+            callbacks: NOWHERE,
             socket: NOWHERE,
             socket_file: NOWHERE,
             socket_sock: NOWHERE,
@@ -185,6 +202,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 43 * size_of::<Field>() + 3 * 4);
+        assert_eq!(size_of::<Layout>(), 48 * size_of::<Field>() + 3 * 4);
     }
 }

@@ -8,6 +8,7 @@
 //! * [`history`]: what the application set, where a policy has written before,
 //! * [`cgroup_event`]: that a cgroup was made or removed,
 //! * [`counters`]: what was done, counted,
+//! * [`dead_peer`]: that a peer was found dead, and how,
 //! * [`environment`]: what holds for a socket on which nothing is set,
 //! * [`timers`]: when the kernel's timers fire,
 //! * [`layout`]: where the running kernel keeps the fields that the plan reads,
@@ -27,6 +28,7 @@
 
 pub mod cgroup_event;
 pub mod counters;
+pub mod dead_peer;
 pub mod descriptor;
 pub mod environment;
 pub mod history;

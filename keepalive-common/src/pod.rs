@@ -2,6 +2,7 @@
 
 use crate::{
     counters::{Counters, Failure, FailureKey},
+    dead_peer::DeadPeers,
     history::Originals,
     layout::Layout,
     policy::Policy,
@@ -15,6 +16,8 @@ use crate::{
 unsafe impl aya::Pod for Policy {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Counters {}
+// SAFETY: as above.
+unsafe impl aya::Pod for DeadPeers {}
 // SAFETY: as above.
 unsafe impl aya::Pod for FailureKey {}
 // SAFETY: as above.

@@ -125,6 +125,30 @@ impl SocketRecord {
     /// This end. A v4-mapped IPv6 address is shown as it stands.
     #[must_use]
     pub fn local(&self) -> SocketAddr {
+        self.addresses().local()
+    }
+
+    /// The other end.
+    #[must_use]
+    pub fn remote(&self) -> SocketAddr {
+        self.addresses().remote()
+    }
+
+    const fn addresses(&self) -> Addresses {
+        Addresses {
+            family: self.family,
+            local_address: self.local_address,
+            remote_address: self.remote_address,
+            local_port: self.local_port,
+            remote_port: self.remote_port,
+        }
+    }
+}
+
+impl Addresses {
+    /// This end.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
         address(self.family, self.local_address, self.local_port)
     }
 

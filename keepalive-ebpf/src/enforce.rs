@@ -14,7 +14,7 @@ use keepalive_common::{
     policy::Policy,
 };
 
-use crate::{claim, kernel::TcpSock, recent, refusal, sweep};
+use crate::{claim, dead_peer, kernel::TcpSock, recent, refusal, sweep};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -73,6 +73,7 @@ fn untouched(
     setter.set(&has, &has, &wants);
     setter.count_filled();
     setter.tell();
+    dead_peer::watch(target);
 }
 
 /// The same where the application has set something, where a policy bounds
@@ -105,6 +106,7 @@ fn touched(
     let known = forget_options(known_by(policy, &plan, &environment));
     sweep::keep_originals(sock, &has, wants, &known, &forget_originals());
     setter.tell();
+    dead_peer::watch(target);
 }
 
 /// Counts what a policy could not do for a connection.
@@ -222,7 +224,7 @@ pub(crate) fn count(counter: *const u64) {
 /// Adds to a counter. The program can be interrupted on its CPU by another run
 /// of itself, so being per CPU is not enough.
 #[inline(always)]
-fn add(counter: *const u64, number: u64) {
+pub(crate) fn add(counter: *const u64, number: u64) {
     // The BPF target has no compare-and-swap, so core offers no `fetch_add`.
     #[cfg(target_arch = "bpf")]
     // SAFETY: points to an aligned 8-byte counter of a map element.

@@ -106,13 +106,50 @@ impl TcpSock {
         number(read_field!(self.0, packets_out))
     }
 
+    /// What the application is told next, positive; 0 is no error.
+    #[inline(always)]
+    pub(crate) fn error(self) -> u32 {
+        number(read_field!(self.0, error))
+    }
+
+    /// Probes that are not answered yet.
+    #[inline(always)]
+    pub(crate) fn probes_out(self) -> u32 {
+        number(read_field!(self.0, probes_out))
+    }
+
+    /// Whether there is something that the peer has not acknowledged, sent or
+    /// not. Holds also after the kernel has thrown it away.
+    #[inline(always)]
+    pub(crate) fn has_data(self) -> bool {
+        read_field!(self.0, write_seq) != read_field!(self.0, snd_una)
+    }
+
+    /// What BPF programs are called for beside the callbacks that all have.
+    #[inline(always)]
+    pub(crate) fn callbacks(self) -> u32 {
+        number(read_field!(self.0, callbacks))
+    }
+
+    /// TCP_USER_TIMEOUT in milliseconds; 0 is unset.
+    #[inline(always)]
+    pub(crate) fn user_timeout(self) -> u32 {
+        number(read_field!(self.0, user_timeout))
+    }
+
+    /// Whether a process holds the socket. The kernel uses the keepalive timer
+    /// of an orphan for other things.
+    #[inline(always)]
+    pub(crate) fn has_owner(self) -> bool {
+        (read_field!(self.0, flags) >> layout!(dead_bit)) & 1 == 0
+    }
+
     /// Whether it is a connection that lasts: no listener, request or TIME_WAIT,
     /// and nothing that the kernel is about to end. The kernel uses the keepalive
     /// timer of an orphan for other things.
     #[inline(always)]
     pub(crate) fn is_connection(self) -> bool {
-        let is_orphan = (read_field!(self.0, flags) >> layout!(dead_bit)) & 1 != 0;
-        is_held_open(self.state()) && !is_orphan
+        is_held_open(self.state()) && self.has_owner()
     }
 
     /// Its network namespace.

@@ -23,7 +23,7 @@ pub(crate) fn record(sock: TcpSock) -> SocketRecord {
 
 /// Jiffies in milliseconds.
 #[inline(always)]
-fn milliseconds(jiffies: i64) -> i64 {
+pub(crate) fn milliseconds(jiffies: i64) -> i64 {
     // The BPF machine divides unsigned numbers only (signed ones since 6.6).
     let hz = TcpSock::hz().unsigned_abs().max(1);
     let magnitude = jiffies.unsigned_abs() * 1000 / hz;

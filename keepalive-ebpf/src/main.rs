@@ -5,6 +5,7 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod claim;
+mod dead_peer;
 mod decide;
 mod enforce;
 mod files;
@@ -16,7 +17,10 @@ mod refusal;
 mod sweep;
 
 use aya_ebpf::{
-    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_TCP_CLOSE,
+    },
     macros::{btf_tracepoint, sock_ops},
     programs::{BtfTracePointContext, SockOpsContext},
 };
@@ -40,13 +44,16 @@ const PROCEED: u32 = 1;
 const NEXT: i32 = 0;
 
 /// Runs some nine times in the life of a connection, of which two callbacks
-/// matter: one end has connected, one end has accepted.
+/// matter: one end has connected, one end has accepted. Where something was set
+/// on an end, it runs for each change of its state too: the last one may tell of a
+/// dead peer.
 #[sock_ops]
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             enforce::new_connection(ctx);
         }
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => dead_peer::closed(ctx),
         _ => {}
     }
     PROCEED

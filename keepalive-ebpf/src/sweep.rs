@@ -18,7 +18,7 @@ use keepalive_common::{
 };
 
 use crate::{
-    claim,
+    claim, dead_peer,
     decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
     kernel::{Cgroup, TcpIterator, TcpSock},
@@ -159,6 +159,9 @@ fn carry_out(
     }
     if wants == has || !policy.is_enforced() {
         keep_originals(sock, application, has, known, originals);
+    }
+    if policy.is_enforced() && wants != application {
+        dead_peer::watch_existing(sock);
     }
     if wants == has {
         return;

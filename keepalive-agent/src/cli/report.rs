@@ -1,12 +1,13 @@
 //! What `run` and `sweep` report: for people, or as JSON lines.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
     time::Duration,
 };
 
-use keepalive_common::counters::Counters;
+use keepalive_common::{counters::Counters, dead_peer::Cause};
 use serde::Serialize;
 
 use super::output;
@@ -111,6 +112,8 @@ pub(super) struct DoneRecord {
     established: CountersRecord,
     /// Connections that were there before it.
     existing: CountersRecord,
+    /// Peers of both that were found dead, by cause.
+    dead_peers: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Serialize)]
@@ -160,6 +163,10 @@ impl From<(Counted, Done)> for DoneRecord {
             enforced: whose.enforced,
             established: done.established.into(),
             existing: done.existing.into(),
+            dead_peers: Cause::ALL
+                .into_iter()
+                .map(|cause| (cause.name(), done.dead_peers.count(cause)))
+                .collect(),
         }
     }
 }
@@ -467,6 +474,7 @@ pub(super) fn done_text(done: &[DoneRecord]) -> String {
         "CLAMPED",
         "LEFT ALONE",
         "FAILED",
+        "DEAD PEERS",
     ];
     let rows = done.iter().flat_map(|record| {
         let new = (
@@ -496,6 +504,11 @@ pub(super) fn done_text(done: &[DoneRecord]) -> String {
                     counters.clamped.to_string(),
                     counters.left_alone.to_string(),
                     counters.failed.to_string(),
+                    if row == 0 {
+                        record.dead_peers.values().sum::<u64>().to_string()
+                    } else {
+                        String::new()
+                    },
                 ]
             })
     });

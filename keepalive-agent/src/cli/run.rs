@@ -2,13 +2,14 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{Target, report::Report};
 use crate::{
     daemon::{self, Options},
     datapath::PinDirectory,
+    metrics::server::Address,
 };
 
 #[derive(Args, Debug)]
@@ -49,16 +50,36 @@ pub(super) struct Arguments {
     /// Replace the agent that runs on the same cgroup, without a gap
     #[arg(long)]
     take_over: bool,
+
+    /// Serve metrics (OpenMetrics) at /metrics, and /healthz and /readyz, on this
+    /// address of the loopback interface or socket, such as 127.0.0.1:9464 or
+    /// /run/keepalive/metrics.sock
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Address>,
+
+    /// Let other machines reach them: there is no password and no encryption
+    #[arg(long, requires = "metrics")]
+    metrics_public: bool,
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
+    if let Some(address) = &arguments.metrics
+        && address.is_public()
+        && !arguments.metrics_public
+    {
+        bail!(
+            "--metrics: other machines may reach this address, and would see names of policies: \
+             use one of the loopback interface, or add --metrics-public"
+        );
+    }
     let options = Options {
         sources: target.files.sources(),
         cgroup: target.cgroup.clone(),
         dry_run: arguments.dry_run,
         pin: arguments.pin.clone(),
         take_over: arguments.take_over,
+        metrics: arguments.metrics.clone(),
     };
     daemon::run(&options, &mut Report { json: target.json })?;
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,6 @@
 //! Control socket: how a command asks a running agent for something. One request
-//! as a JSON line, one answer as a JSON line.
+//! as a JSON line, one answer as a JSON line; after that of [`Request::Events`]
+//! come more, for as long as the client reads.
 //!
 //! The file is root's alone, in a directory that is root's alone. Requests are read
 //! by a task of its own, so that none is lost while the daemon does something else.
@@ -15,7 +16,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::ownership;
+use super::{journal::Wanted, ownership};
 use crate::hierarchy::CgroupPath;
 
 /// What can be asked.
@@ -29,6 +30,9 @@ pub enum Request {
     TakenOver,
     /// End, and take enforcement off the cgroup.
     Detach,
+    /// Tell what happens: more lines follow the answer, one for each
+    /// [`super::journal::Entry`].
+    Events(Wanted),
 }
 
 /// What is answered.
@@ -150,6 +154,11 @@ impl Asked {
         }
     }
 
+    /// The stream, for what follows the answer.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream.into_inner()
+    }
+
     /// Waits for the next request of the same client; none when it is gone. May be
     /// dropped while it waits.
     pub async fn next(&mut self) -> Option<Request> {
@@ -204,5 +213,20 @@ impl Client {
         let mut answer = String::new();
         io::BufReader::new(&self.stream).read_line(&mut answer)?;
         Ok(serde_json::from_str(&answer)?)
+    }
+
+    /// Asks for what is answered by more than one line; the answer is the first.
+    ///
+    /// # Errors
+    ///
+    /// When the agent cannot be asked.
+    pub fn ask_for_lines(self, request: Request) -> io::Result<io::BufReader<BlockingStream>> {
+        use std::io::Write as _;
+        let mut line = serde_json::to_vec(&request)?;
+        line.push(b'\n');
+        (&self.stream).write_all(&line)?;
+        // There may be nothing to say for as long as it likes.
+        self.stream.set_read_timeout(None)?;
+        Ok(io::BufReader::new(self.stream))
     }
 }

@@ -37,6 +37,24 @@ pub struct InForce {
     program: OwnedFd,
 }
 
+/// By which to know that a set is in force.
+#[derive(Debug)]
+pub struct Evidence {
+    link: OwnedFd,
+    program: u32,
+    cgroup: u64,
+}
+
+impl Evidence {
+    /// Whether the program is the one under the link, and the link leads to the
+    /// cgroup.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        let found = syscalls::cgroup_link(&self.link).ok().flatten();
+        found.is_some_and(|found| (found.program, found.cgroup) == (self.program, self.cgroup))
+    }
+}
+
 /// A program of somebody else on the same hook.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Foreign {
@@ -286,6 +304,21 @@ impl Attachment {
     pub fn holds(&self) -> bool {
         let found = syscalls::cgroup_link(&self.link).ok().flatten();
         found.is_some_and(|found| found.cgroup == self.cgroup)
+    }
+
+    /// By which anybody can know whether it still holds.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked.
+    pub fn evidence(&self) -> Result<Evidence, Error> {
+        const LOOKING: &str = "looking at the attached program";
+        let program = syscalls::program_info(&self.program).map_err(Error::call(LOOKING))?;
+        Ok(Evidence {
+            link: copy(&self.link)?,
+            program: program.id,
+            cgroup: self.cgroup,
+        })
     }
 
     /// Whether enforcement goes on when this is dropped.

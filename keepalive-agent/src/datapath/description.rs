@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData};
 use aya_obj::generated::bpf_map_type;
-use keepalive_common::counters::Counters;
+use keepalive_common::{counters::Counters, dead_peer::DeadPeers};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
@@ -23,7 +23,7 @@ use crate::{config::Config, hierarchy::Cgroup};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 1;
+pub(super) const SCHEMA: u32 = 2;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";
@@ -81,6 +81,9 @@ pub(super) struct MapIds {
     pub(super) counters: u32,
     pub(super) swept: u32,
     pub(super) failures: u32,
+    pub(super) dead_peers: u32,
+    pub(super) deaths: u32,
+    pub(super) followed: u32,
     pub(super) originals: u32,
     pub(super) state: u32,
 }
@@ -119,6 +122,9 @@ pub struct Done {
     pub established: Counters,
     /// To connections that were there already.
     pub existing: Counters,
+    /// Peers of both that were found dead.
+    #[serde(default, skip_serializing_if = "DeadPeers::is_empty")]
+    pub dead_peers: DeadPeers,
 }
 
 impl Done {
@@ -126,6 +132,7 @@ impl Done {
     pub fn add(&mut self, other: &Self) {
         self.established.add(&other.established);
         self.existing.add(&other.existing);
+        self.dead_peers.add(&other.dead_peers);
     }
 }
 

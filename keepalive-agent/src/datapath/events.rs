@@ -66,7 +66,10 @@ impl Events {
              by their paths in the whole: run it in the host's cgroup namespace"
         );
         // What the object has beside these programs goes away with it.
-        let mut ebpf = create(&kernel.layout, &[(super::map::CGROUPS, 1)])?;
+        let mut ebpf = create(
+            &kernel.layout,
+            &[(super::map::CGROUPS, 1), (super::map::DEATHS, 1)],
+        )?;
         let mut attach = |name, to| attach(&mut ebpf, name, kernel, to);
         let links = [
             attach(program::CGROUP_MADE, Hook::CgroupMade)?,

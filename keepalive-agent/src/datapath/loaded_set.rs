@@ -28,7 +28,7 @@ use keepalive_common::{
 };
 
 use super::{
-    Error, create,
+    DeadPeers, Error, create,
     description::{
         Counted, Description, Document, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
         now,
@@ -79,6 +79,7 @@ pub struct LoadedSet {
     generation: Array<MapData, u64>,
     record: Arc<SetRecord>,
     sweeper: Sweeper,
+    deaths: Option<DeadPeers>,
     verified_instructions: Option<u32>,
 }
 
@@ -178,6 +179,7 @@ impl LoadedSet {
             (map::POLICIES, capacity.slots),
             (map::COUNTERS, capacity.slots),
             (map::SWEPT, capacity.slots),
+            (map::DEAD_PEERS, capacity.slots),
             (map::STEPS, capacity.steps),
             (map::REMOTES, capacity.remotes),
             (map::PORTS, capacity.ports),
@@ -203,7 +205,13 @@ impl LoadedSet {
             take(&mut ebpf, map::COUNTERS)?,
             take(&mut ebpf, map::SWEPT)?,
             take(&mut ebpf, map::FAILURES)?,
+            take(&mut ebpf, map::DEAD_PEERS)?,
             slots,
+        )?;
+        let deaths = DeadPeers::new(
+            take(&mut ebpf, map::DEATHS)?,
+            take(&mut ebpf, map::FOLLOWED)?,
+            &counters.slots,
         )?;
         let mut set = Self {
             records,
@@ -213,8 +221,9 @@ impl LoadedSet {
             remotes: take_map(&mut ebpf, map::REMOTES)?,
             ports: take_map(&mut ebpf, map::PORTS)?,
             generation: take_map(&mut ebpf, map::GENERATION)?,
-            record: Arc::new(record(blueprint, counters, originals)?),
+            record: Arc::new(record(blueprint, counters, originals, &deaths)?),
             sweeper: Sweeper::new(ebpf, pass, blueprint.kernel, blueprint.previous.is_none()),
+            deaths: Some(deaths),
             program,
             verified_instructions,
         };
@@ -365,6 +374,11 @@ impl LoadedSet {
         &self.sweeper
     }
 
+    /// What tells of each dead peer; there is one reader.
+    pub const fn take_dead_peers(&mut self) -> Option<DeadPeers> {
+        self.deaths.take()
+    }
+
     /// How many instructions the verifier went through to accept the program, of
     /// the million that it allows; none where the kernel does not tell.
     ///
@@ -439,27 +453,28 @@ fn record(
     blueprint: &Blueprint<'_>,
     own: CounterMaps,
     originals: MapHandle,
+    deaths: &DeadPeers,
 ) -> Result<SetRecord, Error> {
     /// One piece, which is written in one step: an agent may be killed at any time.
     const STATE_SIZE: usize = 4000;
     let mut state = Document::create(STATE, STATE_SIZE)?;
     state.write(&State::default())?;
-    let [counters, swept, failures] = &own.handles;
+    let [counters, swept, failures, dead_peers] = &own.handles;
     let maps = MapIds {
         counters: counters.id,
         swept: swept.id,
         failures: failures.id,
+        dead_peers: dead_peers.id,
+        deaths: deaths.ring_id,
+        followed: deaths.followed_id,
         originals: originals.id,
         state: state.handle.id,
     };
     let previous = blueprint.previous.map(|set| Previous {
         description: set.document.id,
         maps: MapIds {
-            counters: set.description.maps.counters,
-            swept: set.description.maps.swept,
-            failures: set.description.maps.failures,
-            originals: set.description.maps.originals,
             state: set.state_id(),
+            ..set.description.maps
         },
         slots: set.own.slots.clone(),
     });

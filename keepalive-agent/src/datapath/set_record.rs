@@ -7,9 +7,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use aya::maps::{Map, MapData, PerCpuArray, PerCpuHashMap};
+use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap};
 use keepalive_common::{
     counters::{Counters, Failure, FailureKey, SocketOption},
+    dead_peer::DeadPeers,
     slot::UNCLAIMED,
 };
 
@@ -42,8 +43,9 @@ pub(super) struct CounterMaps {
     pub(super) counters: PerCpuArray<MapData, Counters>,
     pub(super) swept: PerCpuArray<MapData, Counters>,
     pub(super) failures: PerCpuHashMap<MapData, FailureKey, Failure>,
+    pub(super) dead_peers: Array<MapData, DeadPeers>,
     /// Descriptors, to keep the maps alive by the program of another set.
-    pub(super) handles: [MapHandle; 3],
+    pub(super) handles: [MapHandle; 4],
     pub(super) slots: Vec<(u32, Counted)>,
 }
 
@@ -52,18 +54,21 @@ impl CounterMaps {
         counters: Map,
         swept: Map,
         failures: Map,
+        dead_peers: Map,
         slots: Vec<(u32, Counted)>,
     ) -> Result<Self, Error> {
         let handles = [
             MapHandle::of(data(&counters)?)?,
             MapHandle::of(data(&swept)?)?,
             MapHandle::of(data(&failures)?)?,
+            MapHandle::of(data(&dead_peers)?)?,
         ];
         let using = || Error::map("using a map of counters");
         Ok(Self {
             counters: counters.try_into().map_err(using())?,
             swept: swept.try_into().map_err(using())?,
             failures: failures.try_into().map_err(using())?,
+            dead_peers: dead_peers.try_into().map_err(using())?,
             handles,
             slots,
         })
@@ -74,6 +79,7 @@ impl CounterMaps {
             Map::PerCpuArray(by_id(ids.counters)?),
             Map::PerCpuArray(by_id(ids.swept)?),
             Map::PerCpuHashMap(by_id(ids.failures)?),
+            Map::Array(by_id(ids.dead_peers)?),
             slots,
         )
     }
@@ -82,6 +88,10 @@ impl CounterMaps {
         Ok(Done {
             established: sum(&self.counters, slot)?,
             existing: sum(&self.swept, slot)?,
+            dead_peers: self
+                .dead_peers
+                .get(&slot, 0)
+                .map_err(Error::map("reading the counters of dead peers"))?,
         })
     }
 
@@ -92,7 +102,7 @@ impl CounterMaps {
             done.push((whose.clone(), self.done_in(*slot)?));
         }
         let unclaimed = self.done_in(UNCLAIMED)?;
-        if unclaimed.established.seen > 0 {
+        if unclaimed.established.seen > 0 || !unclaimed.dead_peers.is_empty() {
             let whose = Counted {
                 name: assignment::UNCLAIMED.to_owned(),
                 enforced: true,
@@ -135,7 +145,7 @@ fn sum(counters: &PerCpuArray<MapData, Counters>, slot: u32) -> Result<Counters,
     Ok(sum)
 }
 
-fn by_id(id: u32) -> Result<MapData, Error> {
+pub(super) fn by_id(id: u32) -> Result<MapData, Error> {
     MapData::from_id(id).map_err(Error::map(format!("opening map {id}")))
 }
 
@@ -147,8 +157,17 @@ pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
         | Map::HashMap(data)
         | Map::PerCpuHashMap(data)
         | Map::LpmTrie(data)
+        | Map::RingBuf(data)
         | Map::SkStorage(data) => Ok(data),
         _ => Err(Error::Description("a map is of an unknown type".to_owned())),
+    }
+}
+
+impl std::fmt::Debug for SetRecord {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SetRecord")
+            .field("description", &self.description)
+            .finish_non_exhaustive()
     }
 }
 
@@ -284,6 +303,19 @@ impl SetRecord {
             }
         }
         Ok(refusals)
+    }
+
+    /// Dead peers that the set has counted and of which nobody will be told more.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn dead_peers_lost(&self) -> Result<u64, Error> {
+        let done = self.own.done()?;
+        Ok(done
+            .iter()
+            .map(|(_, done)| done.dead_peers.events_lost)
+            .sum())
     }
 
     /// What the agent says of itself.

@@ -39,6 +39,7 @@ pub(super) struct CgroupLink {
 /// What the kernel says of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ProgramInfo {
+    pub(super) id: u32,
     pub(super) name: String,
     /// Ids of the maps that it uses or that were bound to it.
     pub(super) maps: Vec<u32>,
@@ -233,6 +234,7 @@ pub(super) fn program_info(program: impl AsFd) -> io::Result<ProgramInfo> {
         .map(|byte| byte.cast_unsigned())
         .take_while(|byte| *byte != 0);
     Ok(ProgramInfo {
+        id: found.id,
         name: String::from_utf8_lossy(&name.collect::<Vec<_>>()).into_owned(),
         maps,
         loaded_at: found.load_time,

@@ -23,7 +23,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 30] = [
+    let fields: [Expected; 35] = [
         ("flags", |l| l.flags, [(96, 8); 3]),
         ("state", |l| l.state, [(18, 1); 3]),
         (
@@ -112,6 +112,23 @@ fn every_field_stands_where_the_kernel_has_it() {
             [(516, 2), (574, 2), (540, 2)],
         ),
         ("socket_sock", |l| l.socket_sock, [(24, 8); 3]),
+        (
+            "write_seq",
+            |l| l.write_seq,
+            [(1852, 4), (1636, 4), (1668, 4)],
+        ),
+        ("snd_una", |l| l.snd_una, [(1508, 4), (1720, 4), (1776, 4)]),
+        (
+            "probes_out",
+            |l| l.probes_out,
+            [(1285, 1), (1293, 1), (1285, 1)],
+        ),
+        ("error", |l| l.error, [(544, 4), (284, 4), (284, 4)]),
+        (
+            "callbacks",
+            |l| l.callbacks,
+            [(2164, 1), (2248, 1), (2336, 1)],
+        ),
         ("local_v6", |l| l.local_v6, [(72, 16); 3]),
         ("remote_port", |l| l.remote_port, [(12, 2); 3]),
     ];

@@ -1,0 +1,550 @@
+//! Metrics: what the agent counts and knows, for monitoring.
+//!
+//! Each statistic is described once, in [`STATISTICS`]: its name, kind, help and
+//! labels, and how it is read. What is served and the table in docs/metrics.md
+//! come from there. Labels are bounded: names of policies, causes, options and
+//! parts, never addresses.
+
+pub mod server;
+
+use std::{
+    fmt::{self, Write as _},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use keepalive_common::dead_peer::{BUCKETS, Cause, upper_bound};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder, text},
+    metrics::{MetricType, exemplar::Exemplar},
+    registry::Registry,
+};
+
+use crate::{
+    VERSION,
+    datapath::{Counted, Done, Error, Evidence, PartStatus, Refusals, SetRecord, State},
+};
+
+/// What kind of number a statistic is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows, as long as policies are in force.
+    Counter,
+    /// May be any number at any time.
+    Gauge,
+    /// Counts by size.
+    Histogram,
+    /// Always 1; what there is to know stands in the labels.
+    Info,
+}
+
+/// A statistic.
+pub struct Statistic {
+    /// Its name, without the ending that its kind has in a sample.
+    name: &'static str,
+    kind: Kind,
+    help: &'static str,
+    labels: &'static [&'static str],
+    read: fn(&Snapshot) -> Vec<Sample>,
+}
+
+/// One value of a statistic.
+struct Sample {
+    labels: Vec<String>,
+    value: Value,
+}
+
+#[derive(Clone, Copy)]
+enum Value {
+    Number(u64),
+    Histogram {
+        seconds: f64,
+        buckets: [u64; BUCKETS],
+    },
+}
+
+/// Everything at one moment.
+#[derive(Debug)]
+struct Snapshot {
+    in_force: bool,
+    done: Vec<(Counted, Done)>,
+    refusals: Vec<Refusals>,
+    state: State,
+    built_at: u64,
+}
+
+/// All there are, in the order in which they are shown.
+pub const STATISTICS: [Statistic; 17] = [
+    Statistic {
+        name: "keepalive_build",
+        kind: Kind::Info,
+        help: "The version of the agent",
+        labels: &["version"],
+        read: |_| vec![sample([VERSION], 1)],
+    },
+    Statistic {
+        name: "keepalive_in_force",
+        kind: Kind::Gauge,
+        help: "1 if the agent's program is the one that runs for the cgroup",
+        labels: &[],
+        read: |now| vec![sample([], u64::from(now.in_force))],
+    },
+    Statistic {
+        name: "keepalive_policy_set_built_timestamp_seconds",
+        kind: Kind::Gauge,
+        help: "When the policies in force were put together, in seconds since 1970",
+        labels: &[],
+        read: |now| vec![sample([], now.built_at)],
+    },
+    Statistic {
+        name: "keepalive_connections_established",
+        kind: Kind::Counter,
+        help: "Connections that were established under a policy, each end by itself; unclaimed is \
+               what no policy claims",
+        labels: &["policy", "mode", "outcome"],
+        read: |now| {
+            outcomes(now, |done| {
+                (done.established.seen, done.established.left_alone)
+            })
+        },
+    },
+    Statistic {
+        name: "keepalive_connections_swept",
+        kind: Kind::Counter,
+        help: "Connections that were there already when a policy came into force",
+        labels: &["policy", "mode", "outcome"],
+        read: |now| outcomes(now, |done| (done.existing.seen, done.existing.left_alone)),
+    },
+    Statistic {
+        name: "keepalive_options_set",
+        kind: Kind::Counter,
+        help: "Options that were set, or would have been in dry run: keepalive turned on or off, \
+               timers filled in or moved into bounds",
+        labels: &["policy", "mode", "change"],
+        read: changes,
+    },
+    Statistic {
+        name: "keepalive_refusals",
+        kind: Kind::Counter,
+        help: "Options that the kernel refused to set; the connections go on without them",
+        labels: &["policy", "option", "errno"],
+        read: |now| {
+            let refused = now.refusals.iter().map(|refused| {
+                let errno = refused.errno.to_string();
+                sample([&refused.policy, &refused.option, &errno], refused.count)
+            });
+            refused.collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_dead_peers",
+        kind: Kind::Counter,
+        help: "Connections with a policy's settings whose peer was found dead",
+        labels: &["policy", "cause"],
+        read: |now| {
+            by_cause(now, |done, cause| {
+                Value::Number(done.dead_peers.count(cause))
+            })
+        },
+    },
+    Statistic {
+        name: "keepalive_silence_before_death_seconds",
+        kind: Kind::Histogram,
+        help: "How long nothing had come from a peer when it was found dead",
+        labels: &["policy", "cause"],
+        read: |now| by_cause(now, silence),
+    },
+    Statistic {
+        name: "keepalive_dead_peer_events_lost",
+        kind: Kind::Counter,
+        help: "Dead peers that were counted and that no event tells of: too many at once",
+        labels: &["policy"],
+        read: |now| {
+            let lost = enforced(now);
+            lost.map(|(name, done)| sample([name], done.dead_peers.events_lost))
+                .collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_sweep_under_way",
+        kind: Kind::Gauge,
+        help: "1 while existing connections are brought along",
+        labels: &[],
+        read: |now| vec![sample([], u64::from(now.state.sweep.under_way))],
+    },
+    Statistic {
+        name: "keepalive_sweep_connections",
+        kind: Kind::Gauge,
+        help: "Connections that the last sweep looked at",
+        labels: &[],
+        read: |now| vec![sample([], now.state.sweep.connections)],
+    },
+    Statistic {
+        name: "keepalive_sweep_waiting_connections",
+        kind: Kind::Gauge,
+        help: "Connections that have been silent for so long that they wait for their turn",
+        labels: &[],
+        read: |now| vec![sample([], now.state.sweep.waiting)],
+    },
+    Statistic {
+        name: "keepalive_sweep_missed_namespaces",
+        kind: Kind::Gauge,
+        help: "Network namespaces whose existing connections could not be brought along",
+        labels: &[],
+        read: |now| vec![sample([], now.state.sweep.missed)],
+    },
+    Statistic {
+        name: "keepalive_last_reload_successful",
+        kind: Kind::Gauge,
+        help: "1 if the config that was read last is the one in force",
+        labels: &[],
+        read: |now| {
+            let failed = |reload: &crate::datapath::Reload| reload.error.is_some();
+            let failed = now.state.reload.as_ref().is_some_and(failed);
+            vec![sample([], u64::from(!failed))]
+        },
+    },
+    Statistic {
+        name: "keepalive_last_reload_timestamp_seconds",
+        kind: Kind::Gauge,
+        help: "When a config was last read after the start, in seconds since 1970",
+        labels: &[],
+        read: |now| {
+            let reload = now.state.reload.iter();
+            reload.map(|reload| sample([], reload.at)).collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_part_works",
+        kind: Kind::Gauge,
+        help: "1 if a part of the agent works, or nothing needs it",
+        labels: &["part"],
+        read: |now| {
+            let parts =
+                now.state.parts.iter().map(|(name, part)| {
+                    sample([name], u64::from(part.status != PartStatus::Failed))
+                });
+            parts.collect()
+        },
+    },
+];
+
+fn sample<const LABELS: usize>(labels: [&str; LABELS], number: u64) -> Sample {
+    Sample {
+        labels: labels.map(str::to_owned).to_vec(),
+        value: Value::Number(number),
+    }
+}
+
+const fn mode(counted: &Counted) -> &'static str {
+    if counted.enforced {
+        "enforced"
+    } else {
+        "dry-run"
+    }
+}
+
+fn outcomes(now: &Snapshot, read: fn(&Done) -> (u64, u64)) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    for (counted, done) in &now.done {
+        let (seen, left_alone) = read(done);
+        // They are read one after the other while they grow.
+        let changed = seen.saturating_sub(left_alone);
+        for (outcome, number) in [("changed", changed), ("left-alone", left_alone)] {
+            samples.push(sample([&counted.name, mode(counted), outcome], number));
+        }
+    }
+    samples
+}
+
+fn changes(now: &Snapshot) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    for (counted, done) in &now.done {
+        let (new, old) = (&done.established, &done.existing);
+        for (change, number) in [
+            ("turned-on", new.turned_on + old.turned_on),
+            ("turned-off", new.turned_off + old.turned_off),
+            ("filled", new.filled + old.filled),
+            ("clamped", new.clamped + old.clamped),
+        ] {
+            samples.push(sample([&counted.name, mode(counted), change], number));
+        }
+    }
+    samples
+}
+
+/// What policies did that are, or were, enforced.
+fn enforced(now: &Snapshot) -> impl Iterator<Item = (&str, &Done)> {
+    let done = now.done.iter().filter(|(counted, _)| counted.enforced);
+    done.map(|(counted, done)| (counted.name.as_str(), done))
+}
+
+fn by_cause(now: &Snapshot, read: fn(&Done, Cause) -> Value) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    for (name, done) in enforced(now) {
+        for cause in Cause::ALL {
+            samples.push(Sample {
+                labels: vec![name.to_owned(), cause.name().to_owned()],
+                value: read(done, cause),
+            });
+        }
+    }
+    samples
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
+fn silence(done: &Done, cause: Cause) -> Value {
+    let index = cause as usize;
+    let milliseconds = done.dead_peers.silent_ms.get(index).copied();
+    Value::Histogram {
+        seconds: milliseconds.unwrap_or_default() as f64 / 1000.0,
+        buckets: done
+            .dead_peers
+            .silence
+            .get(index)
+            .copied()
+            .unwrap_or_default(),
+    }
+}
+
+impl Statistic {
+    /// The name that its samples have, without what a histogram adds.
+    fn sample_name(&self) -> String {
+        match self.kind {
+            Kind::Counter => format!("{}_total", self.name),
+            Kind::Info => format!("{}_info", self.name),
+            Kind::Gauge | Kind::Histogram => self.name.to_owned(),
+        }
+    }
+
+    fn encode(&self, now: &Snapshot, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Counter => MetricType::Counter,
+            Kind::Gauge => MetricType::Gauge,
+            Kind::Histogram => MetricType::Histogram,
+            Kind::Info => MetricType::Info,
+        };
+        let mut encoder = encoder.encode_descriptor(self.name, self.help, None, kind)?;
+        for sample in (self.read)(now) {
+            let values = sample.labels.iter().map(String::as_str);
+            let labels: Vec<_> = self.labels.iter().copied().zip(values).collect();
+            if self.kind == Kind::Info {
+                encoder.encode_info(&labels)?;
+            } else if labels.is_empty() {
+                self.encode_value(sample.value, &mut encoder)?;
+            } else {
+                self.encode_value(sample.value, &mut encoder.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_value(&self, value: Value, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
+        type None<'a> = Option<&'a Exemplar<Vec<(&'static str, &'static str)>, u64>>;
+        match value {
+            Value::Number(number) if self.kind == Kind::Counter => {
+                encoder.encode_counter(&number, None as None<'_>)
+            }
+            Value::Number(number) => encoder.encode_gauge(&number),
+            Value::Histogram { seconds, buckets } => {
+                let bounds =
+                    (0..BUCKETS).map(|index| upper_bound(index).map_or(f64::INFINITY, f64::from));
+                let buckets: Vec<_> = bounds.zip(buckets).collect();
+                let count = buckets.iter().map(|(_, count)| count).sum();
+                encoder.encode_histogram::<Vec<(&str, &str)>>(seconds, count, &buckets, None)
+            }
+        }
+    }
+}
+
+/// The table of all statistics in docs/metrics.md.
+#[must_use]
+pub fn table() -> String {
+    let mut text = "| name | kind | labels | what it says |\n|---|---|---|---|\n".to_owned();
+    for statistic in &STATISTICS {
+        let kind = match statistic.kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+            Kind::Info => "info",
+        };
+        let labels: Vec<_> = statistic
+            .labels
+            .iter()
+            .map(|label| format!("`{label}`"))
+            .collect();
+        // Memory can always be written to.
+        let _ = writeln!(
+            text,
+            "| `{}` | {kind} | {} | {} |",
+            statistic.sample_name(),
+            labels.join(" "),
+            statistic.help
+        );
+    }
+    text
+}
+
+/// What is in force, as the daemon has it, to be read when somebody asks.
+#[derive(Debug, Default)]
+pub struct Exposed(Mutex<Option<Arc<Source>>>);
+
+/// A policy set that was put in force.
+#[derive(Debug)]
+pub struct Source {
+    /// What it says of itself, and counts.
+    pub record: Arc<SetRecord>,
+    /// By which to know whether it still is.
+    pub evidence: Evidence,
+}
+
+impl Exposed {
+    /// Shows this set from now on; none where nothing is in force.
+    pub fn set(&self, source: Option<Source>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = source.map(Arc::new);
+    }
+
+    /// Whether this set is the one that is shown.
+    #[must_use]
+    pub fn shows(&self, record: Option<&Arc<SetRecord>>) -> bool {
+        match (self.source(), record) {
+            (None, None) => true,
+            (Some(source), Some(record)) => Arc::ptr_eq(&source.record, record),
+            _ => false,
+        }
+    }
+
+    fn source(&self) -> Option<Arc<Source>> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, Error> {
+        let Some(source) = self.source() else {
+            return Ok(Snapshot {
+                in_force: false,
+                done: Vec::new(),
+                refusals: Vec::new(),
+                state: State::default(),
+                built_at: 0,
+            });
+        };
+        Ok(Snapshot {
+            in_force: source.evidence.holds(),
+            done: source.record.done()?,
+            refusals: source.record.refusals()?,
+            state: source.record.state()?,
+            built_at: source.record.description.built_at,
+        })
+    }
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for statistic in &STATISTICS {
+            statistic.encode(self, &mut encoder)?;
+        }
+        Ok(())
+    }
+}
+
+/// The text that a scrape gets.
+fn openmetrics(snapshot: Snapshot) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(snapshot));
+    let mut text = String::new();
+    text::encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use keepalive_common::{counters::Counters, dead_peer::bucket};
+
+    use super::*;
+
+    fn snapshot() -> Snapshot {
+        let mut done = Done::default();
+        done.established = Counters {
+            seen: 5,
+            left_alone: 2,
+            filled: 9,
+            ..Counters::default()
+        };
+        let probes = Cause::Probes as usize;
+        done.dead_peers.silence[probes][bucket(5000)] = 2;
+        done.dead_peers.silence[probes][bucket(u64::MAX)] = 1;
+        done.dead_peers.silent_ms[probes] = 100_000_500;
+        let counted = |name: &str, enforced| Counted {
+            name: name.to_owned(),
+            enforced,
+        };
+        Snapshot {
+            in_force: true,
+            done: vec![
+                (counted("a \"b\"\n", true), done),
+                (counted("dry", false), done),
+            ],
+            refusals: Vec::new(),
+            state: State::default(),
+            built_at: 7,
+        }
+    }
+
+    #[test]
+    fn a_scrape_is_openmetrics() {
+        let text = openmetrics(snapshot()).unwrap();
+        for line in [
+            "# TYPE keepalive_dead_peers counter",
+            "keepalive_in_force 1",
+            "keepalive_dead_peers_total{policy=\"a \\\"b\\\"\\n\",cause=\"probes\"} 3",
+            "keepalive_dead_peers_total{policy=\"a \\\"b\\\"\\n\",cause=\"reset\"} 0",
+            "keepalive_silence_before_death_seconds_bucket{le=\"4.0\",policy=\"a \\\"b\\\"\\n\",\
+             cause=\"probes\"} 0",
+            "keepalive_silence_before_death_seconds_bucket{le=\"8.0\",policy=\"a \\\"b\\\"\\n\",\
+             cause=\"probes\"} 2",
+            "keepalive_silence_before_death_seconds_bucket{le=\"+Inf\",policy=\"a \\\"b\\\"\\n\",\
+             cause=\"probes\"} 3",
+            "keepalive_silence_before_death_seconds_sum{policy=\"a \\\"b\\\"\\n\",\
+             cause=\"probes\"} 100000.5",
+            "keepalive_connections_established_total{policy=\"dry\",mode=\"dry-run\",\
+             outcome=\"changed\"} 3",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+        assert!(!text.contains("dead_peers_total{policy=\"dry\""));
+    }
+
+    #[test]
+    fn nothing_in_force_is_said() {
+        let text = openmetrics(Exposed::default().snapshot().unwrap()).unwrap();
+        assert!(text.contains("\nkeepalive_in_force 0\n"), "{text}");
+    }
+
+    #[test]
+    fn each_sample_has_a_value_for_each_label() {
+        for statistic in &STATISTICS {
+            for sample in (statistic.read)(&snapshot()) {
+                assert_eq!(
+                    sample.labels.len(),
+                    statistic.labels.len(),
+                    "{}",
+                    statistic.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_documentation_has_this_table() {
+        let documentation = include_str!("../../docs/metrics.md");
+        assert!(
+            documentation.contains(&table()),
+            "put this into docs/metrics.md:\n{}",
+            table()
+        );
+    }
+}

@@ -1,0 +1,164 @@
+//! Dead peers: connections that a policy has set something on, and that end
+//! because the other end does not answer. Counted by policy, cause and silence,
+//! and told of in a record each.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::{
+        BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG,
+    },
+    btf_maps::{Array, RingBuf},
+    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt},
+    macros::btf_map,
+    programs::SockOpsContext,
+};
+use keepalive_common::dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket};
+
+use crate::{
+    claim,
+    enforce::{add, count},
+    kernel::{Cgroup, TcpSock},
+    list::milliseconds,
+    recent,
+};
+
+/// Slot → its dead peers. Not per CPU: they are too rare for that to matter, and
+/// the record is large. The agent sizes it when it loads the program.
+#[btf_map]
+static DEAD_PEERS: Array<DeadPeers, 1> = Array::new();
+
+/// One record for each, as long as there is room. The agent makes it smaller
+/// where nobody reads it.
+#[btf_map]
+static DEATHS: RingBuf<DeadPeer, RING> = RingBuf::new();
+
+const RING: usize = 256 * 1024;
+
+/// Not 0 while somebody wants to know of each dead peer as it is found.
+#[btf_map]
+static FOLLOWED: Array<u32, 1> = Array::new();
+
+/// Has the program called for each change of the socket's state. Other programs
+/// may have asked for other callbacks. `target` is the context of sock_ops.
+#[inline(always)]
+pub(crate) fn watch(target: *mut c_void) {
+    let ctx = SockOpsContext::new(target.cast());
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // A connection that is not watched is a count that is missing, no more.
+    let _ = ctx.set_cb_flags(flags.cast_signed());
+}
+
+/// The same for a connection that the sweep has met.
+///
+/// # Minimum kernel version
+///
+/// 6.12, for TCP_BPF_SOCK_OPS_CB_FLAGS (`sol_tcp_sockopt()` in net/core/filter.c);
+/// older ones refuse it, and existing connections are not watched.
+#[inline(always)]
+pub(crate) fn watch_existing(sock: TcpSock) {
+    const SOL_TCP: i32 = 6;
+    const TCP_BPF_SOCK_OPS_CB_FLAGS: i32 = 1008;
+    let callbacks = sock.callbacks();
+    if callbacks & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
+        return;
+    }
+    let mut callbacks = callbacks | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the socket is the kernel's own, and the value is four bytes on the
+    // stack.
+    unsafe {
+        bpf_setsockopt(
+            sock.target(),
+            SOL_TCP,
+            TCP_BPF_SOCK_OPS_CB_FLAGS,
+            (&raw mut callbacks).cast::<c_void>(),
+            4,
+        );
+    }
+}
+
+/// A connection ends. Out of line, as [`crate::enforce::new_connection`] is.
+#[inline(never)]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a reference would be one to the stack of the caller"
+)]
+pub(crate) fn closed(ctx: SockOpsContext) {
+    let Some(sock) = TcpSock::of(&ctx) else {
+        return;
+    };
+    // Nearly all of them end without one.
+    if sock.error() != 0 {
+        ended_by_error(sock);
+    }
+}
+
+#[inline(never)]
+fn ended_by_error(sock: TcpSock) {
+    let end = End {
+        state: sock.state(),
+        has_owner: sock.has_owner(),
+        errno: sock.error(),
+        probes_out: sock.probes_out(),
+        has_data: sock.has_data(),
+        user_timeout: sock.user_timeout(),
+        silent_ms: milliseconds(sock.silent_for()).cast_unsigned(),
+    };
+    if let Some(cause) = end.cause() {
+        found(sock, &end, cause);
+    }
+}
+
+#[inline(never)]
+fn found(sock: TcpSock, end: &End, cause: Cause) {
+    let slot = claim::slot(recent::target(sock.cgroup()), sock);
+    if claim::policy(slot).is_some_and(|policy| !policy.is_enforced()) {
+        return;
+    }
+    let Some(counted) = DEAD_PEERS.get_ptr(slot) else {
+        return;
+    };
+    // SAFETY: the element lives as long as the map, and only addresses of its
+    // counters are used.
+    let counted = unsafe { &*counted };
+    let (Some(buckets), Some(silent_ms)) = (
+        counted.silence.get(cause as usize),
+        counted.silent_ms.get(cause as usize),
+    ) else {
+        return;
+    };
+    if let Some(counter) = buckets.get(bucket(end.silent_ms)) {
+        count(counter);
+        add(silent_ms, end.silent_ms);
+    }
+    let mut record = DeadPeer::new(&sock.addresses());
+    // SAFETY: takes no arguments and only reads the clock.
+    record.at = unsafe { bpf_ktime_get_boot_ns() };
+    record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
+    record.silent_ms = end.silent_ms;
+    record.slot = slot;
+    record.cause = cause as u32;
+    record.errno = end.errno;
+    record.probes_out = end.probes_out;
+    if DEATHS.output(record, wake_up()).is_err() {
+        count(&raw const counted.events_lost);
+    }
+}
+
+/// Whether to wake the agent: when it wants to know at once, or when there is so
+/// much to read that it would be lost.
+#[inline(always)]
+fn wake_up() -> u64 {
+    if FOLLOWED.get(0).is_some_and(|followed| *followed != 0) {
+        // Where the agent has read everything before, the kernel wakes it.
+        return 0;
+    }
+    let ring: *const c_void = (&raw const DEATHS).cast();
+    // SAFETY: the map is the kernel's own.
+    let waiting = unsafe { bpf_ringbuf_query(ring.cast_mut(), u64::from(BPF_RB_AVAIL_DATA)) };
+    if waiting > RING as u64 / 2 {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        u64::from(BPF_RB_NO_WAKEUP)
+    }
+}
