@@ -98,6 +98,21 @@ impl SocketOption {
         Self::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
+    /// The option that a setsockopt of this level and number is about, if it is one
+    /// of these.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_level_and_number(level: i32, number: i32) -> Option<Self> {
+        match (level, number) {
+            (1, 9) => Some(Self::Keepalive),
+            (6, 4) => Some(Self::Idle),
+            (6, 5) => Some(Self::Interval),
+            (6, 6) => Some(Self::Probes),
+            (6, 18) => Some(Self::UserTimeout),
+            _ => None,
+        }
+    }
+
     /// As the kernel's headers name it.
     #[must_use]
     #[inline(always)]
@@ -138,6 +153,15 @@ mod tests {
         for (number, option) in (0..).zip(SocketOption::ALL) {
             assert_eq!(SocketOption::from_number(number), Some(option));
             assert_eq!(option as u32, number);
+            let (level, name) = option.level_and_number();
+            assert_eq!(
+                SocketOption::from_level_and_number(level, name),
+                Some(option)
+            );
+            assert_ne!(
+                SocketOption::from_level_and_number(level + 1, name),
+                Some(option)
+            );
         }
     }
 

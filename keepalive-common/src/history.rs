@@ -8,12 +8,17 @@
 //! * so it is where a value of an earlier policy has to stay for a while, because
 //!   the change waits for its turn, or because the policy of now is only counted:
 //!   another policy may come before that;
+//! * where a connection is held to bounds, everything that the application asked
+//!   for is kept ([`SocketHistory`]), and what it asks for later with it;
 //! * everything else that a policy wrote is what it gives to an unset timer, so
 //!   the earlier policy is all that is needed to recognise it.
 
 use crate::{
+    counters::SocketOption,
     plan::{Options, plan},
-    policy::{Keepalive, Policy},
+    policy::{
+        Keepalive, MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, Policy,
+    },
 };
 
 /// A value of the application that a policy replaced; all zero where there is none.
@@ -61,6 +66,14 @@ impl Replaced {
             written: if original == 0 { 0 } else { now },
         }
     }
+
+    #[inline(always)]
+    const fn all(application: u32, now: u32) -> Self {
+        Self {
+            original: if application == 0 { UNSET } else { application },
+            written: now,
+        }
+    }
 }
 
 /// What policies replaced on one socket.
@@ -75,9 +88,90 @@ pub struct Originals {
     pub probes: Replaced,
     /// Of TCP_USER_TIMEOUT.
     pub user_timeout: Replaced,
+    /// Of SO_KEEPALIVE: flags, see [`Self::asks_keepalive`].
+    keepalive: u32,
+}
+
+/// What is known of SO_KEEPALIVE, as flags of [`Originals`]; all zero where
+/// nothing is. The application wants it on.
+const ASKED_ON: u32 = 1;
+/// It asked for that after the connection was established.
+const ASKED_LATER: u32 = 1 << 1;
+/// It is on.
+const IS_ON: u32 = 1 << 2;
+/// Something is known.
+const IS_KNOWN: u32 = 1 << 3;
+
+const fn keepalive_flags(asked: bool, asked_later: bool, is_on: bool) -> u32 {
+    IS_KNOWN
+        | if asked { ASKED_ON } else { 0 }
+        | if asked_later { ASKED_LATER } else { 0 }
+        | if is_on { IS_ON } else { 0 }
 }
 
 impl Originals {
+    /// Nothing.
+    pub const NONE: Self = {
+        const NONE: Replaced = Replaced {
+            original: 0,
+            written: 0,
+        };
+        Self {
+            idle: NONE,
+            interval: NONE,
+            probes: NONE,
+            user_timeout: NONE,
+            keepalive: 0,
+        }
+    };
+
+    /// Everything that an `application` wants of a socket that has what is set
+    /// `now`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn all(application: &Options, now: &Options, asked_later: bool) -> Self {
+        Self {
+            idle: Replaced::all(application.idle, now.idle),
+            interval: Replaced::all(application.interval, now.interval),
+            probes: Replaced::all(application.probes, now.probes),
+            user_timeout: Replaced::all(application.user_timeout, now.user_timeout),
+            keepalive: keepalive_flags(application.keepalive, asked_later, now.keepalive),
+        }
+    }
+
+    /// What the application wants of SO_KEEPALIVE, where that is known for a
+    /// socket on which it `is` on or off.
+    #[must_use]
+    #[inline(always)]
+    pub const fn asks_keepalive(&self, is: bool) -> Option<bool> {
+        if self.keepalive & IS_KNOWN == 0 || (self.keepalive & IS_ON != 0) != is {
+            None
+        } else {
+            Some(self.keepalive & ASKED_ON != 0)
+        }
+    }
+
+    /// Whether the application turned SO_KEEPALIVE on or off after the connection
+    /// was established: then it has the last word, unless that is bounded.
+    #[must_use]
+    #[inline(always)]
+    pub const fn asked_later(&self) -> bool {
+        self.keepalive & ASKED_LATER != 0
+    }
+
+    /// What was written last.
+    #[must_use]
+    #[inline(always)]
+    pub const fn written(&self) -> Options {
+        Options {
+            keepalive: self.keepalive & IS_ON != 0,
+            idle: self.idle.written,
+            interval: self.interval.written,
+            probes: self.probes.written,
+            user_timeout: self.user_timeout.written,
+        }
+    }
+
     /// What is to be kept once a socket has what is set `now`, for an
     /// `application` that wanted something else, where the policy `wants`
     /// something else still. A policy that is only counted wants nothing.
@@ -93,6 +187,16 @@ impl Originals {
                 now.user_timeout,
                 wants.user_timeout,
             ),
+            // Where keepalive is on and the application set no timer of it, it
+            // looks as if the policy of now had turned it on.
+            keepalive: if application.keepalive
+                && (!has_keepalive_timers(application) || !now.keepalive)
+                || !application.keepalive && now.keepalive && !wants.keepalive
+            {
+                keepalive_flags(application.keepalive, false, now.keepalive)
+            } else {
+                0
+            },
         }
     }
 
@@ -109,8 +213,9 @@ impl Originals {
 ///
 /// A value that the application set itself and that is just what that policy
 /// would have given it cannot be told apart and counts as the policy's.
-/// SO_KEEPALIVE is taken as it is: turning off what an application may have
-/// turned on would be worse than leaving it on.
+/// So it is with SO_KEEPALIVE: where it is on, and every timer of keepalive that
+/// is set is that policy's, the policy turned it on, unless something else is
+/// known.
 #[must_use]
 #[inline(always)]
 pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
@@ -134,7 +239,19 @@ pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>
             derived.user_timeout,
         );
     }
+    let turned_on = before.is_some_and(|before| before.keepalive() == Keepalive::On)
+        && has_keepalive_timers(has)
+        && !has_keepalive_timers(&application);
+    application.keepalive = match originals.asks_keepalive(has.keepalive) {
+        Some(asked) => asked,
+        None => has.keepalive && !turned_on,
+    };
     application
+}
+
+#[inline(always)]
+const fn has_keepalive_timers(options: &Options) -> bool {
+    options.idle | options.interval | options.probes != 0
 }
 
 #[inline(always)]
@@ -173,8 +290,16 @@ const fn timer(has: u32, replaced: Replaced, given: u32) -> u32 {
 /// the value they have where the policy would leave them unset.
 #[must_use]
 #[inline(always)]
-pub fn replan(policy: &Policy, has: &Options, application: &Options) -> Options {
+pub fn replan(
+    policy: &Policy,
+    has: &Options,
+    application: &Options,
+    originals: &Originals,
+) -> Options {
     let mut wants = plan(policy, application);
+    if originals.asked_later() {
+        wants.keepalive = application.keepalive;
+    }
     if policy.keepalive() == Keepalive::Off {
         // It leaves the timers, so there is nothing to give back.
         wants.idle = has.idle;
@@ -190,6 +315,85 @@ pub fn replan(policy: &Policy, has: &Options, application: &Options) -> Options 
 #[inline(always)]
 const fn keep_set(has: u32, wants: u32) -> u32 {
     if wants == 0 { has } else { wants }
+}
+
+/// What is kept beside a socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketHistory {
+    /// What the application wants.
+    pub originals: Originals,
+    /// What the connection is held to, whatever the application sets: nothing,
+    /// where [`Policy::holds`] says no.
+    pub held_to: Policy,
+}
+
+/// What becomes of an option that an application sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The options as they should be then; the one that is being set among them.
+    pub wants: Options,
+    /// What the others were before.
+    pub had: Options,
+}
+
+impl SocketHistory {
+    /// The application sets an option of a connection that is held to a policy.
+    /// None where the kernel is to answer alone: the value is one that it
+    /// refuses.
+    ///
+    /// Setting again what is in effect, on an option whose wish was bounded,
+    /// changes nothing: so an application can read a value and write it back.
+    #[must_use]
+    #[inline(always)]
+    pub fn set(&mut self, option: SocketOption, value: u32) -> Option<Answer> {
+        let had = self.originals.written();
+        let mut application = application(&had, &self.originals, None);
+        let mut asked_later = self.originals.asked_later();
+        let (timer, had_timer, least, most) = match option {
+            SocketOption::Keepalive => {
+                application.keepalive = value != 0;
+                asked_later = true;
+                (None, 0, 0, u32::MAX)
+            }
+            SocketOption::Idle => (
+                Some(&mut application.idle),
+                had.idle,
+                MIN_SECONDS,
+                MAX_SECONDS,
+            ),
+            SocketOption::Interval => (
+                Some(&mut application.interval),
+                had.interval,
+                MIN_SECONDS,
+                MAX_SECONDS,
+            ),
+            SocketOption::Probes => (
+                Some(&mut application.probes),
+                had.probes,
+                MIN_PROBES,
+                MAX_PROBES,
+            ),
+            SocketOption::UserTimeout => (
+                Some(&mut application.user_timeout),
+                had.user_timeout,
+                0,
+                MAX_USER_TIMEOUT,
+            ),
+        };
+        if value < least || value > most {
+            return None;
+        }
+        if let Some(timer) = timer
+            && (*timer == 0 || value != had_timer)
+        {
+            *timer = value;
+        }
+        self.originals = Originals::all(&application, &had, asked_later);
+        let wants = replan(&self.held_to, &had, &application, &self.originals);
+        self.originals = Originals::all(&application, &wants, asked_later);
+        Some(Answer { wants, had })
+    }
 }
 
 #[cfg(test)]
@@ -225,7 +429,7 @@ mod tests {
         fn sweep(&mut self, policy: Policy) -> u32 {
             let application = application(&self.has, &self.originals, self.before.as_ref());
             let wants = if policy.is_enforced() {
-                self.has = replan(&policy, &self.has, &application);
+                self.has = replan(&policy, &self.has, &application, &self.originals);
                 self.has
             } else {
                 Options::default()
@@ -271,7 +475,7 @@ mod tests {
             socket.sweep(policies[0]);
             // The second one is for later, and the third comes before that.
             let application = application(&socket.has, &socket.originals, Some(&policies[0]));
-            let wants = replan(&policies[1], &socket.has, &application);
+            let wants = replan(&policies[1], &socket.has, &application, &socket.originals);
             socket.originals = Originals::of(&application, &socket.has, &wants);
             socket.before = Some(policies[1]);
             assert_eq!(socket.sweep(policies[2]), expected);
@@ -345,6 +549,10 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Originals>(), 4 * 8);
+        assert_eq!(size_of::<Originals>(), 4 * 8 + 4);
+        assert_eq!(
+            size_of::<SocketHistory>(),
+            size_of::<Originals>() + size_of::<Policy>()
+        );
     }
 }

@@ -1,6 +1,9 @@
 //! Plan: what has to be set on a socket so that its policy holds.
 
-use crate::policy::{Keepalive, Policy, time_to_notice};
+use crate::{
+    counters::SocketOption,
+    policy::{Keepalive, Policy, time_to_notice},
+};
 
 /// The keepalive options of a socket, as the kernel has them or as they should
 /// be. A timer of 0 is unset: the namespace's sysctl rules.
@@ -19,6 +22,19 @@ pub struct Options {
 }
 
 impl Options {
+    /// One of them, as setsockopt takes it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn get(&self, option: SocketOption) -> u32 {
+        match option {
+            SocketOption::Keepalive => self.keepalive as u32,
+            SocketOption::Idle => self.idle,
+            SocketOption::Interval => self.interval,
+            SocketOption::Probes => self.probes,
+            SocketOption::UserTimeout => self.user_timeout,
+        }
+    }
+
     /// Whether any timer is set.
     #[must_use]
     #[inline(always)]

@@ -8,12 +8,12 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::{Counters, SocketOption},
-    history::{Originals, Replaced},
+    history::{Originals, application, replan},
     plan::{Options, plan},
     policy::Policy,
 };
 
-use crate::{claim, kernel::TcpSock, recent, refusal, sweep};
+use crate::{claim, history, kernel::TcpSock, recent, refusal};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -39,7 +39,7 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         count(unsafe { &raw const (*counters).seen });
         return;
     };
-    if sock.is_touched() || !policy.is_enforced() {
+    if sock.is_touched() || !policy.only_gives() {
         touched(ctx.as_ptr(), sock, slot, counters, policy);
         return;
     }
@@ -58,8 +58,8 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
     setter.tell();
 }
 
-/// The same where the application has set something, or where a policy is only
-/// counted. Out of line, to keep its registers and branches out of the way of
+/// The same where the application has set something, where a policy has bounds, or
+/// is only counted. Out of line, to keep its registers and branches out of the way of
 /// most connections.
 #[inline(never)]
 fn touched(
@@ -69,6 +69,10 @@ fn touched(
     counters: *const Counters,
     policy: &Policy,
 ) {
+    if policy.holds() {
+        held(target, sock, slot, counters, policy);
+        return;
+    }
     let has = forget_options(sock.options());
     let wants = forget_options(plan(policy, &has));
     count_seen(counters, wants == has);
@@ -83,8 +87,26 @@ fn touched(
     }
     let replaced = Originals::of(&has, &wants, &wants);
     if !replaced.is_empty() {
-        sweep::remember(sock, &replaced);
+        history::remember(sock.target(), &replaced, policy);
     }
+    setter.tell();
+}
+
+/// The same where a policy has bounds: everything that the application asked for
+/// is kept, with the policy, for [`crate::bounds`].
+#[inline(always)]
+fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters, policy: &Policy) {
+    let has = forget_options(sock.options());
+    // There is something already where the socket has been connected before.
+    let before = history::originals(sock.target());
+    let application = forget_options(application(&has, &before, None));
+    let wants = forget_options(replan(policy, &has, &application, &before));
+    count_seen(counters, wants == has);
+    let mut setter = Setter::new(target, slot, counters, true);
+    setter.set(&application, &has, &wants);
+    setter.count();
+    let kept = Originals::all(&application, &wants, before.asked_later());
+    history::remember(sock.target(), &kept, policy);
     setter.tell();
 }
 
@@ -107,27 +129,11 @@ pub(crate) fn count_seen(counters: *const Counters, left_alone: bool) {
 pub(crate) fn forget_options(options: Options) -> Options {
     let zero = opaque_zero();
     Options {
-        keepalive: options.keepalive,
+        keepalive: combine(options.keepalive.into(), zero) != 0,
         idle: combine(options.idle, zero),
         interval: combine(options.interval, zero),
         probes: combine(options.probes, zero),
         user_timeout: combine(options.user_timeout, zero),
-    }
-}
-
-/// Nothing that was replaced, without the verifier knowing.
-#[inline(always)]
-pub(crate) fn forget_originals() -> Originals {
-    let zero = forget(0);
-    let nothing = Replaced {
-        original: zero,
-        written: zero,
-    };
-    Originals {
-        idle: nothing,
-        interval: nothing,
-        probes: nothing,
-        user_timeout: nothing,
     }
 }
 

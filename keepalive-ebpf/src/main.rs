@@ -4,10 +4,12 @@
 //! `enforce`, which is the same for all of them, or to a record for the listing.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
+mod bounds;
 mod claim;
 mod enforce;
 mod files;
 mod hierarchy;
+mod history;
 mod kernel;
 mod list;
 mod recent;
@@ -16,8 +18,8 @@ mod sweep;
 
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
-    macros::{btf_tracepoint, sock_ops},
-    programs::{BtfTracePointContext, SockOpsContext},
+    macros::{btf_tracepoint, cgroup_sockopt, sock_ops},
+    programs::{BtfTracePointContext, SockOpsContext, SockoptContext},
 };
 use keepalive_common::cgroup_event::Kind;
 
@@ -48,6 +50,22 @@ fn established(ctx: SockOpsContext) -> u32 {
         _ => {}
     }
     PROCEED
+}
+
+/// Runs for every setsockopt of an application, before the kernel's own handling:
+/// bounds what it asks for.
+///
+/// # Minimum kernel version
+///
+/// 5.15, for bpf_setsockopt on this hook.
+#[cgroup_sockopt(setsockopt)]
+fn bounded(ctx: SockoptContext) -> i32 {
+    // The kernel takes what the application gave it, however long that is; this
+    // hook has a copy of no more than a page.
+    // SAFETY: the context is the kernel's own.
+    unsafe { (*ctx.sockopt).optlen = 0 };
+    bounds::application_sets(&ctx);
+    PROCEED.cast_signed()
 }
 
 /// Runs for every TCP socket of a network namespace: applies policy to the

@@ -1,24 +1,22 @@
 //! Sweep: policy for the connections that were there first.
 
-use core::{ffi::c_void, ptr};
-
 use aya_ebpf::{
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
-    btf_maps::{Array, PerCpuArray, SkStorage},
-    helpers::generated::bpf_sk_storage_get,
+    btf_maps::{Array, PerCpuArray},
     macros::btf_map,
 };
 use keepalive_common::{
     counters::Counters,
     history::{Originals, application, replan},
     plan::Options,
-    slot::Claim,
+    policy::Policy,
+    slot::{Claim, FIRST},
     sweep::{Pass, Silence, arms, class, now},
 };
 
 use crate::{
     claim,
     enforce::{self, Setter},
+    history,
     kernel::{Cgroup, TcpIterator, TcpSock},
 };
 
@@ -31,12 +29,8 @@ static PASS: Array<Pass, 1> = Array::new();
 #[btf_map]
 static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
-/// Socket → the application's values that a policy replaced. Rare: only where
-/// the application set a timer and a bound moved it, where a change of policy
-/// waits for its turn, or where a policy is only counted after one that was
-/// enforced.
-#[btf_map]
-static ORIGINALS: SkStorage<Originals> = SkStorage::new();
+/// For connections that no policy claims any more.
+static LEAVE: Policy = Policy::LEAVE;
 
 /// A connection met by the sweep.
 #[inline(always)]
@@ -50,23 +44,23 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     pass.seen += 1;
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
-    let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
+    let slot_before = if pass.settled != 0 || claim.before == claim.now {
+        slot
+    } else {
+        claim::slot(claim.before, sock)
+    };
+    let originals = history::originals(sock.target());
+    if slot < FIRST && slot_before < FIRST && originals.is_empty() {
+        return;
+    }
+    let policy = claim::policy(slot).unwrap_or(&LEAVE);
+    let before = claim::policy(slot_before);
+    let Some(counters) = SWEPT.get_ptr(slot) else {
         return;
     };
     let has = enforce::forget_options(sock.options());
-    let originals = if has.has_timers() {
-        recall(sock)
-    } else {
-        // Nothing can have been written over what is unset.
-        enforce::forget_originals()
-    };
-    let before = if pass.settled != 0 || claim.before == claim.now {
-        Some(policy)
-    } else {
-        claim::policy(claim::slot(claim.before, sock))
-    };
     let application = enforce::forget_options(application(&has, &originals, before));
-    let wants = enforce::forget_options(replan(policy, &has, &application));
+    let wants = enforce::forget_options(replan(policy, &has, &application, &originals));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
@@ -74,9 +68,9 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
         // It gives nothing by which the next one could know what an earlier one
         // set.
         let nothing = enforce::forget_options(Options::default());
-        keep_originals(sock, &application, &has, &nothing, &originals);
+        keep_originals(sock, policy, &application, &has, &nothing);
     }
-    if wants == has && originals.is_empty() {
+    if wants == has && originals.is_empty() && !policy.holds() {
         return;
     }
     let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
@@ -94,7 +88,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if now != wants {
         pass.waiting[class as usize] += 1;
     }
-    keep_originals(sock, &application, &now, &wants, &originals);
+    keep_originals(sock, policy, &application, &now, &wants);
     if now == has {
         return;
     }
@@ -121,20 +115,28 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     }
 }
 
-/// Keeps what is replaced on the socket, if that is another thing than before.
-/// Out of line: what the verifier concludes here ends here, or it would follow
-/// each combination of timers to the end of the caller.
+/// Keeps what is replaced on the socket, and what it is held to. Out of line: what
+/// the verifier concludes here ends here, or it would follow each combination of
+/// timers to the end of the caller.
 #[inline(never)]
 fn keep_originals(
     sock: TcpSock,
+    policy: &Policy,
     application: &Options,
     now: &Options,
     wants: &Options,
-    before: &Originals,
 ) {
-    let replaces = Originals::of(application, now, wants);
-    if replaces != *before {
-        remember(sock, &replaces);
+    let (before, was_held) = match history::of(sock.target()) {
+        Some(history) => (history.originals, history.held_to.holds()),
+        None => (Originals::NONE, false),
+    };
+    let replaces = if policy.holds() {
+        Originals::all(application, now, before.asked_later())
+    } else {
+        Originals::of(application, now, wants)
+    };
+    if policy.holds() || was_held || replaces != before {
+        history::remember(sock.target(), &replaces, policy);
     }
 }
 
@@ -149,36 +151,4 @@ fn nearest(pass: &mut Pass, own: Option<Cgroup>) -> Claim {
     pass.cgroup = id;
     pass.claim = claim::nearest(own, 0);
     pass.claim
-}
-
-/// What policies replaced on the socket so far.
-#[inline(always)]
-fn recall(sock: TcpSock) -> Originals {
-    let originals = storage(sock, 0);
-    if originals.is_null() {
-        return enforce::forget_originals();
-    }
-    // SAFETY: a live element; only sweeps and the one ESTABLISHED callback of
-    // the socket use it, all under the socket's lock.
-    unsafe { *originals }
-}
-
-/// Keeps what was replaced. Where there is no memory for it, the policy's value
-/// will later be taken for the application's: it stays.
-#[inline(always)]
-pub(crate) fn remember(sock: TcpSock, replaces: &Originals) {
-    let originals = storage(sock, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
-    if !originals.is_null() {
-        // SAFETY: as in `recall`.
-        unsafe { *originals = *replaces };
-    }
-}
-
-/// The socket's element of [`ORIGINALS`]; aya offers this only for a hook that
-/// is not ours.
-#[inline(always)]
-fn storage(sock: TcpSock, flags: u64) -> *mut Originals {
-    let map: *const c_void = (&raw const ORIGINALS).cast();
-    // SAFETY: the map and the socket are the kernel's own; new elements are zero.
-    unsafe { bpf_sk_storage_get(map.cast_mut(), sock.target(), ptr::null_mut(), flags).cast() }
 }

@@ -1,0 +1,62 @@
+//! History: what is kept beside a socket.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::BPF_SK_STORAGE_GET_F_CREATE, btf_maps::SkStorage,
+    helpers::generated::bpf_sk_storage_get, macros::btf_map,
+};
+use keepalive_common::{
+    history::{Originals, SocketHistory},
+    policy::Policy,
+};
+
+/// Socket → the application's values that a policy replaced, and what the socket
+/// is held to. Only where the application set a timer and a bound moved it, where
+/// a change of policy waits for its turn, where a policy is only counted after one
+/// that was enforced; and on every connection whose policy has bounds.
+#[btf_map]
+static ORIGINALS: SkStorage<SocketHistory> = SkStorage::new();
+
+/// The element of a socket, if it has one. Programs use it under the lock of the
+/// socket only: the ESTABLISHED callbacks, sweeps, and the hook of setsockopt all
+/// run with it.
+#[inline(always)]
+pub(crate) fn of<'a>(socket: *mut c_void) -> Option<&'a mut SocketHistory> {
+    element(socket, 0)
+}
+
+/// What policies replaced on the socket so far.
+#[inline(always)]
+pub(crate) fn originals(socket: *mut c_void) -> Originals {
+    of(socket).map_or(Originals::NONE, |history| history.originals)
+}
+
+/// Keeps what was replaced, and what the socket is held to, unless that is there
+/// already. Where there is no memory for it, the policy's value will later be
+/// taken for the application's, and what the application sets later is not
+/// bounded until the next sweep.
+#[inline(always)]
+pub(crate) fn remember(socket: *mut c_void, originals: &Originals, held_to: &Policy) {
+    let flags = if originals.is_empty() && !held_to.holds() {
+        0
+    } else {
+        BPF_SK_STORAGE_GET_F_CREATE
+    };
+    if let Some(history) = element(socket, flags.into()) {
+        history.originals = *originals;
+        history.held_to = *held_to;
+    }
+}
+
+/// aya offers this only for a hook that is not ours.
+#[inline(always)]
+fn element<'a>(socket: *mut c_void, flags: u64) -> Option<&'a mut SocketHistory> {
+    let map: *const c_void = (&raw const ORIGINALS).cast();
+    // SAFETY: the map and the socket are the kernel's own.
+    let element: *mut SocketHistory =
+        unsafe { bpf_sk_storage_get(map.cast_mut(), socket, ptr::null_mut(), flags).cast() };
+    // SAFETY: null, or a live element, which is zero when it is new; see `of` for
+    // why nobody else uses it.
+    unsafe { element.as_mut() }
+}
