@@ -13,7 +13,7 @@ use keepalive_common::{
 
 use crate::{
     config::Config,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, Hierarchy, parent, upward},
     rules::Rules,
 };
 
@@ -230,6 +230,57 @@ impl Claimants {
         claiming
     }
 
+    /// The cgroups in and below which connections may be held to bounds, as few as
+    /// there need be: those that policies with bounds name, the last one before
+    /// the first wildcard of a glob. Of more than some dozens, those furthest down
+    /// are taken together by the one above them.
+    #[must_use]
+    pub fn bounded(&self) -> Vec<String> {
+        /// Each costs a link and a pin.
+        const MOST: usize = 64;
+        let bounds = |index: &usize| {
+            let policy = self.policies.get(*index);
+            policy.is_some_and(|assigned| assigned.policy.has_bounds())
+        };
+        let by_path = self.by_path.iter();
+        let by_path = by_path.filter(|(_, policies)| policies.iter().any(bounds));
+        let by_glob = self.by_glob.iter().filter(|(index, _)| bounds(index));
+        let everywhere = self.everywhere.iter().any(bounds);
+        let mut paths: Vec<&str> = by_path
+            .map(|(path, _)| path.as_str())
+            .chain(by_glob.map(|(_, glob)| above_wildcards(glob)))
+            .filter_map(|path| {
+                if self.root.contains(path) {
+                    Some(path)
+                } else if contains(path, &self.root.path) {
+                    Some(self.root.path.as_str())
+                } else {
+                    None
+                }
+            })
+            .chain(everywhere.then_some(self.root.path.as_str()))
+            .collect();
+        loop {
+            paths.sort_unstable();
+            paths.dedup();
+            let all = paths.clone();
+            paths.retain(|path| {
+                let mut above = upward(path).skip(1);
+                !above.any(|above| all.binary_search(&above).is_ok())
+            });
+            if paths.len() <= MOST {
+                return paths.into_iter().map(str::to_owned).collect();
+            }
+            let depth = |path: &str| upward(path).count();
+            let deepest = paths.iter().map(|path| depth(path)).max().unwrap_or(0);
+            for path in &mut paths {
+                if depth(path) == deepest {
+                    *path = parent(path).unwrap_or(self.root.path.as_str());
+                }
+            }
+        }
+    }
+
     /// Whether cgroups other than the root have policies of their own, so that
     /// it matters when one is made or removed.
     #[must_use]
@@ -332,6 +383,20 @@ impl Claimants {
     }
 }
 
+/// The path of a glob down to its first wildcard.
+fn above_wildcards(glob: &str) -> &str {
+    let wild = glob.find(|c| "*?[{\\".contains(c)).unwrap_or(glob.len());
+    match glob.get(..wild).and_then(|literal| literal.rfind('/')) {
+        Some(end) if end > 0 => &glob[..end],
+        _ => "/",
+    }
+}
+
+/// Whether a path is another one or above it.
+fn contains(path: &str, other: &str) -> bool {
+    upward(other).any(|above| above == path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -413,6 +478,48 @@ mod tests {
                 path: "/s/a".into(),
                 by: "exact".into()
             }]
+        );
+    }
+
+    #[test]
+    fn connections_are_held_to_bounds_as_far_down_as_possible() {
+        let bounded = |root: &str, policies: &[(&str, &str)]| {
+            let mut text = String::new();
+            for (number, (cgroup, keys)) in policies.iter().enumerate() {
+                let name = format!("[[policy]]\nname = 'p{number}'\n");
+                text += &format!("{name}cgroup = '{cgroup}'\n{keys}\n");
+            }
+            let (root, _) = hierarchy(&[root]);
+            Claimants::new(&config(&text), &root).unwrap().bounded()
+        };
+        let bounds = "idle = { at-most = '1m' }";
+        let free = "idle = '1m'";
+        assert_eq!(bounded("/", &[("/a", free)]), [""; 0]);
+        assert_eq!(
+            bounded("/", &[("/a", free), ("/b/c", bounds), ("/b/d", bounds)]),
+            ["/b/c", "/b/d"]
+        );
+        // What is below another one is covered by it.
+        assert_eq!(
+            bounded("/", &[("/b", bounds), ("/b/c", bounds), ("/bc", bounds)]),
+            ["/b", "/bc"]
+        );
+        assert_eq!(bounded("/", &[("/b/*/x", bounds)]), ["/b"]);
+        assert_eq!(bounded("/", &[("/b/c-*", bounds)]), ["/b"]);
+        assert_eq!(bounded("/", &[("/**", bounds)]), ["/"]);
+        // Nothing above the root, and nothing beside it.
+        assert_eq!(
+            bounded("/b/c", &[("/b/**", bounds), ("/d", bounds)]),
+            ["/b/c"]
+        );
+        let many: Vec<_> = (0..100).map(|number| format!("/s/t/{number}")).collect();
+        let many: Vec<_> = many.iter().map(|path| (&**path, bounds)).collect();
+        assert_eq!(bounded("/", &many), ["/s/t"]);
+        let everywhere = config("[default]\nprobes = { exactly = 3 }");
+        let (root, _) = hierarchy(&["/b"]);
+        assert_eq!(
+            Claimants::new(&everywhere, &root).unwrap().bounded(),
+            ["/b"]
         );
     }
 

@@ -3,6 +3,7 @@
 //! The names of its maps, programs and globals stand here and nowhere else.
 
 mod attachment;
+mod bounds;
 mod description;
 mod error;
 mod events;
@@ -36,6 +37,7 @@ use crate::{
 };
 
 pub use attachment::{Attachment, Foreign, InForce, in_force, programs_on_the_way};
+pub use bounds::Bounds;
 pub use description::now;
 pub use description::{
     Counted, Description, Done, Origin, Owner, Part, PartStatus, Refusals, Reload, State, Sweep,
@@ -51,6 +53,7 @@ pub use sweeper::{Step, Sweeper};
 /// The programs.
 mod program {
     pub(super) const ESTABLISHED: &str = "established";
+    pub(super) const BOUNDED: &str = "bounded";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";

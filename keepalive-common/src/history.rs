@@ -89,7 +89,7 @@ pub struct Originals {
     /// Of TCP_USER_TIMEOUT.
     pub user_timeout: Replaced,
     /// Of SO_KEEPALIVE: flags, see [`Self::asks_keepalive`].
-    keepalive: u32,
+    pub keepalive: u32,
 }
 
 /// What is known of SO_KEEPALIVE, as flags of [`Originals`]; all zero where
@@ -219,6 +219,22 @@ impl Originals {
 #[must_use]
 #[inline(always)]
 pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
+    let timers = application_timers(has, originals, before);
+    Options {
+        keepalive: application_keepalive(has, originals, before, &timers),
+        ..timers
+    }
+}
+
+/// The timers of [`application`]. The two halves are apart for BPF programs, whose
+/// verifier would follow each way through the one into each way through the other.
+#[must_use]
+#[inline(always)]
+pub fn application_timers(
+    has: &Options,
+    originals: &Originals,
+    before: Option<&Policy>,
+) -> Options {
     let before = before.filter(|before| before.is_enforced());
     let given = before.map_or(Options::default(), given);
     let mut application = with_given(has, originals, &given);
@@ -239,14 +255,26 @@ pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>
             derived.user_timeout,
         );
     }
-    let turned_on = before.is_some_and(|before| before.keepalive() == Keepalive::On)
-        && has_keepalive_timers(has)
-        && !has_keepalive_timers(&application);
-    application.keepalive = match originals.asks_keepalive(has.keepalive) {
-        Some(asked) => asked,
-        None => has.keepalive && !turned_on,
-    };
     application
+}
+
+/// SO_KEEPALIVE of [`application`], given its timers.
+#[must_use]
+#[inline(always)]
+pub fn application_keepalive(
+    has: &Options,
+    originals: &Originals,
+    before: Option<&Policy>,
+    timers: &Options,
+) -> bool {
+    if let Some(asked) = originals.asks_keepalive(has.keepalive) {
+        return asked;
+    }
+    let turned_on = before
+        .is_some_and(|before| before.is_enforced() && before.keepalive() == Keepalive::On)
+        && has_keepalive_timers(has)
+        && !has_keepalive_timers(timers);
+    has.keepalive && !turned_on
 }
 
 #[inline(always)]

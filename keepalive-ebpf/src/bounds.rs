@@ -25,8 +25,15 @@ const LENGTH: i32 = 4;
 pub(crate) fn application_sets(ctx: &SockoptContext) {
     let sockopt = ctx.sockopt;
     // SAFETY: the context is the kernel's own.
-    let (level, name) = unsafe { ((*sockopt).level, (*sockopt).optname) };
-    if let Some(option) = SocketOption::from_level_and_number(level, name) {
+    let (level, name, length) =
+        unsafe { ((*sockopt).level, (*sockopt).optname, (*sockopt).optlen) };
+    // The kernel takes what the application gave it, however long that is: this
+    // hook has a copy of no more than a page.
+    // SAFETY: as above.
+    unsafe { (*sockopt).optlen = 0 };
+    if let Some(option) = SocketOption::from_level_and_number(level, name)
+        && length >= LENGTH
+    {
         bound(sockopt, option);
     }
 }
@@ -64,7 +71,8 @@ fn bound(sockopt: *mut bpf_sockopt, option: SocketOption) {
     }
 }
 
-/// Where the value of the option stands, if there is a whole one.
+/// Where the value of the option stands. The copy has more room than the value,
+/// so its length has to be looked at too.
 #[inline(always)]
 fn value(sockopt: *mut bpf_sockopt) -> Option<*mut u32> {
     // SAFETY: the context is the kernel's own.

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::{Counters, SocketOption},
-    history::{Originals, application, replan},
+    history::{Originals, application_keepalive, application_timers, replan},
     plan::{Options, plan},
     policy::Policy,
 };
@@ -99,7 +99,7 @@ fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters
     let has = forget_options(sock.options());
     // There is something already where the socket has been connected before.
     let before = history::originals(sock.target());
-    let application = forget_options(application(&has, &before, None));
+    let application = application(&has, &before, None);
     let wants = forget_options(replan(policy, &has, &application, &before));
     count_seen(counters, wants == has);
     let mut setter = Setter::new(target, slot, counters, true);
@@ -108,6 +108,20 @@ fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters
     let kept = Originals::all(&application, &wants, before.asked_later());
     history::remember(sock.target(), &kept, policy);
     setter.tell();
+}
+
+/// What the application set on a socket: `history::application` of keepalive-common.
+#[inline(always)]
+pub(crate) fn application(
+    has: &Options,
+    originals: &Originals,
+    before: Option<&Policy>,
+) -> Options {
+    let timers = forget_options(application_timers(has, originals, before));
+    forget_options(Options {
+        keepalive: application_keepalive(has, originals, before, &timers),
+        ..timers
+    })
 }
 
 /// Counts a socket, and whether it was left alone.

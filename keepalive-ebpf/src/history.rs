@@ -7,9 +7,11 @@ use aya_ebpf::{
     helpers::generated::bpf_sk_storage_get, macros::btf_map,
 };
 use keepalive_common::{
-    history::{Originals, SocketHistory},
+    history::{Originals, Replaced, SocketHistory},
     policy::Policy,
 };
+
+use crate::enforce::forget;
 
 /// Socket → the application's values that a policy replaced, and what the socket
 /// is held to. Only where the application set a timer and a bound moved it, where
@@ -29,7 +31,24 @@ pub(crate) fn of<'a>(socket: *mut c_void) -> Option<&'a mut SocketHistory> {
 /// What policies replaced on the socket so far.
 #[inline(always)]
 pub(crate) fn originals(socket: *mut c_void) -> Originals {
-    of(socket).map_or(Originals::NONE, |history| history.originals)
+    of(socket).map_or_else(none, |history| history.originals)
+}
+
+/// Nothing that was replaced, without the verifier knowing.
+#[inline(always)]
+fn none() -> Originals {
+    let zero = forget(0);
+    let nothing = Replaced {
+        original: zero,
+        written: zero,
+    };
+    Originals {
+        idle: nothing,
+        interval: nothing,
+        probes: nothing,
+        user_timeout: nothing,
+        keepalive: zero,
+    }
 }
 
 /// Keeps what was replaced, and what the socket is held to, unless that is there

@@ -59,11 +59,8 @@ fn established(ctx: SockOpsContext) -> u32 {
 ///
 /// 5.15, for bpf_setsockopt on this hook.
 #[cgroup_sockopt(setsockopt)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn bounded(ctx: SockoptContext) -> i32 {
-    // The kernel takes what the application gave it, however long that is; this
-    // hook has a copy of no more than a page.
-    // SAFETY: the context is the kernel's own.
-    unsafe { (*ctx.sockopt).optlen = 0 };
     bounds::application_sets(&ctx);
     PROCEED.cast_signed()
 }

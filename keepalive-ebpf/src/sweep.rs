@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::Counters,
-    history::{Originals, application, replan},
+    history::{Originals, replan},
     plan::Options,
     policy::Policy,
     slot::{Claim, FIRST},
@@ -29,9 +29,6 @@ static PASS: Array<Pass, 1> = Array::new();
 #[btf_map]
 static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
-/// For connections that no policy claims any more.
-static LEAVE: Policy = Policy::LEAVE;
-
 /// A connection met by the sweep.
 #[inline(always)]
 pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
@@ -53,13 +50,15 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if slot < FIRST && slot_before < FIRST && originals.is_empty() {
         return;
     }
-    let policy = claim::policy(slot).unwrap_or(&LEAVE);
-    let before = claim::policy(slot_before);
-    let Some(counters) = SWEPT.get_ptr(slot) else {
+    let (Some(policy), Some(before), Some(counters)) = (
+        claim::policy_or_leave(slot),
+        claim::policy_or_leave(slot_before),
+        SWEPT.get_ptr(slot),
+    ) else {
         return;
     };
     let has = enforce::forget_options(sock.options());
-    let application = enforce::forget_options(application(&has, &originals, before));
+    let application = enforce::application(&has, &originals, Some(before));
     let wants = enforce::forget_options(replan(policy, &has, &application, &originals));
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);

@@ -55,13 +55,15 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         }
         None => None,
     };
-    let set = LoadedSet::build(&Blueprint {
+    let set = LoadedSet::build(Blueprint {
         kernel: &Kernel::running()?,
         root: &root,
         config: &read.config,
         origin: &read.origin,
         assignment: &assignment,
         before: before.as_ref(),
+        // Those of the agent, if one runs, are there.
+        bounded: None,
         previous: in_force.as_deref(),
     })?;
     let mut job = SweepJob::start(set.sweeper(), false)?;

@@ -90,7 +90,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
             policies: vec![0],
         }],
     };
-    Ok(LoadedSet::build(&Blueprint {
+    Ok(LoadedSet::build(Blueprint {
         kernel,
         root,
         config: &Config {
@@ -100,6 +100,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
         origin: &Origin::default(),
         assignment: &assignment,
         before: None,
+        bounded: Some(Vec::new()),
         previous: None,
     })?)
 }

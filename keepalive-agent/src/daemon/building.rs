@@ -1,7 +1,7 @@
 //! Building: a policy set is built on a thread of its own, while the one in force
 //! goes on and the daemon listens.
 
-use std::{io, sync::Arc, thread};
+use std::{fs::File, io, sync::Arc, thread};
 
 use anyhow::Result;
 use tokio::sync::oneshot;
@@ -38,6 +38,17 @@ pub(super) struct Built {
     pub(super) warnings: Vec<Warning>,
 }
 
+/// The cgroups that exist in which connections are to be held to bounds.
+fn bounded(claimants: &Claimants, hierarchy: &Hierarchy) -> Option<Vec<(u64, File)>> {
+    let paths = claimants.bounded();
+    let open = |path: &String| {
+        // One that is gone by now has no connections to be held.
+        let cgroup = hierarchy.lookup(path).ok()??;
+        Some((cgroup.id, hierarchy.open(&cgroup).ok()?))
+    };
+    (!paths.is_empty()).then(|| paths.iter().filter_map(open).collect())
+}
+
 impl Job {
     /// Builds here and now.
     ///
@@ -55,13 +66,14 @@ impl Job {
             }
             None => None,
         };
-        let set = LoadedSet::build(&Blueprint {
+        let set = LoadedSet::build(Blueprint {
             kernel: &self.kernel,
             root: &self.root,
             config: &self.config,
             origin: &self.origin,
             assignment: &assignment,
             before: before.as_ref(),
+            bounded: bounded(&claimants, &self.hierarchy),
             previous: self.previous.as_deref(),
         })?;
         Ok(Built {
