@@ -3,6 +3,7 @@
 mod check;
 mod detach;
 mod explain;
+mod follow;
 mod generate;
 mod output;
 mod policy;

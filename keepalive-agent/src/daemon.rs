@@ -5,7 +5,7 @@
 //! does then waits for anybody. Sets are built and connections swept on threads of
 //! their own. Only at the start can an error end it.
 
-mod building;
+pub(crate) mod building;
 pub mod control;
 pub mod ownership;
 pub mod target;
@@ -569,7 +569,7 @@ impl Daemon {
                 self.hold_bounds(&mut bounds, &built.set);
                 let attachment = found.replace(&built.set, self.pins.as_ref())?;
                 info!("finishing the sweep that an earlier agent had begun");
-                match sweep::first_pass(built.set.sweeper()) {
+                match sweep::first_pass(built.set.sweeper(), false) {
                     Ok(_) => {
                         let settled = State {
                             settled: true,

@@ -15,6 +15,9 @@ pub struct Counters {
     pub filled: u64,
     /// Timers that the application had set and that were moved into the bounds.
     pub clamped: u64,
+    /// Timers that got back what the application had set, which an earlier policy
+    /// had moved.
+    pub restored: u64,
     /// Connections on which everything was already as the policy wants it.
     pub left_alone: u64,
     /// Options that the kernel refused; the connection goes on without them.
@@ -29,6 +32,7 @@ impl Counters {
         self.turned_off += other.turned_off;
         self.filled += other.filled;
         self.clamped += other.clamped;
+        self.restored += other.restored;
         self.left_alone += other.left_alone;
         self.failed += other.failed;
     }
@@ -167,7 +171,7 @@ mod tests {
 
     #[test]
     fn the_records_have_no_padding() {
-        assert_eq!(size_of::<Counters>(), 7 * 8);
+        assert_eq!(size_of::<Counters>(), 8 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
         assert_eq!(size_of::<Failure>(), 8);
         assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
@@ -182,6 +186,7 @@ mod tests {
             turned_off: 3,
             filled: 4,
             clamped: 5,
+            restored: 8,
             left_alone: 6,
             failed: 7,
         };

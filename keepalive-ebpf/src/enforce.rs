@@ -234,6 +234,8 @@ pub(crate) struct Setter {
     filled: u64,
     /// Timers that the application had set.
     clamped: u64,
+    /// Timers that got back what the application had set.
+    restored: u64,
     /// Refusals before.
     failed: u64,
     /// Whether anything is set, or only counted as if it were.
@@ -257,6 +259,7 @@ impl Setter {
             enforced,
             filled: 0,
             clamped: 0,
+            restored: 0,
             // SAFETY: a live element of a per-CPU map.
             failed: unsafe { (&raw const (*counters).failed).read_volatile() },
         }
@@ -320,8 +323,11 @@ impl Setter {
     #[inline(always)]
     pub(crate) fn count(&self) {
         self.count_filled();
-        // SAFETY: only the address of the counter is used.
-        add(unsafe { &raw const (*self.counters).clamped }, self.clamped);
+        // SAFETY: only the addresses of the counters are used.
+        unsafe {
+            add(&raw const (*self.counters).clamped, self.clamped);
+            add(&raw const (*self.counters).restored, self.restored);
+        }
     }
 
     /// Sets the idle time although it may be the same: with keepalive on, that
@@ -344,6 +350,8 @@ impl Setter {
             self.filled += 1;
         } else if application != wants {
             self.clamped += 1;
+        } else {
+            self.restored += 1;
         }
     }
 

@@ -63,7 +63,7 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }
-    if !policy.is_enforced() {
+    if !policy.is_enforced() && pass.dry_run == 0 {
         // It gives nothing by which the next one could know what an earlier one
         // set.
         let nothing = enforce::forget_options(Options::default());
@@ -72,7 +72,8 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     if wants == has && originals.is_empty() && !policy.holds() {
         return;
     }
-    let mut setter = Setter::new(sock.target(), slot, counters, policy.is_enforced());
+    let enforced = policy.is_enforced() && pass.dry_run == 0;
+    let mut setter = Setter::new(sock.target(), slot, counters, enforced);
     if !setter.enforced {
         if pass.counts != 0 {
             setter.set(&application, &has, &wants);

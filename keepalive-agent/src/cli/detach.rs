@@ -1,5 +1,7 @@
 //! `keepalive-agent detach`: takes enforcement off, with all its pins.
 
+mod restore;
+
 use std::{
     fs, io,
     path::PathBuf,
@@ -11,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use super::output;
+use super::{PARTIAL, output};
 use crate::{
     daemon::{
         control::{Client, Request},
@@ -24,12 +26,20 @@ use crate::{
 
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Connections keep what they were given; new ones get nothing any more. A running \
-                  agent is ended; where a service manager would start it again, stop the service \
+    after_help = "Connections keep what they were given, unless --restore; new ones get nothing any \
+                  more. A running agent is ended; where a service manager would start it again, stop the service \
                   first. Programs of others are never touched.\n\n\
-                  Exit codes: 0 nothing is in force any more, 1 failed, 2 wrong usage.\n\n\
+                  With --restore every connection gets back what its application had set, where \
+                  the value is still what a policy wrote. Where it had set nothing, keepalive is \
+                  turned off again, and timers get the sysctls of their namespace: a timer that was \
+                  set cannot become unset. An application that turned keepalive on after its \
+                  connection was established, and set no timer, cannot be told from one that set \
+                  nothing, unless a policy with bounds held it.\n\n\
+                  Exit codes: 0 nothing is in force any more, 1 failed, 2 wrong usage, 4 some \
+                  namespace could not be restored.\n\n\
                   Examples:\n  \
                   keepalive-agent detach\n  \
+                  keepalive-agent detach --restore --dry-run\n  \
                   keepalive-agent detach --cgroup /system.slice/redis.service"
 )]
 pub(super) struct Arguments {
@@ -40,6 +50,14 @@ pub(super) struct Arguments {
     /// Directory of the pins
     #[arg(long, value_name = "DIR", default_value = PinDirectory::DEFAULT)]
     pin: PathBuf,
+
+    /// Give every connection back what its application had set
+    #[arg(long)]
+    restore: bool,
+
+    /// Only count what --restore would do; nothing is taken off
+    #[arg(long, requires = "restore")]
+    dry_run: bool,
 }
 
 pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
@@ -51,12 +69,28 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     let pins = PinDirectory::open(&arguments.pin)?;
     let mut detached = 0;
     let mut failed = Vec::new();
-    for found in datapath::in_force()? {
+    let mut is_complete = true;
+    let mut in_force = datapath::in_force()?;
+    // Of sets one above another the upper one had the last word, and takes what the
+    // lower one wrote for the applications'.
+    in_force.sort_by_key(|found| path_of(found).map_or(0, |path| path.len()));
+    for found in in_force {
         let path = path_of(&found);
         if only.is_some() && path != only {
             continue;
         }
         let name = path.unwrap_or_else(|| format!("cgroup {}", found.cgroup));
+        if arguments.restore && found.cgroup != 0 {
+            match restore::restore(found, pins.as_ref(), arguments.dry_run) {
+                Ok(restored) => {
+                    detached += 1;
+                    is_complete &= restored.is_complete;
+                    output::text(restored.text(&name, arguments.dry_run))?;
+                }
+                Err(error) => failed.push(error.context(format!("restoring {name}"))),
+            }
+            continue;
+        }
         match take_off(found, &name, pins.as_ref()) {
             Ok(()) => {
                 detached += 1;
@@ -65,7 +99,7 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
             Err(error) => failed.push(error.context(format!("detaching from {name}"))),
         }
     }
-    if let Some(pins) = &pins {
+    if let Some(pins) = pins.as_ref().filter(|_| !arguments.dry_run) {
         pins.remove_stale()?;
         // Only if it is empty.
         match fs::remove_dir(pins.path()) {
@@ -85,10 +119,14 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     }
     if detached == 0 {
         output::text("nothing is in force\n")?;
-    } else {
+    } else if !arguments.restore {
         output::text("connections keep what they were given\n")?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if is_complete {
+        ExitCode::SUCCESS
+    } else {
+        PARTIAL.into()
+    })
 }
 
 fn path_of(found: &InForce) -> Option<String> {
@@ -109,10 +147,14 @@ fn take_off(found: InForce, path: &str, pins: Option<&PinDirectory>) -> Result<(
 
 /// Has a running agent end and waits until it has.
 fn end_agent(pid: u32, path: &str) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(5);
     let asking = || format!("asking agent {pid} to end: stop it first");
     let mut client = Client::connect(path).with_context(asking)?;
     client.ask(Request::Detach).with_context(asking)?;
+    wait_for_end(pid, path)
+}
+
+fn wait_for_end(pid: u32, path: &str) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(5);
     let end = Instant::now() + PATIENCE;
     while Ownership::is_taken(path) == Some(true) {
         if Instant::now() > end {

@@ -115,6 +115,7 @@ struct CountersRecord {
     turned_off: u64,
     filled: u64,
     clamped: u64,
+    restored: u64,
     left_alone: u64,
     failed: u64,
 }
@@ -127,6 +128,7 @@ impl From<Counters> for CountersRecord {
             turned_off,
             filled,
             clamped,
+            restored,
             left_alone,
             failed,
         } = counters;
@@ -136,6 +138,7 @@ impl From<Counters> for CountersRecord {
             turned_off,
             filled,
             clamped,
+            restored,
             left_alone,
             failed,
         }

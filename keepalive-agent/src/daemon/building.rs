@@ -17,25 +17,25 @@ use crate::{
 
 /// Everything that a set is built from.
 #[derive(Clone)]
-pub(super) struct Job {
-    pub(super) kernel: Kernel,
-    pub(super) hierarchy: Hierarchy,
-    pub(super) root: Cgroup,
-    pub(super) config: Config,
-    pub(super) origin: Origin,
+pub(crate) struct Job {
+    pub(crate) kernel: Kernel,
+    pub(crate) hierarchy: Hierarchy,
+    pub(crate) root: Cgroup,
+    pub(crate) config: Config,
+    pub(crate) origin: Origin,
     /// The config of which connections may still have values.
-    pub(super) before: Option<Config>,
+    pub(crate) before: Option<Config>,
     /// The set in force.
-    pub(super) previous: Option<Arc<SetRecord>>,
+    pub(crate) previous: Option<Arc<SetRecord>>,
 }
 
 /// A set that is not in force yet.
-pub(super) struct Built {
-    pub(super) set: LoadedSet,
-    pub(super) config: Config,
-    pub(super) claimants: Claimants,
-    pub(super) assignment: Assignment,
-    pub(super) warnings: Vec<Warning>,
+pub(crate) struct Built {
+    pub(crate) set: LoadedSet,
+    pub(crate) config: Config,
+    pub(crate) claimants: Claimants,
+    pub(crate) assignment: Assignment,
+    pub(crate) warnings: Vec<Warning>,
 }
 
 /// The cgroups that exist in which connections are to be held to bounds.
@@ -56,8 +56,8 @@ impl Job {
     ///
     /// When the hierarchy cannot be read or the kernel refuses something; nothing
     /// is left then.
-    pub(super) fn build(self) -> Result<Built> {
-        let claimants = target::claimants(&self.config, &self.root)?;
+    pub(crate) fn build(self) -> Result<Built> {
+        let claimants = Claimants::new(&self.config, &self.root)?;
         let (assignment, warnings) = target::assign(&claimants, &self.hierarchy)?;
         let before = match &self.before {
             Some(config) => {
@@ -90,7 +90,7 @@ impl Job {
     /// # Errors
     ///
     /// When no thread can be started.
-    pub(super) fn start(self) -> io::Result<oneshot::Receiver<Result<Built>>> {
+    pub(crate) fn start(self) -> io::Result<oneshot::Receiver<Result<Built>>> {
         let (sender, receiver) = oneshot::channel();
         thread::Builder::new()
             .name("build".to_owned())
