@@ -7,6 +7,7 @@ use std::{
 
 use globset::{GlobSet, GlobSetBuilder};
 use keepalive_common::{
+    environment::Environment,
     history,
     policy::{MIN_SECONDS, Policy},
 };
@@ -198,7 +199,7 @@ impl Claimants {
         self.policies
             .iter()
             .filter(|assigned| assigned.policy.is_enforced())
-            .map(|assigned| history::given(&assigned.policy).idle)
+            .map(|assigned| history::given(&assigned.policy, &Environment::UNKNOWN).idle)
             .filter(|idle| *idle > 0)
             .min()
             .unwrap_or(MIN_SECONDS)

@@ -2,17 +2,15 @@
 //!
 //! The same decisions that the kernel takes, with their reasons.
 
-use std::net::SocketAddr;
-
-use keepalive_common::{plan::Options, policy::Policy, slot::MAX_DEPTH};
+use keepalive_common::{environment::Environment, plan::Options, policy::Policy, slot::MAX_DEPTH};
 use serde::Serialize;
 
 use crate::{
     assignment::Claimants,
     hierarchy::upward,
     paths::{self, IdleTimeout},
-    rules::{Mismatch, Rules, most_exact},
-    sockets::source::{Settings, Sysctls, settings},
+    rules::{Ends, Mismatch, most_exact},
+    sockets::source::{Settings, settings},
 };
 
 /// The way from a cgroup upward to the policy that claims a connection.
@@ -38,19 +36,19 @@ pub struct Visited {
 pub enum Verdict {
     /// It claims the connection.
     Claims,
-    /// It is for the remote end, but another one names that more exactly, or
+    /// It is for the connection, but another one names that more exactly, or
     /// comes first.
     Beaten,
-    /// It is not for the remote end.
+    /// It is not for the connection.
     NotFor(Mismatch),
-    /// It claims the connection if the remote end is one that it is for.
+    /// It claims the connection if its ends are such that it is for them.
     Depends,
 }
 
-/// Walks upward as the kernel does. Without a remote end, policies that are for
-/// some only are passed by.
+/// Walks upward as the kernel does. Policies that are for some ends only are
+/// passed by where those are not known.
 #[must_use]
-pub fn walk(claimants: &Claimants, path: &str, remote: Option<SocketAddr>) -> Walk {
+pub fn walk(claimants: &Claimants, path: &str, ends: &Ends) -> Walk {
     let mut cgroups = Vec::new();
     let mut nearest = None;
     for (distance, path) in (0..).zip(upward(path)) {
@@ -58,23 +56,18 @@ pub fn walk(claimants: &Claimants, path: &str, remote: Option<SocketAddr>) -> Wa
         if nearest.is_none() && !claiming.is_empty() {
             nearest = Some(distance);
         }
-        let rules = || {
-            claiming
-                .iter()
-                .map(|index| &claimants.policies()[*index].rules)
-        };
-        let winner = match remote {
-            Some(remote) => most_exact(rules(), remote),
-            None => rules().position(Rules::is_empty),
-        };
+        let rules = claiming
+            .iter()
+            .map(|index| &claimants.policies()[*index].rules);
+        let winner = most_exact(rules, ends);
         let verdict = |position: usize, index: usize| {
             if winner == Some(position) {
                 return Verdict::Claims;
             }
-            match remote.map(|remote| claimants.policies()[index].rules.judge(remote)) {
-                Some(Ok(_)) => Verdict::Beaten,
-                Some(Err(mismatch)) => Verdict::NotFor(mismatch),
-                None => Verdict::Depends,
+            match claimants.policies()[index].rules.judge(ends) {
+                Ok(Some(_)) => Verdict::Beaten,
+                Ok(None) => Verdict::Depends,
+                Err(mismatch) => Verdict::NotFor(mismatch),
             }
         };
         let policies = claiming.iter().enumerate();
@@ -129,8 +122,8 @@ pub struct Path {
 impl Meaning {
     /// Of options that a policy shaped, in a namespace with these sysctls.
     #[must_use]
-    pub fn of(options: &Options, policy: Option<&Policy>, sysctls: &Sysctls) -> Self {
-        let settings = settings(options, policy, sysctls);
+    pub fn of(options: &Options, policy: Option<&Policy>, environment: &Environment) -> Self {
+        let settings = settings(options, policy, environment);
         let (idle, interval) = (settings.idle.value, settings.interval.value);
         let on = settings.keepalive.value;
         let by_probes =
@@ -163,16 +156,12 @@ impl Meaning {
 
 #[cfg(test)]
 mod tests {
-    use keepalive_common::{plan::plan, policy::Range};
+    use keepalive_common::{history::given, policy::Range};
 
     use super::*;
     use crate::{config::Config, hierarchy::Cgroup};
 
-    const SYSCTLS: Sysctls = Sysctls {
-        idle: 7200,
-        interval: 75,
-        probes: 9,
-    };
+    const HERE: Environment = Environment::UNCHANGED;
 
     fn claimants(text: &str) -> Claimants {
         let (config, _) = Config::parse("test.toml".as_ref(), text).unwrap();
@@ -181,6 +170,13 @@ mod tests {
             id: 1,
         };
         Claimants::new(&config, &root).unwrap()
+    }
+
+    fn ends(remote: &str) -> Ends {
+        Ends {
+            remote: Some(remote.parse().unwrap()),
+            local_port: None,
+        }
     }
 
     #[test]
@@ -195,7 +191,7 @@ mod tests {
             path: path.to_owned(),
             policies: policies.to_vec(),
         };
-        let walked = walk(&claimants, "/a/x", Some("10.1.2.3:80".parse().unwrap()));
+        let walked = walk(&claimants, "/a/x", &ends("10.1.2.3:80"));
         assert_eq!(
             walked,
             Walk {
@@ -213,7 +209,7 @@ mod tests {
                 claimed: Some(2),
             }
         );
-        let walked = walk(&claimants, "/a", None);
+        let walked = walk(&claimants, "/a", &Ends::default());
         assert_eq!(
             walked,
             Walk {
@@ -238,7 +234,7 @@ mod tests {
         let claimants = claimants("[default]\n");
         for (depth, claimed) in [(31, Some(0)), (32, None)] {
             assert_eq!(
-                walk(&claimants, &"/x".repeat(depth), None).claimed,
+                walk(&claimants, &"/x".repeat(depth), &Ends::default()).claimed,
                 claimed,
                 "{depth}"
             );
@@ -248,11 +244,11 @@ mod tests {
     #[test]
     fn what_the_built_in_policy_means() {
         let policy = Policy::BUILT_IN;
-        let meaning = Meaning::of(&plan(&policy, &Options::default()), Some(&policy), &SYSCTLS);
+        let meaning = Meaning::of(&given(&policy, &HERE), Some(&policy), &HERE);
         assert_eq!(meaning.first_probe_s, Some(60));
         assert_eq!(meaning.dead_after_ms, Some(120_000));
         assert!(meaning.paths.iter().all(|path| path.survives));
-        let nothing = Meaning::of(&Options::default(), None, &SYSCTLS);
+        let nothing = Meaning::of(&Options::default(), None, &HERE);
         assert_eq!((nothing.first_probe_s, nothing.dead_after_ms), (None, None));
         assert!(!nothing.paths.iter().any(|path| path.survives));
     }
@@ -262,8 +258,8 @@ mod tests {
         for (timeout, expected) in [(1, 70_000), (65_000, 70_000), (70_001, 80_000)] {
             let mut policy = Policy::BUILT_IN;
             policy.user_timeout = Range::default_only(timeout);
-            let wants = plan(&policy, &Options::default());
-            let meaning = Meaning::of(&wants, Some(&policy), &SYSCTLS);
+            let wants = given(&policy, &HERE);
+            let meaning = Meaning::of(&wants, Some(&policy), &HERE);
             assert_eq!(meaning.dead_after_ms, Some(expected), "{timeout}");
         }
     }

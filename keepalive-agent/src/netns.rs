@@ -14,11 +14,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use keepalive_common::environment::Environment;
 use rustix::{
     fs::{Dir, Mode, OFlags, open, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+use crate::kernel::layout::jiffies_per_second;
 
 /// The namespace of this process.
 pub const OWN: &str = "/proc/self/ns/net";
@@ -244,6 +247,24 @@ impl Namespace {
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+}
+
+/// What the namespace that the calling thread is in, and the kernel, decide for
+/// sockets on which nothing is set.
+///
+/// # Errors
+///
+/// When /proc does not show it.
+pub fn environment() -> Result<Environment> {
+    Ok(Environment {
+        idle: sysctl("ipv4/tcp_keepalive_time")?,
+        interval: sysctl("ipv4/tcp_keepalive_intvl")?,
+        probes: sysctl("ipv4/tcp_keepalive_probes")?,
+        retries: sysctl("ipv4/tcp_retries2")?,
+        // Came with TCP_RTO_MAX_MS (Linux 6.15).
+        rto_max: sysctl("ipv4/tcp_rto_max_ms").unwrap_or(0),
+        hz: jiffies_per_second()?,
+    })
 }
 
 /// A sysctl of the namespace that the calling thread is in.

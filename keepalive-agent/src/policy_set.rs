@@ -22,7 +22,7 @@ use crate::{
     hierarchy::{Cgroup, parent, upward},
     rules::{
         Rules,
-        compiled::{PortTable, Verdict, compile},
+        compiled::{self, Verdict, compile},
     },
 };
 use pool::Pool;
@@ -38,6 +38,9 @@ pub struct CountedPolicy {
 
 /// Prefixes of addresses in IPv6 and what is found for them.
 type RemoteTable = Vec<((u128, u8), Found)>;
+
+/// Prefixes of ports and what is found for them.
+type PortTable = compiled::PortTable<Found>;
 
 /// Why an assignment cannot stand in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -209,12 +212,12 @@ impl PolicySet {
     }
 
     /// The prefixes of ports since a mark: the number of the table, a port and the
-    /// length of its prefix, and the slot.
-    pub fn ports(&self, since: Mark) -> impl Iterator<Item = (u32, u16, u8, u32)> {
+    /// length of its prefix, and what is found for it.
+    pub fn ports(&self, since: Mark) -> impl Iterator<Item = (u32, u16, u8, Found)> {
         self.ports.from(since.ports).flat_map(|(number, table)| {
             table
                 .iter()
-                .map(move |((port, length), slot)| (number, *port, *length, *slot))
+                .map(move |((port, length), found)| (number, *port, *length, *found))
         })
     }
 
@@ -392,13 +395,27 @@ impl PolicySet {
     fn compile(&mut self, claimants: &[(u32, &Rules)]) -> u32 {
         let mut remotes = RemoteTable::new();
         for (prefix, verdict) in compile(claimants).remotes {
-            let found = match verdict {
-                Verdict::Slot(slot) => Found::slot(slot),
-                Verdict::ByPort(table) => Found::by_port(self.ports.number_of(table)),
-            };
-            remotes.push((prefix, found));
+            remotes.push((prefix, self.found(verdict)));
         }
         self.rules.number_of(remotes)
+    }
+
+    /// What is to be found where this holds.
+    fn found(&mut self, verdict: Verdict) -> Found {
+        match verdict {
+            Verdict::Slot(slot) => Found::slot(slot),
+            Verdict::ByPort(table) => Found::by_port(self.number_of_ports(table)),
+            Verdict::ByLocalPort(table) => Found::by_local_port(self.number_of_ports(table)),
+        }
+    }
+
+    /// The number of a table of ports, after those that it leads to.
+    fn number_of_ports(&mut self, table: compiled::PortTable<Verdict>) -> u32 {
+        let table = table
+            .into_iter()
+            .map(|(prefix, verdict)| (prefix, self.found(verdict)))
+            .collect::<PortTable>();
+        self.ports.number_of(table)
     }
 }
 

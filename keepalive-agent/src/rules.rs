@@ -1,8 +1,9 @@
-//! Rules: which remote ends a policy is for, as `remote` and `port` say.
+//! Rules: which connections a policy is for, as `remote`, `port` and
+//! `local-port` say.
 //!
 //! Within one policy the longest network that contains an address decides, so
 //! an exception can have exceptions. Among the policies of one cgroup the one
-//! that names a remote end most exactly claims the connection.
+//! that names a connection most exactly claims it.
 
 pub mod compiled;
 
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::network::Network;
 
-/// Which remote ends a policy is for; every one where nothing is said.
+/// Which connections a policy is for; every one where nothing is said.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 pub struct Rules {
     /// Networks that it is for, and exceptions. Only exceptions mean everything
@@ -20,6 +21,9 @@ pub struct Rules {
     pub remotes: Vec<Remote>,
     /// Ports of the remote end; none is every port.
     pub ports: Vec<Ports>,
+    /// Ports of this end; none is every port.
+    #[serde(default)]
+    pub local_ports: Vec<Ports>,
 }
 
 /// A network of remote ends, written `10.0.0.0/8`, or `!10.1.0.0/16` for an
@@ -41,56 +45,86 @@ pub struct Ports {
     last: u16,
 }
 
-/// How exactly rules name a remote end; the greater, the more exactly. The
-/// network comes first, then the ports.
+/// The ends of a connection, as far as they are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// The remote end.
+    pub remote: Option<SocketAddr>,
+    /// The port of this end.
+    pub local_port: Option<u16>,
+}
+
+/// How exactly rules name a connection; the greater, the more exactly. The
+/// network comes first, then the ports, then the local ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Exactness {
     /// Length of the network's prefix; none where no network is named.
     network: Option<u8>,
     /// How many ports the range has, all where none is named.
     ports: Reverse<u32>,
+    /// The same of this end.
+    local_ports: Reverse<u32>,
 }
 
-/// Why rules are not for a remote end.
+/// Why rules are not for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mismatch {
     /// No network contains the address.
     Elsewhere,
     /// This exception contains it.
     Excepted(Network),
-    /// No range contains the port.
+    /// No range contains the remote port.
     Port,
+    /// No range contains the local port.
+    LocalPort,
 }
 
 impl Rules {
-    /// Whether they are for every remote end.
+    /// Whether they are for every connection.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
-        self.remotes.is_empty() && self.ports.is_empty()
+        self.remotes.is_empty() && self.ports.is_empty() && self.local_ports.is_empty()
     }
 
-    /// Whether they are for this remote end.
+    /// Whether they are for a connection; none where that depends on what is not
+    /// known of it.
     ///
     /// # Errors
     ///
     /// Why they are not.
-    pub fn judge(&self, remote: SocketAddr) -> Result<Exactness, Mismatch> {
+    pub fn judge(&self, ends: &Ends) -> Result<Option<Exactness>, Mismatch> {
+        let network = match ends.remote {
+            Some(remote) => Some(self.network(remote)?),
+            None if self.remotes.is_empty() => Some(None),
+            None => None,
+        };
+        let port = ends.remote.map(|remote| remote.port());
+        let ports = narrowest(&self.ports, port, Mismatch::Port)?;
+        let local_ports = narrowest(&self.local_ports, ends.local_port, Mismatch::LocalPort)?;
+        let (Some(network), Some(ports), Some(local_ports)) = (network, ports, local_ports) else {
+            return Ok(None);
+        };
+        Ok(Some(Exactness {
+            network,
+            ports: Reverse(ports),
+            local_ports: Reverse(local_ports),
+        }))
+    }
+
+    /// Length of the longest network that contains the remote address, none where
+    /// none is named.
+    fn network(&self, remote: SocketAddr) -> Result<Option<u8>, Mismatch> {
         let longest = self
             .remotes
             .iter()
             .filter(|entry| entry.network.contains(remote.ip()))
             .max_by_key(|entry| (entry.network.prefix(), entry.excepted));
-        let network = match longest {
-            Some(entry) if entry.excepted => return Err(Mismatch::Excepted(entry.network)),
-            Some(entry) => Some(entry.network.prefix()),
-            None if self.has_networks() => return Err(Mismatch::Elsewhere),
-            None => None,
-        };
-        let ports = narrowest(&self.ports, remote.port()).ok_or(Mismatch::Port)?;
-        Ok(Exactness {
-            network,
-            ports: Reverse(ports),
-        })
+        match longest {
+            Some(entry) if entry.excepted => Err(Mismatch::Excepted(entry.network)),
+            Some(entry) => Ok(Some(entry.network.prefix())),
+            None if self.has_networks() => Err(Mismatch::Elsewhere),
+            None => Ok(None),
+        }
     }
 
     /// Whether they name networks, and not only exceptions.
@@ -100,24 +134,29 @@ impl Rules {
 }
 
 /// Size of the smallest range that contains the port, all of them if there are
-/// no ranges; none if no range does.
-fn narrowest(ranges: &[Ports], port: u16) -> Option<u32> {
-    if ranges.is_empty() {
-        return Some(Ports::ALL.size());
+/// no ranges; none if it is not known which port that is.
+fn narrowest(
+    ranges: &[Ports],
+    port: Option<u16>,
+    mismatch: Mismatch,
+) -> Result<Option<u32>, Mismatch> {
+    match (ranges, port) {
+        ([], _) => Ok(Some(Ports::ALL.size())),
+        (_, None) => Ok(None),
+        (ranges, Some(port)) => {
+            let containing = ranges.iter().filter(|range| range.contains(port));
+            let smallest = containing.map(|range| range.size()).min();
+            smallest.map(Some).ok_or(mismatch)
+        }
     }
-    let containing = ranges.iter().filter(|range| range.contains(port));
-    containing.map(|range| range.size()).min()
 }
 
-/// Which of several rules names a remote end most exactly, by index; of equals
+/// Which of several rules names a connection most exactly, by index; of equals
 /// the first.
 #[must_use]
-pub fn most_exact<'a>(
-    rules: impl IntoIterator<Item = &'a Rules>,
-    remote: SocketAddr,
-) -> Option<usize> {
+pub fn most_exact<'a>(rules: impl IntoIterator<Item = &'a Rules>, ends: &Ends) -> Option<usize> {
     let matching = rules.into_iter().enumerate().filter_map(|(index, rules)| {
-        let exactness = rules.judge(remote).ok()?;
+        let exactness = rules.judge(ends).ok()??;
         Some((exactness, Reverse(index)))
     });
     matching.max().map(|(_, Reverse(index))| index)
@@ -213,6 +252,7 @@ impl fmt::Display for Mismatch {
             Self::Elsewhere => f.write_str("the address is in none of its networks"),
             Self::Excepted(network) => write!(f, "the address is in its exception {network}"),
             Self::Port => f.write_str("the port is none of its ports"),
+            Self::LocalPort => f.write_str("the local port is none of its local ports"),
         }
     }
 }
@@ -246,6 +286,21 @@ mod tests {
         Rules {
             remotes: remotes.iter().map(|text| text.parse().unwrap()).collect(),
             ports: ports.iter().map(|text| text.parse().unwrap()).collect(),
+            local_ports: Vec::new(),
+        }
+    }
+
+    fn local(ports: &[&str]) -> Rules {
+        Rules {
+            local_ports: ports.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Rules::default()
+        }
+    }
+
+    fn ends(remote: &str) -> Ends {
+        Ends {
+            remote: Some(remote.parse().unwrap()),
+            local_port: Some(22),
         }
     }
 
@@ -305,7 +360,7 @@ mod tests {
                 Err(Mismatch::Port),
             ),
         ] {
-            let judged = rules(remotes, ports).judge(remote.parse().unwrap());
+            let judged = rules(remotes, ports).judge(&ends(remote));
             assert_eq!(
                 judged.map(|_| ()),
                 expected,
@@ -327,7 +382,7 @@ mod tests {
             rules(&["10.1.0.0/16"], &[]),
             rules(&["10.1.2.3"], &["1-65535"]),
         ];
-        let remote = "10.1.2.3:8080".parse().unwrap();
+        let remote = &ends("10.1.2.3:8080");
         for count in 1..=row.len() {
             assert_eq!(most_exact(&row[..count], remote), Some(count - 1));
             let mut twice = row[..count].to_vec();
@@ -338,10 +393,52 @@ mod tests {
                 "the first of equals"
             );
         }
-        assert_eq!(
-            most_exact(&row[4..], "192.0.2.1:8080".parse().unwrap()),
-            None
-        );
+        assert_eq!(most_exact(&row[4..], &ends("192.0.2.1:8080")), None);
+    }
+
+    #[test]
+    fn the_local_port_comes_last() {
+        let row = [
+            rules(&[], &[]),
+            local(&["1-1024"]),
+            local(&["22", "80"]),
+            rules(&[], &["1-65535"]),
+        ];
+        let remote = &ends("192.0.2.1:8080");
+        for count in 1..=row.len() {
+            assert_eq!(most_exact(&row[..count], remote), Some(count - 1));
+        }
+        let elsewhere = Ends {
+            local_port: Some(443),
+            ..*remote
+        };
+        assert_eq!(row[2].judge(&elsewhere), Err(Mismatch::LocalPort));
+        assert_eq!(most_exact(&row[..3], &elsewhere), Some(1));
+    }
+
+    #[test]
+    fn what_is_not_known_decides_nothing() {
+        let unknown = Ends::default();
+        for (rules, depends) in [
+            (rules(&[], &[]), false),
+            (rules(&["10.0.0.0/8"], &[]), true),
+            (rules(&[], &["443"]), true),
+            (local(&["22"]), true),
+        ] {
+            assert_eq!(
+                rules.judge(&unknown).unwrap().is_none(),
+                depends,
+                "{rules:?}"
+            );
+        }
+        // What is known is enough to be not for it.
+        let mut both = rules(&["10.0.0.0/8"], &[]);
+        both.local_ports = local(&["22"]).local_ports;
+        let remote = Ends {
+            local_port: None,
+            ..ends("192.0.2.1:80")
+        };
+        assert_eq!(both.judge(&remote), Err(Mismatch::Elsewhere));
     }
 
     #[test]

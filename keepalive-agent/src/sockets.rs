@@ -12,6 +12,7 @@ pub mod summary;
 
 use anyhow::{Error, Result};
 use keepalive_common::{
+    environment::Environment,
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -21,12 +22,13 @@ use crate::{
     assignment::Assigned,
     datapath::Lister,
     netns::{self, Namespace},
+    rules::Ends,
 };
 use cgroups::{Cgroups, Known};
 use filter::Filter;
 use forecast::{Forecast, Moment, Timers};
 use holders::{Holder, Holders};
-use source::{Settings, Sysctls, settings};
+use source::{Settings, settings};
 
 /// A connection with everything that is known about it.
 #[derive(Clone, Debug)]
@@ -55,7 +57,7 @@ impl<'a> Connection<'a> {
     #[must_use]
     pub fn new(
         netns: &'a Namespace,
-        sysctls: &Sysctls,
+        environment: &Environment,
         record: &'a SocketRecord,
         cgroup: Option<&'a Known>,
         policy: Option<&'a Assigned>,
@@ -66,8 +68,8 @@ impl<'a> Connection<'a> {
             Some(policy) if policy.is_enforced() => (claimed, None),
             _ => (None, claimed),
         };
-        let settings = settings(&has, enforced, sysctls);
-        let would = counted.map(|policy| plan(policy, &has));
+        let settings = settings(&has, enforced, environment);
+        let would = counted.map(|policy| plan(policy, &has, environment).wants);
         let timers = settings.keepalive.value.then_some(Timers {
             idle: settings.idle.value,
             interval: settings.interval.value,
@@ -78,6 +80,7 @@ impl<'a> Connection<'a> {
             timer_ms: record.timer_ms,
             silent_ms: record.silent_ms,
             in_flight: record.packets_out > 0,
+            gives_up_ms: settings.gives_up_ms,
         };
         Self {
             netns,
@@ -216,7 +219,7 @@ impl Pass<'_> {
 
     /// Lists the namespace that the calling thread is in.
     fn list(&mut self, netns: &Namespace) -> Result<(), Failure> {
-        let sysctls = Sysctls::here().map_err(Failure::Netns)?;
+        let environment = netns::environment().map_err(Failure::Netns)?;
         let Self {
             listing,
             lister,
@@ -234,8 +237,13 @@ impl Pass<'_> {
             if !listing.filter.wants_record(record) {
                 return Ok(());
             }
-            let (cgroup, policy) = cgroups.get(record.cgroup, record.remote())?.unzip();
-            let mut connection = Connection::new(netns, &sysctls, record, cgroup, policy.flatten());
+            let ends = Ends {
+                remote: Some(record.remote()),
+                local_port: Some(record.local().port()),
+            };
+            let (cgroup, policy) = cgroups.get(record.cgroup, &ends)?.unzip();
+            let mut connection =
+                Connection::new(netns, &environment, record, cgroup, policy.flatten());
             if !listing.filter.wants(&connection) {
                 return Ok(());
             }
@@ -264,11 +272,7 @@ mod trial {
 
     use super::*;
 
-    pub(super) const SYSCTLS: Sysctls = Sysctls {
-        idle: 7200,
-        interval: 75,
-        probes: 9,
-    };
+    pub(super) const HERE: Environment = Environment::UNCHANGED;
 
     /// A connection between two addresses with these options.
     pub(super) fn record(local: &str, remote: &str, options: &Options) -> SocketRecord {
@@ -308,7 +312,7 @@ mod trial {
             idle,
             interval: 10,
             probes: 6,
-            user_timeout: 0,
+            ..Options::default()
         };
         record("192.0.2.1:40000", "198.51.100.7:5432", &options)
     }

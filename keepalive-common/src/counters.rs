@@ -22,6 +22,13 @@ pub struct Counters {
     pub left_alone: u64,
     /// Options that the kernel refused; the connection goes on without them.
     pub failed: u64,
+    /// Connections on which keepalive and its timers were left as the application
+    /// has them, because its user-timeout would have ended them early: see
+    /// [`crate::plan::Plan::user_timeout_conflict`].
+    pub user_timeout_conflict: u64,
+    /// Connections whose retransmission was not bounded, because the kernel knows
+    /// no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub give_up_unsupported: u64,
 }
 
 impl Counters {
@@ -35,6 +42,8 @@ impl Counters {
         self.restored += other.restored;
         self.left_alone += other.left_alone;
         self.failed += other.failed;
+        self.user_timeout_conflict += other.user_timeout_conflict;
+        self.give_up_unsupported += other.give_up_unsupported;
     }
 }
 
@@ -84,16 +93,19 @@ pub enum SocketOption {
     Probes = 3,
     /// TCP_USER_TIMEOUT.
     UserTimeout = 4,
+    /// TCP_RTO_MAX_MS.
+    RtoMax = 5,
 }
 
 impl SocketOption {
     /// All of them, at the index of their number.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Keepalive,
         Self::Idle,
         Self::Interval,
         Self::Probes,
         Self::UserTimeout,
+        Self::RtoMax,
     ];
 
     /// The option with this number, if there is one.
@@ -103,7 +115,7 @@ impl SocketOption {
     }
 
     /// The option that a setsockopt of this level and number is about, if it is one
-    /// of these.
+    /// that applications are held to.
     #[must_use]
     #[inline(always)]
     pub const fn from_level_and_number(level: i32, number: i32) -> Option<Self> {
@@ -127,6 +139,7 @@ impl SocketOption {
             Self::Interval => "TCP_KEEPINTVL",
             Self::Probes => "TCP_KEEPCNT",
             Self::UserTimeout => "TCP_USER_TIMEOUT",
+            Self::RtoMax => "TCP_RTO_MAX_MS",
         }
     }
 
@@ -144,6 +157,7 @@ impl SocketOption {
             Self::Interval => (SOL_TCP, 5),
             Self::Probes => (SOL_TCP, 6),
             Self::UserTimeout => (SOL_TCP, 18),
+            Self::RtoMax => (SOL_TCP, 44),
         }
     }
 }
@@ -158,9 +172,10 @@ mod tests {
             assert_eq!(SocketOption::from_number(number), Some(option));
             assert_eq!(option as u32, number);
             let (level, name) = option.level_and_number();
+            let is_held = option != SocketOption::RtoMax;
             assert_eq!(
                 SocketOption::from_level_and_number(level, name),
-                Some(option)
+                is_held.then_some(option)
             );
             assert_ne!(
                 SocketOption::from_level_and_number(level + 1, name),
@@ -171,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_records_have_no_padding() {
-        assert_eq!(size_of::<Counters>(), 8 * 8);
+        assert_eq!(size_of::<Counters>(), 10 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
         assert_eq!(size_of::<Failure>(), 8);
         assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
@@ -186,9 +201,11 @@ mod tests {
             turned_off: 3,
             filled: 4,
             clamped: 5,
-            restored: 8,
+            restored: 10,
             left_alone: 6,
             failed: 7,
+            user_timeout_conflict: 8,
+            give_up_unsupported: 9,
         };
         sum.add(&one);
         assert_eq!(sum, one);

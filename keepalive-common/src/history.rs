@@ -5,20 +5,21 @@
 //!
 //! * where a policy moved a value of the application, the original is kept
 //!   beside the socket ([`Originals`]; rare, so the memory is paid rarely);
-//! * so it is where a value of an earlier policy has to stay for a while, because
-//!   the change waits for its turn, or because the policy of now is only counted:
-//!   another policy may come before that;
+//! * so it is where what stands there now is not what the policy gives to an
+//!   unset timer: a user-timeout that was derived from other timers than its own,
+//!   a value of an earlier policy that has to stay for a while;
 //! * where a connection is held to bounds, everything that the application asked
 //!   for is kept ([`SocketHistory`]), and what it asks for later with it;
 //! * everything else that a policy wrote is what it gives to an unset timer, so
-//!   the earlier policy is all that is needed to recognise it.
+//!   the earlier policy is all that is needed to recognise it. Where that follows
+//!   a sysctl, one that was changed meanwhile is not recognised: the value stays
+//!   as if the application had set it.
 
 use crate::{
     counters::SocketOption,
-    plan::{Options, plan},
-    policy::{
-        Keepalive, MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, Policy,
-    },
+    environment::Environment,
+    plan::{Options, Plan, plan},
+    policy::{MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, Policy},
 };
 
 /// A value of the application that a policy replaced; all zero where there is none.
@@ -50,12 +51,12 @@ impl Replaced {
     }
 
     #[inline(always)]
-    const fn new(application: u32, now: u32, wants: u32) -> Self {
+    const fn new(application: u32, now: u32, given: u32) -> Self {
         let original = if application == now {
             0
         } else if application != 0 {
             application
-        } else if now != wants {
+        } else if now != given {
             UNSET
         } else {
             // The policy of now gives it, so that is all to know it by.
@@ -88,6 +89,8 @@ pub struct Originals {
     pub probes: Replaced,
     /// Of TCP_USER_TIMEOUT.
     pub user_timeout: Replaced,
+    /// Of TCP_RTO_MAX_MS.
+    pub rto_max: Replaced,
     /// Of SO_KEEPALIVE: flags, see [`Self::asks_keepalive`].
     pub keepalive: u32,
 }
@@ -121,6 +124,7 @@ impl Originals {
             interval: NONE,
             probes: NONE,
             user_timeout: NONE,
+            rto_max: NONE,
             keepalive: 0,
         }
     };
@@ -135,17 +139,21 @@ impl Originals {
             interval: Replaced::all(application.interval, now.interval),
             probes: Replaced::all(application.probes, now.probes),
             user_timeout: Replaced::all(application.user_timeout, now.user_timeout),
+            rto_max: Replaced::all(application.rto_max, now.rto_max),
             keepalive: keepalive_flags(application.keepalive, asked_later, now.keepalive),
         }
     }
 
-    /// What the application wants of SO_KEEPALIVE, where that is known for a
-    /// socket on which it `is` on or off.
+    /// What the application wants of SO_KEEPALIVE, where that is known, for a socket
+    /// on which it `is` on or off.
     #[must_use]
     #[inline(always)]
     pub const fn asks_keepalive(&self, is: bool) -> Option<bool> {
-        if self.keepalive & IS_KNOWN == 0 || (self.keepalive & IS_ON != 0) != is {
+        if self.keepalive & IS_KNOWN == 0 {
             None
+        } else if (self.keepalive & IS_ON != 0) != is {
+            // It has set something else since.
+            Some(is)
         } else {
             Some(self.keepalive & ASKED_ON != 0)
         }
@@ -169,34 +177,46 @@ impl Originals {
             interval: self.interval.written,
             probes: self.probes.written,
             user_timeout: self.user_timeout.written,
+            rto_max: self.rto_max.written,
         }
     }
 
     /// What is to be kept once a socket has what is set `now`, for an
-    /// `application` that wanted something else, where the policy `wants`
-    /// something else still. A policy that is only counted wants nothing.
+    /// `application` that wanted something else, where the policy of now is known
+    /// by what it has `given`.
     #[must_use]
     #[inline(always)]
-    pub const fn of(application: &Options, now: &Options, wants: &Options) -> Self {
+    pub const fn of(application: &Options, now: &Options, given: &Options) -> Self {
         Self {
-            idle: Replaced::new(application.idle, now.idle, wants.idle),
-            interval: Replaced::new(application.interval, now.interval, wants.interval),
-            probes: Replaced::new(application.probes, now.probes, wants.probes),
+            idle: Replaced::new(application.idle, now.idle, given.idle),
+            interval: Replaced::new(application.interval, now.interval, given.interval),
+            probes: Replaced::new(application.probes, now.probes, given.probes),
             user_timeout: Replaced::new(
                 application.user_timeout,
                 now.user_timeout,
-                wants.user_timeout,
+                given.user_timeout,
             ),
-            // Where keepalive is on and the application set no timer of it, it
-            // looks as if the policy of now had turned it on.
-            keepalive: if application.keepalive
-                && (!has_keepalive_timers(application) || !now.keepalive)
-                || !application.keepalive && now.keepalive && !wants.keepalive
-            {
+            rto_max: Replaced::new(application.rto_max, now.rto_max, given.rto_max),
+            keepalive: if Self::keeps_keepalive(application, now, given) {
                 keepalive_flags(application.keepalive, false, now.keepalive)
             } else {
                 0
             },
+        }
+    }
+
+    /// Whether what the application wants of SO_KEEPALIVE has to be kept: not where
+    /// [`application`] finds it out by the policy, which is known by what it has
+    /// `given`, and the timers.
+    #[inline(always)]
+    const fn keeps_keepalive(application: &Options, now: &Options, given: &Options) -> bool {
+        if application.keepalive {
+            !has_keepalive_timers(application) || !now.keepalive
+        } else if now.keepalive {
+            !given.keepalive
+        } else {
+            // An application that turns it on later would be taken for a policy.
+            has_keepalive_timers(now) && !has_keepalive_timers(given)
         }
     }
 
@@ -209,7 +229,7 @@ impl Originals {
 }
 
 /// What the application set on a socket that `has` these options, which the
-/// policy `before` may have written, unless it was only counted.
+/// policy `before` may have written, unless that sets nothing.
 ///
 /// A value that the application set itself and that is just what that policy
 /// would have given it cannot be told apart and counts as the policy's.
@@ -218,93 +238,76 @@ impl Originals {
 /// known.
 #[must_use]
 #[inline(always)]
-pub fn application(has: &Options, originals: &Originals, before: Option<&Policy>) -> Options {
-    let timers = application_timers(has, originals, before);
-    Options {
-        keepalive: application_keepalive(has, originals, before, &timers),
-        ..timers
-    }
-}
-
-/// The timers of [`application`]. The two halves are apart for BPF programs, whose
-/// verifier would follow each way through the one into each way through the other.
-#[must_use]
-#[inline(always)]
-pub fn application_timers(
+pub fn application(
     has: &Options,
     originals: &Originals,
     before: Option<&Policy>,
+    environment: &Environment,
 ) -> Options {
-    let before = before.filter(|before| before.is_enforced());
-    let given = before.map_or(Options::default(), given);
-    let mut application = with_given(has, originals, &given);
-    if let Some(before) = before
-        && before.derives_user_timeout()
-    {
-        // What it derived followed from the timers of this socket.
-        let derived = plan(
-            before,
-            &Options {
-                user_timeout: 0,
-                ..application
-            },
-        );
-        application.user_timeout = timer(
-            has.user_timeout,
-            originals.user_timeout,
-            derived.user_timeout,
-        );
-    }
+    let before = before.filter(|before| before.sets_anything());
+    let given = before.map_or(Options::default(), |before| given(before, environment));
+    // As given in a namespace whose sysctls were larger.
+    let (idle, interval, probes) = before.map_or((0, 0, 0), |before| {
+        (
+            before.idle.effective(0),
+            before.interval.effective(0),
+            before.probes.effective(0),
+        )
+    });
+    let mut application = Options {
+        keepalive: false,
+        idle: timer(has.idle, originals.idle, [given.idle, idle]),
+        interval: timer(has.interval, originals.interval, [given.interval, interval]),
+        probes: timer(has.probes, originals.probes, [given.probes, probes]),
+        user_timeout: 0,
+        rto_max: timer(has.rto_max, originals.rto_max, [given.rto_max; 2]),
+    };
+    // What is derived follows from the timers of this socket.
+    let derived = match before {
+        Some(before) if before.derives_user_timeout() => {
+            plan(before, &application, environment).wants.user_timeout
+        }
+        _ => given.user_timeout,
+    };
+    application.user_timeout = timer(
+        has.user_timeout,
+        originals.user_timeout,
+        [given.user_timeout, derived],
+    );
+    let turned_on = before.is_some_and(|before| before.keepalive().turns_on())
+        && has_keepalive_timers(has)
+        && !has_keepalive_timers(&application);
+    application.keepalive = match originals.asks_keepalive(has.keepalive) {
+        Some(asked) => asked,
+        None => has.keepalive && !turned_on,
+    };
     application
 }
 
-/// SO_KEEPALIVE of [`application`], given its timers.
+/// What a policy gives to a socket whose application set nothing, by which its
+/// values are known later.
 #[must_use]
 #[inline(always)]
-pub fn application_keepalive(
-    has: &Options,
-    originals: &Originals,
-    before: Option<&Policy>,
-    timers: &Options,
-) -> bool {
-    if let Some(asked) = originals.asks_keepalive(has.keepalive) {
-        return asked;
-    }
-    let turned_on = before
-        .is_some_and(|before| before.is_enforced() && before.keepalive() == Keepalive::On)
-        && has_keepalive_timers(has)
-        && !has_keepalive_timers(timers);
-    has.keepalive && !turned_on
+pub fn given(policy: &Policy, environment: &Environment) -> Options {
+    plan(policy, &Options::default(), environment).wants
 }
 
-#[inline(always)]
-const fn has_keepalive_timers(options: &Options) -> bool {
-    options.idle | options.interval | options.probes != 0
-}
-
-#[inline(always)]
-fn with_given(has: &Options, originals: &Originals, given: &Options) -> Options {
-    Options {
-        keepalive: has.keepalive,
-        idle: timer(has.idle, originals.idle, given.idle),
-        interval: timer(has.interval, originals.interval, given.interval),
-        probes: timer(has.probes, originals.probes, given.probes),
-        user_timeout: timer(has.user_timeout, originals.user_timeout, given.user_timeout),
-    }
-}
-
-/// What a policy gives to a socket whose application set nothing.
+/// What a policy is known by on a socket for which this is its plan: nothing
+/// where it leaves the socket as the application has it.
 #[must_use]
 #[inline(always)]
-pub fn given(policy: &Policy) -> Options {
-    plan(policy, &Options::default())
+pub fn known_by(policy: &Policy, plan: &Plan, environment: &Environment) -> Options {
+    if !policy.sets_anything() || plan.user_timeout_conflict {
+        return Options::default();
+    }
+    given(policy, environment)
 }
 
 #[inline(always)]
-const fn timer(has: u32, replaced: Replaced, given: u32) -> u32 {
+const fn timer(has: u32, replaced: Replaced, given: [u32; 2]) -> u32 {
     if let Some(original) = replaced.application(has) {
         original
-    } else if has == given {
+    } else if has == given[0] || has == given[1] {
         0
     } else {
         has
@@ -314,8 +317,11 @@ const fn timer(has: u32, replaced: Replaced, given: u32) -> u32 {
 /// The plan for a socket that an earlier policy may have written to: what the
 /// application wants, under the policy of now.
 ///
-/// Of the timers only the user-timeout can become unset again; the others keep
-/// the value they have where the policy would leave them unset.
+/// Idle, interval and probes cannot become unset again: where the policy would
+/// leave them so, the namespace's sysctls take their place.
+///
+/// An application that turned SO_KEEPALIVE on or off itself, as far as that is
+/// known, has the last word on it, unless the policy has a bound for it.
 #[must_use]
 #[inline(always)]
 pub fn replan(
@@ -323,26 +329,46 @@ pub fn replan(
     has: &Options,
     application: &Options,
     originals: &Originals,
-) -> Options {
-    let mut wants = plan(policy, application);
-    if originals.asked_later() {
+    environment: &Environment,
+) -> Plan {
+    let mut plan = plan(policy, application, environment);
+    let wants = &mut plan.wants;
+    if policy.ignores() {
+        *wants = *has;
+        return plan;
+    }
+    if originals.asked_later() && !policy.keepalive().holds() {
         wants.keepalive = application.keepalive;
     }
-    if policy.keepalive() == Keepalive::Off {
+    if policy.keepalive().turns_off() {
         // It leaves the timers, so there is nothing to give back.
         wants.idle = has.idle;
         wants.interval = has.interval;
         wants.probes = has.probes;
+        return plan;
     }
-    wants.idle = keep_set(has.idle, wants.idle);
-    wants.interval = keep_set(has.interval, wants.interval);
-    wants.probes = keep_set(has.probes, wants.probes);
-    wants
+    let (idle, interval, probes) = environment.as_timers();
+    wants.idle = give_back(has.idle, wants.idle, idle);
+    wants.interval = give_back(has.interval, wants.interval, interval);
+    wants.probes = give_back(has.probes, wants.probes, probes);
+    plan
+}
+
+/// A timer that is to be unset gets the sysctl where it is set, if that is known.
+#[inline(always)]
+const fn give_back(has: u32, wants: u32, sysctl: u32) -> u32 {
+    if wants != 0 || has == 0 {
+        wants
+    } else if sysctl != 0 {
+        sysctl
+    } else {
+        has
+    }
 }
 
 #[inline(always)]
-const fn keep_set(has: u32, wants: u32) -> u32 {
-    if wants == 0 { has } else { wants }
+const fn has_keepalive_timers(options: &Options) -> bool {
+    options.idle | options.interval | options.probes != 0
 }
 
 /// What is kept beside a socket.
@@ -354,6 +380,8 @@ pub struct SocketHistory {
     /// What the connection is held to, whatever the application sets: nothing,
     /// where [`Policy::holds`] says no.
     pub held_to: Policy,
+    /// Where the socket is.
+    pub environment: Environment,
 }
 
 /// What becomes of an option that an application sets.
@@ -376,7 +404,7 @@ impl SocketHistory {
     #[inline(always)]
     pub fn set(&mut self, option: SocketOption, value: u32) -> Option<Answer> {
         let had = self.originals.written();
-        let mut application = application(&had, &self.originals, None);
+        let mut application = application(&had, &self.originals, None, &self.environment);
         let mut asked_later = self.originals.asked_later();
         let (timer, had_timer, least, most) = match option {
             SocketOption::Keepalive => {
@@ -408,6 +436,8 @@ impl SocketHistory {
                 0,
                 MAX_USER_TIMEOUT,
             ),
+            // No bound is for it.
+            SocketOption::RtoMax => return None,
         };
         if value < least || value > most {
             return None;
@@ -418,7 +448,14 @@ impl SocketHistory {
             *timer = value;
         }
         self.originals = Originals::all(&application, &had, asked_later);
-        let wants = replan(&self.held_to, &had, &application, &self.originals);
+        let plan = replan(
+            &self.held_to,
+            &had,
+            &application,
+            &self.originals,
+            &self.environment,
+        );
+        let wants = plan.wants;
         self.originals = Originals::all(&application, &wants, asked_later);
         Some(Answer { wants, had })
     }
@@ -427,7 +464,7 @@ impl SocketHistory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Range;
+    use crate::policy::{Keepalive, Range, SysctlTimer};
 
     fn policy(idle: Range) -> Policy {
         let mut policy = Policy::BUILT_IN;
@@ -440,6 +477,7 @@ mod tests {
         has: Options,
         originals: Originals,
         before: Option<Policy>,
+        environment: Environment,
     }
 
     impl Socket {
@@ -451,18 +489,26 @@ mod tests {
                 },
                 originals: Originals::default(),
                 before: None,
+                environment: Environment::UNCHANGED,
             }
         }
 
         fn sweep(&mut self, policy: Policy) -> u32 {
-            let application = application(&self.has, &self.originals, self.before.as_ref());
-            let wants = if policy.is_enforced() {
-                self.has = replan(&policy, &self.has, &application, &self.originals);
-                self.has
-            } else {
-                Options::default()
-            };
-            self.originals = Originals::of(&application, &self.has, &wants);
+            let environment = self.environment;
+            let before = self.before.as_ref();
+            let application = application(&self.has, &self.originals, before, &environment);
+            let plan = replan(
+                &policy,
+                &self.has,
+                &application,
+                &self.originals,
+                &environment,
+            );
+            if policy.is_enforced() {
+                self.has = plan.wants;
+            }
+            let known = known_by(&policy, &plan, &environment);
+            self.originals = Originals::of(&application, &self.has, &known);
             self.before = Some(policy);
             self.has.idle
         }
@@ -502,9 +548,11 @@ mod tests {
             let policies = [60, 30, 20].map(|idle| policy(Range::default_only(idle)));
             socket.sweep(policies[0]);
             // The second one is for later, and the third comes before that.
-            let application = application(&socket.has, &socket.originals, Some(&policies[0]));
-            let wants = replan(&policies[1], &socket.has, &application, &socket.originals);
-            socket.originals = Originals::of(&application, &socket.has, &wants);
+            let environment = socket.environment;
+            let before = Some(&policies[0]);
+            let application = application(&socket.has, &socket.originals, before, &environment);
+            let given = given(&policies[1], &environment);
+            socket.originals = Originals::of(&application, &socket.has, &given);
             socket.before = Some(policies[1]);
             assert_eq!(socket.sweep(policies[2]), expected);
             assert!(socket.originals.is_empty());
@@ -576,11 +624,221 @@ mod tests {
     }
 
     #[test]
+    fn a_derived_user_timeout_follows_the_timers_it_was_derived_from() {
+        let derived = Policy::BUILT_IN.with_derived_user_timeout(true);
+        let mut socket = Socket::new(0);
+        socket.sweep(derived);
+        assert_eq!(socket.has.user_timeout, 120_000);
+        // The application changes its mind again and again.
+        // After 300 s a timer may be 16 s late: more than an interval.
+        for (idle, expected) in [(300, 368_000), (100, 160_000), (15, 75_000), (300, 368_000)] {
+            socket.has.idle = idle;
+            socket.sweep(derived);
+            assert_eq!((socket.has.idle, socket.has.user_timeout), (idle, expected));
+        }
+        socket.sweep(Policy::BUILT_IN);
+        assert_eq!((socket.has.idle, socket.has.user_timeout), (300, 0));
+    }
+
+    #[test]
+    fn a_user_timeout_of_the_application_is_not_taken_for_a_derived_one() {
+        let derived = Policy::BUILT_IN.with_derived_user_timeout(true);
+        let mut socket = Socket::new(0);
+        socket.sweep(derived);
+        socket.has.idle = 300;
+        socket.sweep(derived);
+        socket.has.user_timeout = 900_000;
+        for policy in [derived, Policy::BUILT_IN] {
+            socket.sweep(policy);
+            assert_eq!(socket.has.user_timeout, 900_000);
+        }
+    }
+
+    #[test]
+    fn a_derived_lower_bound_follows_too() {
+        let policy = Policy::BUILT_IN.with_derived_at_least(true);
+        let mut socket = Socket::new(0);
+        socket.has.user_timeout = 20_000;
+        for (idle, expected) in [(0, 120_000), (300, 368_000), (100, 160_000)] {
+            if idle != 0 {
+                socket.has.idle = idle;
+            }
+            socket.sweep(policy);
+            assert_eq!(socket.has.user_timeout, expected);
+        }
+        socket.sweep(Policy::BUILT_IN.with_ignore(true));
+        assert_eq!(socket.has.user_timeout, 160_000);
+        let mut free = Policy::BUILT_IN;
+        free.probes = Range::exactly(1);
+        socket.sweep(free);
+        assert_eq!(socket.has.user_timeout, 20_000);
+    }
+
+    #[test]
+    fn what_a_sysctl_gave_is_the_policys() {
+        let mut socket = Socket::new(0);
+        socket.environment.idle = 20;
+        assert_eq!(socket.sweep(Policy::BUILT_IN), 20);
+        assert!(socket.originals.is_empty());
+        // It has been loosened, and tightened.
+        for (sysctl, expected) in [(20, 20), (7200, 20)] {
+            socket.environment.idle = sysctl;
+            assert_eq!(socket.sweep(Policy::BUILT_IN), expected);
+        }
+        let mut socket = Socket::new(0);
+        assert_eq!(socket.sweep(Policy::BUILT_IN), 60);
+        socket.environment.idle = 20;
+        assert_eq!(socket.sweep(Policy::BUILT_IN), 20);
+    }
+
+    #[test]
+    fn what_is_left_again_gets_the_sysctl() {
+        let mut left = Policy::BUILT_IN;
+        for range in [&mut left.idle, &mut left.interval, &mut left.probes] {
+            *range = Range::LEAVE;
+        }
+        let left = left
+            .with_sysctl(SysctlTimer::Idle, false)
+            .with_sysctl(SysctlTimer::Interval, false)
+            .with_sysctl(SysctlTimer::Probes, false);
+        let mut socket = Socket::new(0);
+        socket.sweep(Policy::BUILT_IN);
+        for _ in 0..2 {
+            socket.sweep(left);
+            let Options {
+                idle,
+                interval,
+                probes,
+                ..
+            } = socket.has;
+            assert_eq!((idle, interval, probes), (7200, 75, 9));
+        }
+        // And is still known not to be the application's.
+        assert_eq!(socket.sweep(Policy::BUILT_IN), 60);
+        assert_eq!((socket.has.interval, socket.has.probes), (10, 6));
+        assert!(socket.originals.is_empty());
+        // What nobody ever set stays so.
+        let mut untouched = Socket::new(0);
+        assert_eq!(untouched.sweep(left), 0);
+        assert_eq!((untouched.has.interval, untouched.has.probes), (0, 0));
+        // Without knowledge of the sysctls they keep what they have.
+        socket.environment = Environment::UNKNOWN;
+        socket.environment.hz = 250;
+        assert_eq!(socket.sweep(left), 60);
+    }
+
+    #[test]
+    fn keepalive_gives_way_to_a_user_timeout_that_is_set_later() {
+        for environment in [
+            Environment::UNCHANGED,
+            // The policy gives what would be given back.
+            Environment {
+                idle: 20,
+                interval: 5,
+                probes: 4,
+                ..Environment::UNCHANGED
+            },
+        ] {
+            let mut socket = Socket::new(0);
+            socket.environment = environment;
+            socket.sweep(Policy::BUILT_IN);
+            assert!(socket.has.keepalive);
+            socket.has.user_timeout = 20_000;
+            socket.sweep(Policy::BUILT_IN);
+            assert!(!socket.has.keepalive);
+            assert_eq!(socket.has.idle, environment.idle);
+            // What the application turns on afterwards is its own.
+            socket.has.keepalive = true;
+            socket.sweep(Policy::BUILT_IN);
+            assert!(socket.has.keepalive);
+            assert_eq!(socket.has.idle, environment.idle);
+            // The cure brings everything back.
+            socket.sweep(Policy::BUILT_IN.with_derived_at_least(true));
+            let plan = given(&Policy::BUILT_IN, &environment);
+            assert_eq!(socket.has.idle, plan.idle);
+            assert!(socket.has.user_timeout > 20_000);
+        }
+    }
+
+    #[test]
+    fn keepalive_of_an_application_that_sets_a_timer_stays_on() {
+        let mut socket = Socket::new(0);
+        socket.sweep(Policy::BUILT_IN);
+        socket.has.interval = 30;
+        socket.has.user_timeout = 20_000;
+        socket.sweep(Policy::BUILT_IN);
+        let Options {
+            keepalive,
+            idle,
+            interval,
+            probes,
+            ..
+        } = socket.has;
+        assert_eq!((keepalive, idle, interval, probes), (true, 7200, 30, 9));
+    }
+
+    #[test]
+    fn keepalive_without_a_timer_of_a_policy_is_the_applications() {
+        let mut socket = Socket::new(0);
+        socket.has.keepalive = true;
+        socket.has.user_timeout = 20_000;
+        socket.sweep(Policy::BUILT_IN);
+        assert!(socket.has.keepalive);
+        assert_eq!(socket.has.idle, 0);
+    }
+
+    #[test]
+    fn a_bound_on_retransmission_goes_again() {
+        let mut bounded = Policy::BUILT_IN;
+        bounded.give_up = 30_000;
+        let mut stricter = bounded;
+        stricter.give_up = 16_000;
+        for (application, expected) in [
+            (0, [2_000, 1_000, 2_000, 0]),
+            (5_000, [2_000, 1_000, 2_000, 5_000]),
+            (1_500, [1_500, 1_000, 1_500, 1_500]),
+        ] {
+            let mut socket = Socket::new(0);
+            socket.has.rto_max = application;
+            let found = [bounded, stricter, bounded, Policy::BUILT_IN].map(|policy| {
+                socket.sweep(policy);
+                socket.has.rto_max
+            });
+            assert_eq!(found, expected, "{application}");
+        }
+    }
+
+    #[test]
+    fn a_policy_that_ignores_leaves_what_an_earlier_one_set() {
+        let ignores = Policy::BUILT_IN.with_ignore(true);
+        let other = policy(Range::default_only(30));
+        let mut socket = Socket::new(0);
+        assert_eq!(
+            [Policy::BUILT_IN, ignores, other].map(|policy| socket.sweep(policy)),
+            [60, 60, 30]
+        );
+        let mut socket = Socket::new(7200);
+        assert_eq!(socket.sweep(policy(Range::exactly(45))), 45);
+        assert_eq!(socket.sweep(ignores), 45);
+        assert_eq!(socket.sweep(other), 7200);
+    }
+
+    #[test]
+    fn never_takes_keepalive_away_and_leaves_the_timers() {
+        let mut socket = Socket::new(5);
+        socket.has.keepalive = true;
+        socket.sweep(Policy::BUILT_IN.with_keepalive(Keepalive::Never));
+        assert_eq!((socket.has.keepalive, socket.has.idle), (false, 5));
+        socket.sweep(Policy::BUILT_IN.with_keepalive(Keepalive::Always));
+        assert!(socket.has.keepalive);
+    }
+
+    #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Originals>(), 4 * 8 + 4);
+        assert_eq!(size_of::<Originals>(), 5 * 8 + 4);
         assert_eq!(
             size_of::<SocketHistory>(),
-            size_of::<Originals>() + size_of::<Policy>()
+            size_of::<Originals>() + size_of::<Policy>() + size_of::<Environment>()
         );
     }
 }

@@ -14,6 +14,14 @@ pub struct Field {
     pub width: u32,
 }
 
+impl Field {
+    /// One that the kernel does not have.
+    pub const NOWHERE: Self = Self {
+        offset: 0,
+        width: 0,
+    };
+}
+
 /// All fields that are read, and what is needed to understand them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +37,23 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_user_timeout`, in milliseconds;
     /// 0 is unset.
     pub user_timeout: Field,
+    /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
+    /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub rto_max: Field,
+    /// `tcp_sock` → `sock_common.skc_net`, the network namespace; without width
+    /// where its sysctls cannot be read.
+    pub sock_netns: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
+    pub sysctl_idle: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_intvl`, in jiffies.
+    pub sysctl_interval: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
+    pub sysctl_probes: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_retries2`.
+    pub sysctl_retries: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_rto_max_ms`; without width as
+    /// [`Self::rto_max`].
+    pub sysctl_rto_max: Field,
     /// `tcp_sock` → `sock.sk_cgrp_data`, whose first word is the cgroup.
     pub sock_cgroup: Field,
     /// `cgroup` → `cgroup.self.parent`.
@@ -99,16 +124,20 @@ pub struct Layout {
 impl Layout {
     /// Before the agent has looked: every field at offset 0 and without width.
     pub const NOWHERE: Self = {
-        const NOWHERE: Field = Field {
-            offset: 0,
-            width: 0,
-        };
+        const NOWHERE: Field = Field::NOWHERE;
         Self {
             flags: NOWHERE,
             keepalive_time: NOWHERE,
             keepalive_intvl: NOWHERE,
             keepalive_probes: NOWHERE,
             user_timeout: NOWHERE,
+            rto_max: NOWHERE,
+            sock_netns: NOWHERE,
+            sysctl_idle: NOWHERE,
+            sysctl_interval: NOWHERE,
+            sysctl_probes: NOWHERE,
+            sysctl_retries: NOWHERE,
+            sysctl_rto_max: NOWHERE,
             sock_cgroup: NOWHERE,
             cgroup_parent: NOWHERE,
             css_cgroup: NOWHERE,
@@ -150,6 +179,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 32 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 39 * size_of::<Field>() + 4 * 4);
     }
 }

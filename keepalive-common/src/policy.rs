@@ -15,16 +15,76 @@ pub const MIN_USER_TIMEOUT: u32 = 1;
 /// signed integer there (`do_tcp_setsockopt` in net/ipv4/tcp.c).
 pub const MAX_USER_TIMEOUT: u32 = i32::MAX as u32;
 
+/// Smallest TCP_RTO_MAX_MS the kernel accepts, in milliseconds
+/// (`do_tcp_setsockopt` in net/ipv4/tcp.c, Linux 6.15).
+pub const MIN_RTO_MAX: u32 = 1000;
+/// Largest TCP_RTO_MAX_MS the kernel accepts, and what holds where nobody sets
+/// it, in milliseconds (`TCP_RTO_MAX_SEC` in include/net/tcp.h).
+pub const MAX_RTO_MAX: u32 = 120_000;
+
 /// What a policy wants of SO_KEEPALIVE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keepalive {
-    /// SO_KEEPALIVE as the application has it; the timers are shaped all the same.
+    /// As the application has it; the timers are shaped all the same.
     Leave,
-    /// SO_KEEPALIVE is turned on.
+    /// Turned on when the connection is established; an application that turns
+    /// it off afterwards has the last word.
     On,
-    /// SO_KEEPALIVE is turned off; idle, interval and probes mean nothing then
-    /// and are left.
+    /// On at every moment: the application cannot turn it off.
+    Always,
+    /// Turned off when the connection is established; idle, interval and probes
+    /// mean nothing then and are left.
     Off,
+    /// Off at every moment: the application cannot turn it on.
+    Never,
+}
+
+impl Keepalive {
+    /// Whether SO_KEEPALIVE is on once a policy of this word has been applied to
+    /// a socket on which it `is` on or off.
+    #[must_use]
+    #[inline(always)]
+    pub const fn applied_to(self, is: bool) -> bool {
+        match self {
+            Self::Leave => is,
+            Self::On | Self::Always => true,
+            Self::Off | Self::Never => false,
+        }
+    }
+
+    /// Whether it is a bound: the application cannot change it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn holds(self) -> bool {
+        matches!(self, Self::Always | Self::Never)
+    }
+
+    /// Whether it turns keepalive on.
+    #[must_use]
+    #[inline(always)]
+    pub const fn turns_on(self) -> bool {
+        matches!(self, Self::On | Self::Always)
+    }
+
+    /// Whether it turns keepalive off, and so leaves the timers of keepalive.
+    #[must_use]
+    #[inline(always)]
+    pub const fn turns_off(self) -> bool {
+        matches!(self, Self::Off | Self::Never)
+    }
+}
+
+/// A timer of keepalive, for which a network namespace has a sysctl. The numbers
+/// are bits of [`Policy`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SysctlTimer {
+    /// `net.ipv4.tcp_keepalive_time`.
+    Idle = 1 << 4,
+    /// `net.ipv4.tcp_keepalive_intvl`.
+    Interval = 1 << 5,
+    /// `net.ipv4.tcp_keepalive_probes`.
+    Probes = 1 << 6,
 }
 
 /// One timer of a policy: a value for sockets that have none, and bounds for
@@ -33,7 +93,8 @@ pub enum Keepalive {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Range {
-    /// What a socket gets whose application set nothing; 0 leaves it unset.
+    /// What a socket gets whose application set nothing; 0 leaves it unset, or
+    /// to the sysctl where [`Policy::heeds_sysctl`].
     pub default: u32,
     /// Lower bound of whatever is set; 0 is none.
     pub at_least: u32,
@@ -76,16 +137,56 @@ impl Range {
     #[must_use]
     #[inline]
     pub const fn effective(&self, set: u32) -> u32 {
-        let value = if set == 0 { self.default } else { set };
-        if value == 0 {
-            0
-        } else if value < self.at_least {
-            self.at_least
-        } else if value > self.at_most {
-            self.at_most
-        } else {
-            value
-        }
+        self.effective_beside(0, set)
+    }
+
+    /// The same where a sysctl counts beside the default: of the two the smaller
+    /// holds. 0 is no sysctl.
+    #[must_use]
+    #[inline(always)]
+    pub const fn effective_beside(&self, sysctl: u32, set: u32) -> u32 {
+        effective(self.default, sysctl, self.at_least, self.at_most, set)
+    }
+}
+
+/// What a timer becomes that is `set` to this, where the sysctl counts beside the
+/// default; 0 is none.
+#[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
+#[cfg_attr(
+    target_arch = "bpf",
+    expect(unsafe_code, reason = "the name of a global function")
+)]
+#[inline(never)]
+const extern "C" fn effective(
+    default: u32,
+    sysctl: u32,
+    at_least: u32,
+    at_most: u32,
+    set: u32,
+) -> u32 {
+    let value = if set == 0 {
+        stricter(default, sysctl)
+    } else {
+        set
+    };
+    if value == 0 {
+        0
+    } else if value < at_least {
+        at_least
+    } else if value > at_most {
+        at_most
+    } else {
+        value
+    }
+}
+
+/// The smaller of two values that are there; 0 is none.
+#[inline(always)]
+pub(crate) const fn stricter(one: u32, other: u32) -> u32 {
+    if one == 0 || (other != 0 && other < one) {
+        other
+    } else {
+        one
     }
 }
 
@@ -105,30 +206,43 @@ pub struct Policy {
     /// TCP_USER_TIMEOUT in milliseconds: how long sent data, or a probe, may
     /// stay unacknowledged. Its default is ignored when it is derived.
     pub user_timeout: Range,
+    /// After how long retransmission of unacknowledged data gives up, in
+    /// milliseconds; 0 leaves that to the kernel.
+    #[cfg_attr(feature = "user", serde(default))]
+    pub give_up: u32,
 }
 
-/// The default of the user-timeout is idle + interval × probes.
+/// The default of the user-timeout is derived from the other timers.
 const DERIVE_USER_TIMEOUT: u32 = 1;
 /// What the policy wants is counted and not set.
-const DRY_RUN: u32 = 2;
+const DRY_RUN: u32 = 1 << 1;
+/// The lower bound of the user-timeout is derived from the other timers.
+const DERIVE_AT_LEAST: u32 = 1 << 2;
+/// Connections are claimed and not touched.
+const IGNORE: u32 = 1 << 3;
+/// All of [`SysctlTimer`].
+const SYSCTLS: u32 =
+    SysctlTimer::Idle as u32 | SysctlTimer::Interval as u32 | SysctlTimer::Probes as u32;
 /// What the policy wants holds for the life of a connection. Stands in the
 /// kernel's copy only: it follows from the rest.
 const HOLDS: u32 = 1 << 31;
 
 impl Policy {
     /// What holds where nobody configured anything: keepalive on, first probe
-    /// after 60 s, then every 10 s, dead after 6; the user-timeout is left.
+    /// after 60 s, then every 10 s, dead after 6, or sooner where the sysctls of
+    /// the namespace say so; the user-timeout is left.
     ///
     /// 60 s is safely below every middlebox's idle timeout that is documented
     /// (the shortest common one is Azure's 240 s), so that two probes may be
     /// lost on the way and the path is still kept open.
     pub const BUILT_IN: Self = Self {
         keepalive: 1,
-        flags: 0,
+        flags: SYSCTLS,
         idle: Range::default_only(60),
         interval: Range::default_only(10),
         probes: Range::default_only(6),
         user_timeout: Range::LEAVE,
+        give_up: 0,
     };
 
     /// Touches nothing, and gives back what an earlier policy took.
@@ -139,6 +253,7 @@ impl Policy {
         interval: Range::LEAVE,
         probes: Range::LEAVE,
         user_timeout: Range::LEAVE,
+        give_up: 0,
     };
 
     /// What the policy wants of SO_KEEPALIVE.
@@ -148,6 +263,8 @@ impl Policy {
         match self.keepalive {
             1 => Keepalive::On,
             2 => Keepalive::Off,
+            3 => Keepalive::Always,
+            4 => Keepalive::Never,
             // 0, and what no agent writes: touching nothing is the safe reading.
             _ => Keepalive::Leave,
         }
@@ -160,6 +277,8 @@ impl Policy {
             Keepalive::Leave => 0,
             Keepalive::On => 1,
             Keepalive::Off => 2,
+            Keepalive::Always => 3,
+            Keepalive::Never => 4,
         };
         self
     }
@@ -173,16 +292,33 @@ impl Policy {
 
     /// The same policy, enforced or only counted.
     #[must_use]
-    pub const fn with_enforcement(mut self, enforced: bool) -> Self {
-        if enforced {
-            self.flags &= !DRY_RUN;
-        } else {
-            self.flags |= DRY_RUN;
-        }
-        self
+    pub const fn with_enforcement(self, enforced: bool) -> Self {
+        self.with_flag(DRY_RUN, !enforced)
     }
 
-    /// Whether the default of the user-timeout is idle + interval × probes.
+    /// Whether connections are claimed and counted, and nothing at all is done
+    /// to them.
+    #[must_use]
+    #[inline]
+    pub const fn ignores(&self) -> bool {
+        self.flags & IGNORE != 0
+    }
+
+    /// The same policy, ignoring its connections or not.
+    #[must_use]
+    pub const fn with_ignore(self, ignore: bool) -> Self {
+        self.with_flag(IGNORE, ignore)
+    }
+
+    /// Whether anything is ever set under this policy.
+    #[must_use]
+    #[inline]
+    pub const fn sets_anything(&self) -> bool {
+        self.flags & (DRY_RUN | IGNORE) == 0
+    }
+
+    /// Whether the default of the user-timeout is derived: see
+    /// [`crate::plan::derived_user_timeout`].
     #[must_use]
     #[inline]
     pub const fn derives_user_timeout(&self) -> bool {
@@ -191,11 +327,54 @@ impl Policy {
 
     /// The same policy with a user-timeout whose default is derived, or not.
     #[must_use]
-    pub const fn with_derived_user_timeout(mut self, derive: bool) -> Self {
-        if derive {
-            self.flags |= DERIVE_USER_TIMEOUT;
+    pub const fn with_derived_user_timeout(self, derive: bool) -> Self {
+        self.with_flag(DERIVE_USER_TIMEOUT, derive)
+    }
+
+    /// Whether the lower bound of the user-timeout is derived, beside
+    /// [`Range::at_least`]: of the two the larger holds, up to
+    /// [`Range::at_most`].
+    #[must_use]
+    #[inline]
+    pub const fn derives_at_least(&self) -> bool {
+        self.flags & DERIVE_AT_LEAST != 0
+    }
+
+    /// The same policy with a user-timeout whose lower bound is derived, or not.
+    #[must_use]
+    pub const fn with_derived_at_least(self, derive: bool) -> Self {
+        self.with_flag(DERIVE_AT_LEAST, derive)
+    }
+
+    /// Whether the sysctl of the namespace counts for a timer that nobody set:
+    /// it holds where it is smaller than the default, and where there is no
+    /// default.
+    #[must_use]
+    #[inline]
+    pub const fn heeds_sysctl(&self, timer: SysctlTimer) -> bool {
+        self.flags & timer as u32 != 0
+    }
+
+    /// The same policy, heeding that sysctl or not.
+    #[must_use]
+    pub const fn with_sysctl(self, timer: SysctlTimer, heed: bool) -> Self {
+        self.with_flag(timer as u32, heed)
+    }
+
+    /// Whether what it wants of a socket on which nothing is set depends on the
+    /// socket's network namespace.
+    #[must_use]
+    #[inline]
+    pub const fn depends_on_namespace(&self) -> bool {
+        const DERIVED: u32 = DERIVE_USER_TIMEOUT | DERIVE_AT_LEAST;
+        self.flags & (SYSCTLS | DERIVED) != 0 || self.give_up != 0
+    }
+
+    const fn with_flag(mut self, flag: u32, set: bool) -> Self {
+        if set {
+            self.flags |= flag;
         } else {
-            self.flags &= !DERIVE_USER_TIMEOUT;
+            self.flags &= !flag;
         }
         self
     }
@@ -206,12 +385,14 @@ impl Policy {
     /// or a user-timeout that follows other timers.
     #[must_use]
     pub const fn has_bounds(&self) -> bool {
-        self.is_enforced()
-            && (self.idle.has_bounds()
+        self.sets_anything()
+            && (self.keepalive().holds()
+                || self.idle.has_bounds()
                 || self.interval.has_bounds()
                 || self.probes.has_bounds()
                 || self.user_timeout.has_bounds()
-                || self.derives_user_timeout())
+                || self.derives_user_timeout()
+                || self.derives_at_least())
     }
 
     /// The same policy as it stands in the kernel, where programs need not find
@@ -235,17 +416,18 @@ impl Policy {
     }
 
     /// Whether it does no more than to give something to connections when they
-    /// are established: it is neither only counted, nor held to.
+    /// are established: it is neither only counted, nor ignored, nor held to.
     #[must_use]
     #[inline(always)]
     pub const fn only_gives(&self) -> bool {
-        self.flags & (DRY_RUN | HOLDS) == 0
+        self.flags & (DRY_RUN | IGNORE | HOLDS) == 0
     }
 }
 
-/// How long a dead peer goes unnoticed at most, in milliseconds:
-/// idle + interval × probes, no more than the kernel takes as a user-timeout.
-/// All of it in seconds in the arguments but `probes`, which is a number.
+/// After how long a peer is given up by the number of unanswered probes, in
+/// milliseconds: idle + interval × probes, no more than the kernel takes as a
+/// user-timeout. All of it in seconds in the arguments but `probes`, which is a
+/// number.
 #[must_use]
 #[inline]
 pub const fn time_to_notice(idle: u32, interval: u32, probes: u32) -> u32 {
@@ -313,7 +495,13 @@ mod tests {
 
     #[test]
     fn wishes_survive_the_record() {
-        for keepalive in [Keepalive::Leave, Keepalive::On, Keepalive::Off] {
+        for keepalive in [
+            Keepalive::Leave,
+            Keepalive::On,
+            Keepalive::Always,
+            Keepalive::Off,
+            Keepalive::Never,
+        ] {
             let policy = Policy::BUILT_IN.with_keepalive(keepalive);
             assert_eq!(policy.keepalive(), keepalive);
             assert!(!policy.derives_user_timeout());
@@ -351,7 +539,7 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Policy>(), 2 * 4 + 4 * size_of::<Range>());
+        assert_eq!(size_of::<Policy>(), 2 * 4 + 4 * size_of::<Range>() + 4);
         assert_eq!(size_of::<Range>(), 3 * 4);
     }
 }

@@ -118,17 +118,22 @@ impl Step {
     }
 }
 
-/// A remote end, IPv4 as `::ffff:0:0/96`.
+/// What rules look at: the remote end of a connection, IPv4 as
+/// `::ffff:0:0/96`, and its local port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Remote {
-    /// The address, in network byte order.
+pub struct Ends {
+    /// The remote address, in network byte order.
     pub address: [u8; 16],
-    /// The port.
+    /// The remote port.
     pub port: u16,
+    /// The local port.
+    pub local_port: u16,
 }
 
-impl From<SocketAddr> for Remote {
-    fn from(remote: SocketAddr) -> Self {
+impl Ends {
+    /// Of a connection to this remote end.
+    #[must_use]
+    pub fn new(remote: SocketAddr, local_port: u16) -> Self {
         let address = match remote.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
             IpAddr::V6(v6) => v6,
@@ -136,6 +141,7 @@ impl From<SocketAddr> for Remote {
         Self {
             address: address.octets(),
             port: remote.port(),
+            local_port,
         }
     }
 }
@@ -228,46 +234,68 @@ impl PortKey {
     }
 }
 
-/// What rules say about an address.
+/// What rules say about an address, or about one and a port.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Found(u32);
 
-/// Set where the port decides.
+/// Set where the remote port decides.
 const BY_PORT: u32 = 1 << 31;
+/// Set where the local port decides.
+const BY_LOCAL_PORT: u32 = 1 << 30;
+/// The number of a slot or of a table.
+const NUMBER: u32 = BY_LOCAL_PORT - 1;
 
 impl Found {
     /// They are not for this address.
     pub const NOTHING: Self = Self(UNCLAIMED);
 
-    /// Whatever the port, the policy in this slot.
+    /// Whatever the ports, the policy in this slot.
     #[must_use]
     pub const fn slot(slot: u32) -> Self {
-        Self(slot & !BY_PORT)
+        Self(slot & NUMBER)
     }
 
-    /// The port decides, in this table.
+    /// The remote port decides, in this table.
     #[must_use]
     pub const fn by_port(table: u32) -> Self {
-        Self(table | BY_PORT)
+        Self(table & NUMBER | BY_PORT)
     }
 
-    /// The table to look the port up in, where the port decides.
+    /// The local port decides, in this table.
+    #[must_use]
+    pub const fn by_local_port(table: u32) -> Self {
+        Self(table & NUMBER | BY_LOCAL_PORT)
+    }
+
+    /// The table to look the remote port up in, where that decides.
     #[must_use]
     #[inline(always)]
     pub const fn port_table(self) -> Option<u32> {
-        if self.0 & BY_PORT == 0 {
+        self.table(BY_PORT)
+    }
+
+    /// The table to look the local port up in, where that decides.
+    #[must_use]
+    #[inline(always)]
+    pub const fn local_port_table(self) -> Option<u32> {
+        self.table(BY_LOCAL_PORT)
+    }
+
+    #[inline(always)]
+    const fn table(self, by: u32) -> Option<u32> {
+        if self.0 & by == 0 {
             None
         } else {
-            Some(self.0 & !BY_PORT)
+            Some(self.0 & NUMBER)
         }
     }
 
-    /// The slot, where the port does not decide.
+    /// The slot, where no port decides.
     #[must_use]
     #[inline(always)]
     pub const fn any_port(self) -> u32 {
-        self.0 & !BY_PORT
+        self.0 & NUMBER
     }
 }
 
@@ -277,14 +305,15 @@ pub trait Tables {
     fn step(&self, number: u32) -> Option<Step>;
     /// What the rules say about the longest prefix of an address that they name.
     fn remote(&self, key: &RemoteKey) -> Option<Found>;
-    /// The slot for the longest prefix of a port that a table names.
-    fn port(&self, key: &PortKey) -> Option<u32>;
+    /// What a table says about the longest prefix of a port that it names.
+    fn port(&self, key: &PortKey) -> Option<Found>;
 }
 
-/// The slot of the policy that a target leads to, for this remote end.
+/// The slot of the policy that a target leads to, for a connection with these
+/// ends.
 #[must_use]
 #[inline(always)]
-pub fn resolve(tables: &impl Tables, target: Target, remote: &Remote) -> u32 {
+pub fn resolve(tables: &impl Tables, target: Target, ends: &Ends) -> u32 {
     /// The last look finds where the last step leads to. Not `0..=MAX_STEPS`,
     /// which is one more variable for the verifier to follow.
     const LOOKS: u32 = MAX_STEPS + 1;
@@ -297,7 +326,7 @@ pub fn resolve(tables: &impl Tables, target: Target, remote: &Remote) -> u32 {
         let Some(step) = tables.step(number) else {
             return UNCLAIMED;
         };
-        let slot = in_rules(tables, step.rules, remote);
+        let slot = in_rules(tables, step.rules, ends);
         if slot != UNCLAIMED {
             return slot;
         }
@@ -306,18 +335,22 @@ pub fn resolve(tables: &impl Tables, target: Target, remote: &Remote) -> u32 {
     UNCLAIMED
 }
 
-/// The slot that rules give a remote end, [`UNCLAIMED`] where they do not name it.
+/// The slot that rules give a connection, [`UNCLAIMED`] where they do not name
+/// it: first the remote address decides, then the remote port, then the local
+/// one, each only where it makes a difference.
 #[inline(always)]
-fn in_rules(tables: &impl Tables, rules: u32, remote: &Remote) -> u32 {
-    let key = RemoteKey::new(rules, remote.address);
-    let Some(found) = tables.remote(&key) else {
-        return UNCLAIMED;
-    };
-    let Some(table) = found.port_table() else {
-        return found.any_port();
-    };
-    let key = PortKey::new(table, remote.port);
-    tables.port(&key).unwrap_or(UNCLAIMED)
+fn in_rules(tables: &impl Tables, rules: u32, ends: &Ends) -> u32 {
+    let key = RemoteKey::new(rules, ends.address);
+    let mut found = tables.remote(&key).unwrap_or(Found::NOTHING);
+    if let Some(table) = found.port_table() {
+        let key = PortKey::new(table, ends.port);
+        found = tables.port(&key).unwrap_or(Found::NOTHING);
+    }
+    if let Some(table) = found.local_port_table() {
+        let key = PortKey::new(table, ends.local_port);
+        found = tables.port(&key).unwrap_or(Found::NOTHING);
+    }
+    found.any_port()
 }
 
 /// Counts the sockets that no policy claims; holds no policy.
@@ -367,19 +400,16 @@ mod tests {
             Some(Found::NOTHING)
         }
 
-        fn port(&self, _: &PortKey) -> Option<u32> {
+        fn port(&self, _: &PortKey) -> Option<Found> {
             None
         }
     }
 
     #[test]
     fn steps_end() {
-        let remote = Remote {
-            address: [0; 16],
-            port: 0,
-        };
-        assert_eq!(resolve(&Endless, Target::step(0), &remote), UNCLAIMED);
-        assert_eq!(resolve(&Endless, Target::step(99), &remote), UNCLAIMED);
-        assert_eq!(resolve(&Endless, Target::slot(3), &remote), 3);
+        let ends = Ends::new("192.0.2.1:80".parse().unwrap(), 0);
+        assert_eq!(resolve(&Endless, Target::step(0), &ends), UNCLAIMED);
+        assert_eq!(resolve(&Endless, Target::step(99), &ends), UNCLAIMED);
+        assert_eq!(resolve(&Endless, Target::slot(3), &ends), 3);
     }
 }

@@ -37,6 +37,9 @@ pub struct SocketRecord {
     interval: u32,
     probes: u32,
     user_timeout: u32,
+    rto_max: u32,
+    /// Explicit padding, always 0.
+    reserved: u32,
     /// Segments that are not acknowledged yet: keepalive rests while there are any.
     pub packets_out: u32,
 }
@@ -78,6 +81,8 @@ impl SocketRecord {
             interval: options.interval,
             probes: options.probes,
             user_timeout: options.user_timeout,
+            rto_max: options.rto_max,
+            reserved: 0,
             packets_out: 0,
         }
     }
@@ -91,6 +96,7 @@ impl SocketRecord {
             interval: self.interval,
             probes: self.probes,
             user_timeout: self.user_timeout,
+            rto_max: self.rto_max,
         }
     }
 
@@ -138,7 +144,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<SocketRecord>(),
-            4 * 8 + 2 * 16 + 4 + 2 * 2 + 8 * 4
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 10 * 4
         );
     }
 

@@ -114,6 +114,7 @@ mod tests {
         interval: 0,
         probes: 0,
         user_timeout: 0,
+        rto_max: 0,
     };
     const WANTS: Options = Options {
         keepalive: true,
@@ -121,6 +122,7 @@ mod tests {
         interval: 10,
         probes: 6,
         user_timeout: 120_000,
+        rto_max: 0,
     };
 
     const ACTIVE: Silence = Silence {

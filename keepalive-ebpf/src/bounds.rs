@@ -60,7 +60,7 @@ fn bound(sockopt: *mut bpf_sockopt, option: SocketOption) {
     let (had, wants) = (forget_options(answer.had), forget_options(answer.wants));
     // What follows from it, such as a derived user-timeout.
     for other in SocketOption::ALL {
-        if other != option && had.get(other) != wants.get(other) {
+        if other != option && other != SocketOption::RtoMax && had.get(other) != wants.get(other) {
             set(socket, other, wants.get(other));
         }
     }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 use keepalive_common::{
     policy::Policy,
     slot::{
-        Claim, FIRST, Found, Lead, MAX_DEPTH, PortKey, Remote, RemoteKey, Step, Tables, Target,
+        Claim, Ends, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Step, Tables, Target,
         resolve,
     },
 };
@@ -36,9 +36,9 @@ static STEPS: Array<Step, 1> = Array::new();
 #[btf_map]
 static REMOTES: LpmTrie<RemoteKey, Found, 1_048_576> = LpmTrie::new();
 
-/// Table of ports and the prefix of a port → slot.
+/// Table of ports and the prefix of a port → what is found for it.
 #[btf_map]
-static PORTS: LpmTrie<PortKey, u32, 1_048_576> = LpmTrie::new();
+static PORTS: LpmTrie<PortKey, Found, 1_048_576> = LpmTrie::new();
 
 /// What the nearest cgroup claims that claims anything, from the socket's own
 /// upward to the root: as written before this generation, or since.
@@ -59,8 +59,8 @@ pub(crate) fn nearest(own: Option<Cgroup>, generation: u64) -> Claim {
     Claim::NONE
 }
 
-/// The slot of the policy for a socket; only where the remote end has a say is
-/// it looked at.
+/// The slot of the policy for a socket; only where its ends have a say are they
+/// looked at.
 #[inline(always)]
 pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
     let slot = match target.lead() {
@@ -75,27 +75,29 @@ pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the halves of a number")]
 fn by_remote(target: Target, sock: TcpSock) -> u32 {
-    let remote = sock.remote();
-    let number = u128::from_ne_bytes(remote.address);
+    let ends = sock.ends();
+    let number = u128::from_ne_bytes(ends.address);
     by_rules(
         target.bits(),
         (number >> 64) as u64,
         number as u64,
-        remote.port,
+        ends.port,
+        ends.local_port,
     )
 }
 
-/// The slot that a target leads to for a remote end. A global function: the
+/// The slot that a target leads to for a connection. A global function: the
 /// verifier looks at it once, by itself, and not again with everything it knows
 /// where it is called. Such a function takes numbers only below Linux 5.13.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn by_rules(target: u32, high: u64, low: u64, port: u16) -> u32 {
-    let remote = Remote {
+extern "C" fn by_rules(target: u32, high: u64, low: u64, port: u16, local_port: u16) -> u32 {
+    let ends = Ends {
         address: (u128::from(high) << 64 | u128::from(low)).to_ne_bytes(),
         port,
+        local_port,
     };
-    resolve(&Maps, Target::from_bits(target), &remote)
+    resolve(&Maps, Target::from_bits(target), &ends)
 }
 
 /// The maps above.
@@ -113,7 +115,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn port(&self, key: &PortKey) -> Option<u32> {
+    fn port(&self, key: &PortKey) -> Option<Found> {
         PORTS.get(&Key::new(PortKey::BITS, *key)).copied()
     }
 }

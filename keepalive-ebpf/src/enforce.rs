@@ -8,8 +8,9 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::{Counters, SocketOption},
-    history::{Originals, application_keepalive, application_timers, replan},
-    plan::{Options, plan},
+    environment::Environment,
+    history::{application, known_by, replan},
+    plan::{Options, plan, plan_unset},
     policy::Policy,
 };
 
@@ -39,28 +40,46 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         count(unsafe { &raw const (*counters).seen });
         return;
     };
-    if sock.is_touched() || !policy.only_gives() {
+    // Each in a frame of its own: there is little stack.
+    if policy.holds() {
+        held(ctx.as_ptr(), sock, slot, counters, policy);
+    } else if sock.is_touched() || !policy.only_gives() || policy.give_up != 0 {
         touched(ctx.as_ptr(), sock, slot, counters, policy);
-        return;
+    } else {
+        untouched(ctx.as_ptr(), sock, slot, counters, policy);
     }
-    // Most applications leave everything to the system: little is left of the
-    // plan when the compiler knows that.
+}
+
+/// Most applications leave everything to the system.
+#[inline(never)]
+fn untouched(
+    target: *mut c_void,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
+    let environment = if policy.depends_on_namespace() {
+        sock.environment()
+    } else {
+        Environment::UNKNOWN
+    };
     let has = Options::default();
-    let wants = forget_options(plan(policy, &has));
+    let wants = forget_options(plan_unset(policy, &environment));
     let left_alone = !wants.keepalive && !wants.has_timers();
     count_seen(counters, left_alone);
     if left_alone {
         return;
     }
-    let mut setter = Setter::new(ctx.as_ptr(), slot, counters, true);
+    let mut setter = Setter::new(target, slot, counters, &environment, true);
     setter.set(&has, &has, &wants);
     setter.count_filled();
     setter.tell();
 }
 
-/// The same where the application has set something, where a policy has bounds, or
-/// is only counted. Out of line, to keep its registers and branches out of the way of
-/// most connections.
+/// The same where the application has set something, where a policy bounds
+/// retransmission, and where it is only counted. Out of line, to keep its
+/// registers and branches out of the way of most connections.
 #[inline(never)]
 fn touched(
     target: *mut c_void,
@@ -69,59 +88,65 @@ fn touched(
     counters: *const Counters,
     policy: &Policy,
 ) {
-    if policy.holds() {
-        held(target, sock, slot, counters, policy);
+    let environment = sock.environment();
+    let has = sock.options(&environment);
+    let plan = plan(policy, &has, &environment);
+    let wants = &forget_options(plan.wants);
+    count_seen(counters, *wants == has);
+    let conflict = plan.user_timeout_conflict;
+    count_limits(counters, policy, conflict, &environment);
+    if *wants == has {
         return;
     }
-    let has = forget_options(sock.options());
-    let wants = forget_options(plan(policy, &has));
-    count_seen(counters, wants == has);
-    if wants == has {
-        return;
-    }
-    let mut setter = Setter::new(target, slot, counters, policy.is_enforced());
-    setter.set(&has, &has, &wants);
+    let mut setter = Setter::new(target, slot, counters, &environment, policy.is_enforced());
+    setter.set(&has, &has, wants);
     setter.count();
     if !setter.enforced {
         return;
     }
-    let replaced = Originals::of(&has, &wants, &wants);
-    if !replaced.is_empty() {
-        history::remember(sock.target(), &replaced, policy);
-    }
+    let known = forget_options(known_by(policy, &plan, &environment));
+    history::keep(sock.target(), policy, &has, wants, &known);
     setter.tell();
 }
 
 /// The same where a policy has bounds: everything that the application asked for
 /// is kept, with the policy, for [`crate::bounds`].
-#[inline(always)]
+#[inline(never)]
 fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters, policy: &Policy) {
-    let has = forget_options(sock.options());
+    let environment = sock.environment();
+    let has = forget_options(sock.options(&environment));
     // There is something already where the socket has been connected before.
     let before = history::originals(sock.target());
-    let application = application(&has, &before, None);
-    let wants = forget_options(replan(policy, &has, &application, &before));
+    let application = forget_options(application(&has, &before, None, &environment));
+    let plan = replan(policy, &has, &application, &before, &environment);
+    let wants = forget_options(plan.wants);
     count_seen(counters, wants == has);
-    let mut setter = Setter::new(target, slot, counters, true);
+    count_limits(counters, policy, plan.user_timeout_conflict, &environment);
+    let mut setter = Setter::new(target, slot, counters, &environment, true);
     setter.set(&application, &has, &wants);
     setter.count();
-    let kept = Originals::all(&application, &wants, before.asked_later());
-    history::remember(sock.target(), &kept, policy);
+    history::hold(sock.target(), policy, &application, &wants, &environment);
     setter.tell();
 }
 
-/// What the application set on a socket: `history::application` of keepalive-common.
+/// Counts what a policy could not do for a connection.
 #[inline(always)]
-pub(crate) fn application(
-    has: &Options,
-    originals: &Originals,
-    before: Option<&Policy>,
-) -> Options {
-    let timers = forget_options(application_timers(has, originals, before));
-    forget_options(Options {
-        keepalive: application_keepalive(has, originals, before, &timers),
-        ..timers
-    })
+pub(crate) fn count_limits(
+    counters: *const Counters,
+    policy: &Policy,
+    user_timeout_conflict: bool,
+    environment: &Environment,
+) {
+    // SAFETY: the element lives as long as the map, and only its addresses are
+    // used.
+    let counters = unsafe { &*counters };
+    add(
+        &raw const counters.user_timeout_conflict,
+        u32::from(user_timeout_conflict).into(),
+    );
+    if policy.give_up != 0 && environment.rto_max == 0 && !policy.ignores() {
+        count(&raw const counters.give_up_unsupported);
+    }
 }
 
 /// Counts a socket, and whether it was left alone.
@@ -148,6 +173,7 @@ pub(crate) fn forget_options(options: Options) -> Options {
         interval: combine(options.interval, zero),
         probes: combine(options.probes, zero),
         user_timeout: combine(options.user_timeout, zero),
+        rto_max: combine(options.rto_max, zero),
     }
 }
 
@@ -238,6 +264,8 @@ pub(crate) struct Setter {
     restored: u64,
     /// Refusals before.
     failed: u64,
+    /// TCP_RTO_MAX_MS of the namespace.
+    rto_max: u32,
     /// Whether anything is set, or only counted as if it were.
     pub(crate) enforced: bool,
 }
@@ -250,6 +278,7 @@ impl Setter {
         target: *mut c_void,
         slot: u32,
         counters: *const Counters,
+        environment: &Environment,
         enforced: bool,
     ) -> Self {
         Self {
@@ -260,6 +289,7 @@ impl Setter {
             filled: 0,
             clamped: 0,
             restored: 0,
+            rto_max: environment.rto_max,
             // SAFETY: a live element of a per-CPU map.
             failed: unsafe { (&raw const (*counters).failed).read_volatile() },
         }
@@ -298,6 +328,7 @@ impl Setter {
             has.user_timeout,
             wants.user_timeout,
         );
+        self.set_rto_max(application.rto_max, has.rto_max, wants.rto_max);
         if has.keepalive != wants.keepalive
             && self.set_option(SocketOption::Keepalive, u32::from(wants.keepalive))
         {
@@ -334,6 +365,11 @@ impl Setter {
     /// arms the timer from the last activity.
     #[inline(always)]
     pub(crate) fn arm(&mut self, application: u32, has: u32, wants: u32) {
+        if wants == 0 {
+            // The sysctl's, which the kernel takes from nobody: keepalive has
+            // been armed from now.
+            return;
+        }
         if has == wants {
             self.set_option(SocketOption::Idle, wants);
         } else {
@@ -343,9 +379,22 @@ impl Setter {
 
     #[inline(always)]
     fn set_timer(&mut self, option: SocketOption, application: u32, has: u32, wants: u32) {
-        if has == wants || !self.set_option(option, wants) {
-            return;
+        if has != wants && self.set_option(option, wants) {
+            self.count_timer(application, wants);
         }
+    }
+
+    /// Unset it is that of the namespace.
+    #[inline(always)]
+    fn set_rto_max(&mut self, application: u32, has: u32, wants: u32) {
+        let value = if wants == 0 { self.rto_max } else { wants };
+        if has != wants && self.set_option(SocketOption::RtoMax, value) {
+            self.count_timer(application, wants);
+        }
+    }
+
+    #[inline(always)]
+    fn count_timer(&mut self, application: u32, wants: u32) {
         if application == 0 {
             self.filled += 1;
         } else if application != wants {
@@ -365,7 +414,7 @@ impl Setter {
         let (level, number) = option.level_and_number();
         let mut value = value;
         // SAFETY: the target is the kernel's own and the value is four bytes on
-        // the stack, as all five options take it.
+        // the stack, as all options take it.
         let result = unsafe {
             bpf_setsockopt(
                 self.target,

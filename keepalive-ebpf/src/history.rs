@@ -7,7 +7,9 @@ use aya_ebpf::{
     helpers::generated::bpf_sk_storage_get, macros::btf_map,
 };
 use keepalive_common::{
+    environment::Environment,
     history::{Originals, Replaced, SocketHistory},
+    plan::Options,
     policy::Policy,
 };
 
@@ -47,24 +49,53 @@ fn none() -> Originals {
         interval: nothing,
         probes: nothing,
         user_timeout: nothing,
+        rto_max: nothing,
         keepalive: zero,
     }
 }
 
-/// Keeps what was replaced, and what the socket is held to, unless that is there
-/// already. Where there is no memory for it, the policy's value will later be
-/// taken for the application's, and what the application sets later is not
-/// bounded until the next sweep.
-#[inline(always)]
-pub(crate) fn remember(socket: *mut c_void, originals: &Originals, held_to: &Policy) {
-    let flags = if originals.is_empty() && !held_to.holds() {
+/// Keeps what a policy replaced that the socket is not held to, and is known by what
+/// it has given; nothing where nothing need be kept. Where there is no memory for
+/// it, the policy's value will later be taken for the application's.
+///
+/// Out of line: what the verifier concludes here ends here, or it would follow each
+/// combination of timers to the end of the caller.
+#[inline(never)]
+pub(crate) fn keep(
+    socket: *mut c_void,
+    policy: &Policy,
+    application: &Options,
+    now: &Options,
+    known: &Options,
+) {
+    let originals = Originals::of(application, now, known);
+    let flags = if originals.is_empty() {
         0
     } else {
         BPF_SK_STORAGE_GET_F_CREATE
     };
     if let Some(history) = element(socket, flags.into()) {
-        history.originals = *originals;
-        history.held_to = *held_to;
+        history.originals = originals;
+        history.held_to = *policy;
+    }
+}
+
+/// Holds the socket to a policy, and keeps everything that the application wants.
+/// Where there is no memory for it, what the application sets later is not bounded
+/// until the next sweep.
+#[inline(never)]
+pub(crate) fn hold(
+    socket: *mut c_void,
+    policy: &Policy,
+    application: &Options,
+    now: &Options,
+    environment: &Environment,
+) {
+    if let Some(history) = element(socket, BPF_SK_STORAGE_GET_F_CREATE.into()) {
+        let asked_later = history.originals.asked_later();
+        history.originals = Originals::all(application, now, asked_later);
+        history.held_to = *policy;
+        history.environment = *environment;
     }
 }
 

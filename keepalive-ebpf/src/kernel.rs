@@ -22,9 +22,10 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     descriptor::DescriptorRecord,
+    environment::Environment,
     layout::Layout,
     plan::Options,
-    slot::Remote,
+    slot::Ends,
     socket::{AF_INET, Addresses, is_held_open},
 };
 
@@ -169,22 +170,64 @@ impl TcpSock {
         }
     }
 
-    /// The remote end.
+    /// What rules look at.
     #[inline(always)]
-    pub(crate) fn remote(self) -> Remote {
+    pub(crate) fn ends(self) -> Ends {
         let address = if number(read_field!(self.0, family)) == AF_INET {
             // `::ffff:0:0/96`
             (v4(self.0, layout!(remote_v4.offset)) << 96 | 0xffff << 80).to_le_bytes()
         } else {
             probe_bytes(self.0, layout!(remote_v6.offset))
         };
-        Remote {
+        Ends {
             address,
             port: u16::from_be(port(read_field!(self.0, remote_port))),
+            local_port: port(read_field!(self.0, local_port)),
         }
     }
 
-    /// Whether anything is set that [`Self::options`] tells of.
+    /// What holds for the socket where nothing is set on it.
+    #[inline(always)]
+    pub(crate) fn environment(self) -> Environment {
+        if layout!(sock_netns.width) == 0 {
+            return Environment {
+                hz: layout!(hz),
+                ..Environment::UNKNOWN
+            };
+        }
+        let net = typed(self.0, layout!(sock_netns.offset));
+        Environment {
+            idle: sysctl_seconds(read_field!(net, sysctl_idle), 7200),
+            interval: sysctl_seconds(read_field!(net, sysctl_interval), 75),
+            probes: number(read_field!(net, sysctl_probes)),
+            retries: number(read_field!(net, sysctl_retries)),
+            rto_max: if layout!(sysctl_rto_max.width) == 0 {
+                0
+            } else {
+                number(read_field!(net, sysctl_rto_max))
+            },
+            hz: layout!(hz),
+        }
+    }
+
+    /// TCP_RTO_MAX_MS in milliseconds; 0 where it is that of the namespace.
+    #[inline(always)]
+    fn rto_max(self, environment: &Environment) -> u32 {
+        if layout!(rto_max.width) == 0 {
+            return 0;
+        }
+        let hz = layout!(hz).max(1);
+        let set = number(read_field!(self.0, rto_max) * 1000 / u64::from(hz));
+        // The kernel rounds up to its ticks.
+        if set.wrapping_sub(environment.rto_max) <= 1000 / hz {
+            0
+        } else {
+            set
+        }
+    }
+
+    /// Whether anything is set that [`Self::options`] tells of, apart from
+    /// TCP_RTO_MAX_MS, which is looked at where a policy bounds it.
     #[inline(always)]
     pub(crate) fn is_touched(self) -> bool {
         let keepalive = (read_field!(self.0, flags) >> layout!(keepopen_bit)) & 1;
@@ -197,8 +240,9 @@ impl TcpSock {
 
     /// What the application, or an earlier plan, set on the socket.
     #[inline(always)]
-    pub(crate) fn options(self) -> Options {
+    pub(crate) fn options(self, environment: &Environment) -> Options {
         Options {
+            rto_max: self.rto_max(environment),
             keepalive: (read_field!(self.0, flags) >> layout!(keepopen_bit)) & 1 == 1,
             idle: seconds(read_field!(self.0, keepalive_time)),
             interval: seconds(read_field!(self.0, keepalive_intvl)),
@@ -518,6 +562,16 @@ fn seconds(jiffies: u64) -> u32 {
         return 0;
     }
     number(jiffies) / layout!(hz).max(1)
+}
+
+/// A sysctl in jiffies as seconds. Most namespaces have what the kernel begins
+/// with, which spares the division.
+#[inline(always)]
+fn sysctl_seconds(jiffies: u64, usual: u32) -> u32 {
+    if number(jiffies) == usual * layout!(hz) {
+        return usual;
+    }
+    seconds(jiffies)
 }
 
 /// No field is wider than its values: seconds, numbers and milliseconds of at

@@ -7,7 +7,7 @@ use crate::kernel::{Cgroup, TcpIterator, TcpSock};
 /// Appends the record of a connection to what the agent reads.
 #[inline(always)]
 pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
-    let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
+    let mut record = SocketRecord::new(&sock.addresses(), &sock.options(&sock.environment()));
     record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
     record.timer_ms = milliseconds(sock.armed_for());

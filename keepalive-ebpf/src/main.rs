@@ -6,6 +6,7 @@
 
 mod bounds;
 mod claim;
+mod decide;
 mod enforce;
 mod files;
 mod hierarchy;

@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     counters::Counters,
-    history::{Originals, replan},
+    environment::Environment,
     plan::Options,
     policy::Policy,
     slot::{Claim, FIRST},
@@ -15,6 +15,7 @@ use keepalive_common::{
 
 use crate::{
     claim,
+    decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
     history,
     kernel::{Cgroup, TcpIterator, TcpSock},
@@ -57,39 +58,71 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     ) else {
         return;
     };
-    let has = enforce::forget_options(sock.options());
-    let application = enforce::application(&has, &originals, Some(before));
-    let wants = enforce::forget_options(replan(policy, &has, &application, &originals));
+    let Some(subject) = subject() else {
+        return;
+    };
+    subject.environment = sock.environment();
+    subject.has = enforce::forget_options(sock.options(&subject.environment));
+    subject.originals = originals;
+    decide_about(subject, policy, Some(before));
+    carry_out(iterator, sock, slot, counters, policy);
+}
+
+/// Sets what was decided. Out of line, in a frame of its own: there is little
+/// stack.
+#[inline(never)]
+fn carry_out(
+    iterator: &TcpIterator,
+    sock: TcpSock,
+    slot: u32,
+    counters: *const Counters,
+    policy: &Policy,
+) {
+    let (Some(pass), Some(subject)) = (PASS.get_ptr_mut(0), subject()) else {
+        return;
+    };
+    // SAFETY: as in `existing_connection`.
+    let pass = unsafe { &mut *pass };
+    let Subject {
+        has,
+        environment,
+        application,
+        wants,
+        known,
+        user_timeout_conflict,
+        ..
+    } = subject;
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
+        enforce::count_limits(counters, policy, *user_timeout_conflict, environment);
     }
-    if !policy.is_enforced() && pass.dry_run == 0 {
-        // It gives nothing by which the next one could know what an earlier one
-        // set.
-        let nothing = enforce::forget_options(Options::default());
-        keep_originals(sock, policy, &application, &has, &nothing);
+    let is_dry = pass.dry_run != 0;
+    if !is_dry && (wants == has || !policy.is_enforced()) {
+        keep(sock, policy, application, has, known, environment);
     }
-    if wants == has && originals.is_empty() && !policy.holds() {
+    if wants == has {
         return;
     }
-    let enforced = policy.is_enforced() && pass.dry_run == 0;
-    let mut setter = Setter::new(sock.target(), slot, counters, enforced);
+    let enforced = policy.is_enforced() && !is_dry;
+    let mut setter = Setter::new(sock.target(), slot, counters, environment, enforced);
     if !setter.enforced {
         if pass.counts != 0 {
-            setter.set(&application, &has, &wants);
+            setter.set(application, has, wants);
             setter.count();
         }
         return;
     }
-    let class = class(wants.idle);
+    // Timers that stay unset are those of the namespace.
+    let timers = environment.complete(wants);
+    let class = class(timers.idle);
     let may_probe = pass.batch != 0 && pass.class == class;
-    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &wants);
-    let now = enforce::forget_options(now(&has, &wants, silence, may_probe));
-    if now != wants {
+    let silence = Silence::new(sock.silent_for(), TcpSock::hz(), &timers);
+    let now = enforce::forget_options(now(has, wants, silence, may_probe));
+    if now != *wants {
         pass.waiting[class as usize] += 1;
     }
-    keep_originals(sock, policy, &application, &now, &wants);
-    if now == has {
+    keep(sock, policy, application, &now, known, environment);
+    if now == *has {
         return;
     }
     if !has.keepalive && now.keepalive {
@@ -100,13 +133,13 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
             idle: has.idle,
             ..now
         };
-        setter.set(&application, &has, &but_idle);
+        setter.set(application, has, &but_idle);
         setter.arm(application.idle, has.idle, now.idle);
     } else {
-        setter.set(&application, &has, &now);
+        setter.set(application, has, &now);
     }
     setter.count();
-    if silence.is_due && arms(&has, &now) {
+    if silence.is_due && arms(has, &now) {
         pass.in_batch += 1;
         if pass.in_batch >= pass.batch {
             pass.in_batch = 0;
@@ -115,28 +148,20 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     }
 }
 
-/// Keeps what is replaced on the socket, and what it is held to. Out of line: what
-/// the verifier concludes here ends here, or it would follow each combination of
-/// timers to the end of the caller.
-#[inline(never)]
-fn keep_originals(
+/// Keeps what is replaced on the socket, and what it is held to.
+#[inline(always)]
+fn keep(
     sock: TcpSock,
     policy: &Policy,
     application: &Options,
     now: &Options,
-    wants: &Options,
+    known: &Options,
+    environment: &Environment,
 ) {
-    let (before, was_held) = match history::of(sock.target()) {
-        Some(history) => (history.originals, history.held_to.holds()),
-        None => (Originals::NONE, false),
-    };
-    let replaces = if policy.holds() {
-        Originals::all(application, now, before.asked_later())
+    if policy.holds() {
+        history::hold(sock.target(), policy, application, now, environment);
     } else {
-        Originals::of(application, now, wants)
-    };
-    if policy.holds() || was_held || replaces != before {
-        history::remember(sock.target(), &replaces, policy);
+        history::keep(sock.target(), policy, application, now, known);
     }
 }
 

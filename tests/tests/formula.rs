@@ -280,7 +280,8 @@ fn sysctls_do_not_count_as_set_by_the_application() -> Result<()> {
         let (connecting, _) = probe.connection()?;
         assert_eq!(probe.options(connecting)?, Options::on(500, 50, 2).off());
     }
-    let _agent = Agent::start(&cgroup, "[default]\nidle = \"60s\"\n")?;
+    let config = "[default]\nidle = \"60s\"\ninterval = \"10s\"\nprobes = 6\n";
+    let _agent = Agent::start(&cgroup, config)?;
     let mut probe = Probe::start(Program::Static, (&cgroup, &netns))?;
     let (connecting, accepting) = probe.connection()?;
     assert_eq!(probe.options(connecting)?, BUILT_IN);

@@ -5,6 +5,7 @@ use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
+    environment::Environment,
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -22,12 +23,13 @@ use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
-    sockets::source::{Setting, SettingsRecord, Source, Sysctls},
+    rules::Ends,
+    sockets::source::{Setting, SettingsRecord, Source},
 };
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote"]).required(true).multiple(true)),
+    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote", "local_port"]).required(true).multiple(true)),
     after_help = "Explains what the running agent does, or what the config would do where none runs \
                   or one is named. A socket belongs to the cgroup in which it was made, and an \
                   accepted one to that of its listener.\n\n\
@@ -58,6 +60,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "socket")]
     remote: Option<SocketAddr>,
 
+    /// The port of this end, for a connection that is accepted
+    #[arg(long, value_name = "PORT", conflicts_with = "socket")]
+    local_port: Option<u16>,
+
     /// Print one JSON object instead of text for people
     #[arg(long)]
     json: bool,
@@ -70,7 +76,7 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
     let explanations = enforced.iter().map(|enforced| {
         let claimants = Claimants::new(&enforced.config, &enforced.root)
             .context("the globs of the config are too large together")?;
-        let walk = walk(&claimants, &subject.cgroup, subject.remote);
+        let walk = walk(&claimants, &subject.cgroup, &subject.ends);
         anyhow::Ok((enforced, claimants, walk))
     });
     let explanations = explanations.collect::<Result<Vec<_>>>()?;
@@ -95,38 +101,40 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 /// What is to be explained.
 struct Subject {
     cgroup: String,
-    remote: Option<SocketAddr>,
+    ends: Ends,
     /// The process in whose name a connection is made.
     pid: Option<u32>,
     /// The connection, if it exists.
     found: Option<(Namespace, SocketRecord)>,
-    sysctls: Sysctls,
+    environment: Environment,
 }
 
 impl Subject {
     fn of(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Self> {
-        let remote = arguments.remote;
         if let Some([local, remote]) = arguments.socket.as_deref() {
             return Self::of_socket(*local, *remote, hierarchy);
         }
-        let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
-            (Some(pid), _) => (cgroup_of(pid)?, sysctls_of(pid)?),
+        let (cgroup, environment) = match (arguments.pid, &arguments.cgroup) {
+            (Some(pid), _) => (cgroup_of(pid)?, environment_of(pid)?),
             (None, Some(path)) => {
                 let path = hierarchy.path(path)?;
                 // It may be one that is to be made, or a slip of the pen.
                 if hierarchy.lookup(&path)?.is_none() {
                     warn!("cgroup {path} does not exist");
                 }
-                (path, Sysctls::here()?)
+                (path, netns::environment()?)
             }
-            (None, None) => ("/".to_owned(), Sysctls::here()?),
+            (None, None) => ("/".to_owned(), netns::environment()?),
         };
         Ok(Self {
             cgroup,
-            remote,
+            ends: Ends {
+                remote: arguments.remote,
+                local_port: arguments.local_port,
+            },
             pid: arguments.pid,
             found: None,
-            sysctls,
+            environment,
         })
     }
 
@@ -134,10 +142,10 @@ impl Subject {
         preflight::may_enforce()?;
         let mut lister = Lister::load(&Kernel::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
+        let mut found: Option<(Namespace, SocketRecord, Environment)> = None;
         for netns in netns::all()? {
             let entered = netns.enter(|| {
-                let sysctls = Sysctls::here()?;
+                let environment = netns::environment()?;
                 lister.list(&mut |record| {
                     if canonical(record.local()) != canonical(local)
                         || canonical(record.remote()) != canonical(remote)
@@ -150,7 +158,7 @@ impl Subject {
                              one in {}",
                             netns.name, first.name
                         ),
-                        None => found = Some((netns.clone(), *record, sysctls)),
+                        None => found = Some((netns.clone(), *record, environment)),
                     }
                     Ok(())
                 })
@@ -159,7 +167,7 @@ impl Subject {
                 warn!("namespace {}: {error:#}", netns.name);
             }
         }
-        let Some((netns, record, sysctls)) = found else {
+        let Some((netns, record, environment)) = found else {
             bail!(
                 "no connection goes from {local} to {remote}: \
                  `keepalive-agent sockets` shows the ones there are"
@@ -179,16 +187,19 @@ impl Subject {
         };
         Ok(Self {
             cgroup: cgroup.path,
-            remote: Some(record.remote()),
+            ends: Ends {
+                remote: Some(record.remote()),
+                local_port: Some(record.local().port()),
+            },
             pid: None,
             found: Some((netns, record)),
-            sysctls,
+            environment,
         })
     }
 
     /// What is explained, in words.
     fn name(&self) -> String {
-        match (&self.found, self.pid, self.remote) {
+        match (&self.found, self.pid, self.ends.remote) {
             (Some((netns, record)), ..) => format!(
                 "connection {} → {} in network namespace {}",
                 record.local(),
@@ -216,17 +227,19 @@ fn cgroup_of(pid: u32) -> Result<String> {
 }
 
 /// The sysctls of the network namespace of a process.
-fn sysctls_of(pid: u32) -> Result<Sysctls> {
+fn environment_of(pid: u32) -> Result<Environment> {
     use std::os::unix::fs::MetadataExt as _;
     let file = format!("/proc/{pid}/ns/net");
     let id = fs::metadata(&file)
         .with_context(|| format!("looking at {file}"))?
         .ino();
     let own = netns::all()?.into_iter().find(|netns| netns.id == id);
-    let entered = own.map(|netns| netns.enter(Sysctls::here)).transpose()?;
+    let entered = own
+        .map(|netns| netns.enter(netns::environment))
+        .transpose()?;
     match entered.flatten() {
-        Some(sysctls) => sysctls,
-        None => Sysctls::here(),
+        Some(environment) => environment,
+        None => netns::environment(),
     }
 }
 
@@ -325,7 +338,9 @@ impl<'a> Explained<'a> {
             .found
             .as_ref()
             .map_or_else(Options::default, |(_, record)| record.options());
-        let wants = policy.map_or(has, |assigned| plan(&assigned.policy, &has));
+        let wants = policy.map_or(has, |assigned| {
+            plan(&assigned.policy, &has, &subject.environment).wants
+        });
         Self {
             subject,
             enforced,
@@ -341,20 +356,20 @@ impl<'a> Explained<'a> {
     fn now(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
         let enforced = policy.filter(|policy| policy.is_enforced());
-        Meaning::of(&self.holds(), enforced, &self.subject.sysctls)
+        Meaning::of(&self.holds(), enforced, &self.subject.environment)
     }
 
     /// What the policy's wishes mean.
     fn then(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        Meaning::of(&self.wants, policy, &self.subject.sysctls)
+        Meaning::of(&self.wants, policy, &self.subject.environment)
     }
 
     /// What holds.
     fn holds(&self) -> Options {
         let enforced = self
             .policy
-            .is_none_or(|assigned| assigned.policy.is_enforced());
+            .is_none_or(|assigned| assigned.policy.sets_anything());
         if self.subject.found.is_some() || !enforced {
             self.has
         } else {
@@ -382,7 +397,7 @@ impl<'a> Explained<'a> {
                         "is for it too, but another one is more exact or comes first".to_owned()
                     }
                     Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
-                    Verdict::Depends => format!("claims what goes to {}", remotes(assigned)),
+                    Verdict::Depends => format!("claims it if its ends are {}", ends(assigned)),
                 };
                 writeln!(text, "    policy {} {verdict}", assigned.name)?;
             }
@@ -390,7 +405,7 @@ impl<'a> Explained<'a> {
         match self.policy {
             None => text.push_str("\nno policy claims it: it is left alone\n"),
             Some(assigned) => {
-                let [keepalive, idle, interval, probes, user_timeout] =
+                let [keepalive, idle, interval, probes, user_timeout, give_up] =
                     output::wishes(&assigned.policy);
                 let written = self
                     .enforced
@@ -400,10 +415,12 @@ impl<'a> Explained<'a> {
                     text,
                     "\npolicy {}{written}\n    \
                      keepalive {keepalive}, idle {idle}, interval {interval}, probes {probes}, \
-                     user-timeout {user_timeout}\n",
+                     user-timeout {user_timeout}, give-up {give_up}\n",
                     assigned.name
                 )?;
-                if !assigned.policy.is_enforced() {
+                if assigned.policy.ignores() {
+                    text.push_str("    ignores its connections: nothing is done to them\n");
+                } else if !assigned.policy.is_enforced() {
                     text.push_str("    in dry run: nothing is set\n");
                 }
             }
@@ -415,6 +432,15 @@ impl<'a> Explained<'a> {
         };
         writeln!(text, "\n{heading}")?;
         text.push_str(&meaning(&self.now()));
+        let gives_up = self.policy.is_some_and(|assigned| {
+            assigned.policy.give_up != 0 && assigned.policy.sets_anything()
+        });
+        if gives_up && self.subject.environment.rto_max == 0 {
+            text.push_str(
+                "    give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS (before \
+                 Linux 6.15)\n",
+            );
+        }
         if self.holds() != self.wants {
             text.push_str("\nwhat the policy wants\n");
             text.push_str(&meaning(&self.then()));
@@ -452,7 +478,7 @@ impl<'a> Explained<'a> {
                 .found
                 .as_ref()
                 .map(|(_, record)| record.local()),
-            remote: self.subject.remote,
+            remote: self.subject.ends.remote,
             netns: self
                 .subject
                 .found
@@ -471,8 +497,8 @@ impl<'a> Explained<'a> {
     }
 }
 
-/// The remote ends that a policy is for, in words.
-fn remotes(assigned: &Assigned) -> String {
+/// The ends that a policy is for, in words.
+fn ends(assigned: &Assigned) -> String {
     let mut words: Vec<_> = assigned
         .rules
         .remotes
@@ -485,6 +511,13 @@ fn remotes(assigned: &Assigned) -> String {
             .ports
             .iter()
             .map(|ports| format!("port {ports}")),
+    );
+    words.extend(
+        assigned
+            .rules
+            .local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}")),
     );
     words.join(", ")
 }
@@ -533,6 +566,18 @@ fn meaning(meaning: &Meaning) -> String {
         .map_or_else(|| "never".to_owned(), after);
     lines.push(format!("first probe   {first}"));
     lines.push(format!("dead peer     noticed {dead}"));
+    lines.push(format!(
+        "data          that is not acknowledged ends it {}",
+        after(settings.gives_up_ms)
+    ));
+    if settings.user_timeout_conflict {
+        lines.push(
+            "keepalive and its timers are left as the application has them: with its user-timeout\n    \
+             the kernel would end the connection before as many probes are lost as the policy says.\n    \
+             user-timeout = { at-least = \"derive\" } allows for them"
+                .to_owned(),
+        );
+    }
     let (open, lost): (Vec<&Path>, Vec<&Path>) =
         meaning.paths.iter().partition(|path| path.survives);
     for (word, paths) in [("survives", open), ("is lost on", lost)] {
@@ -555,6 +600,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
         Source::Policy => "the policy",
         Source::PolicyBound => "a bound of the policy",
         Source::Sysctl => "a sysctl of the namespace",
+        Source::UserTimeout => "the application's user-timeout",
         Source::Kernel => "nobody",
     };
     format!("{name:<13} {shown}, set by {source}")

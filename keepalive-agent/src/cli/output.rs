@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use keepalive_common::policy::{Keepalive, Policy, Range};
+use keepalive_common::policy::{Keepalive, Policy, Range, SysctlTimer};
 use serde::Serialize;
 use tabwriter::TabWriter;
 
@@ -55,31 +55,65 @@ pub(super) fn json(record: &impl Serialize) -> Result<()> {
 }
 
 /// The wishes of a policy, as people read them: keepalive, idle, interval,
-/// probes, user-timeout.
-pub(super) fn wishes(policy: &Policy) -> [String; 5] {
+/// probes, user-timeout, give-up.
+pub(super) fn wishes(policy: &Policy) -> [String; 6] {
+    if policy.ignores() {
+        return ["ignore", "-", "-", "-", "-", "-"].map(str::to_owned);
+    }
+    let word = |timer, range: &Range| {
+        (range.default == 0 && policy.heeds_sysctl(timer)).then_some("sysctl")
+    };
+    let seconds = |timer, range: &Range| {
+        let least = (range.at_least != 0).then(|| duration::show_seconds(range.at_least));
+        self::range(range, word(timer, range), least, duration::show_seconds)
+    };
+    let probes = &policy.probes;
+    let user_timeout = &policy.user_timeout;
+    let least = match user_timeout.at_least {
+        _ if policy.derives_at_least() => Some("derive".to_owned()),
+        0 => None,
+        least => Some(duration::show_milliseconds(least)),
+    };
     [
         keepalive(policy).to_owned(),
-        range(&policy.idle, None, duration::show_seconds),
-        range(&policy.interval, None, duration::show_seconds),
-        range(&policy.probes, None, |probes| probes.to_string()),
+        seconds(SysctlTimer::Idle, &policy.idle),
+        seconds(SysctlTimer::Interval, &policy.interval),
         range(
-            &policy.user_timeout,
+            probes,
+            word(SysctlTimer::Probes, probes),
+            (probes.at_least != 0).then(|| probes.at_least.to_string()),
+            |probes| probes.to_string(),
+        ),
+        range(
+            user_timeout,
             policy.derives_user_timeout().then_some("derive"),
+            least,
             duration::show_milliseconds,
         ),
+        match policy.give_up {
+            0 => "leave".to_owned(),
+            give_up => duration::show_milliseconds(give_up),
+        },
     ]
 }
 
 fn keepalive(policy: &Policy) -> &'static str {
     match policy.keepalive() {
         Keepalive::On => "on",
+        Keepalive::Always => "always",
         Keepalive::Off => "off",
+        Keepalive::Never => "never",
         Keepalive::Leave => "leave",
     }
 }
 
 /// `1m`, `exactly 1m`, `1m (30s to 5m)`, `1m (at most 5m)`, `leave`.
-fn range(range: &Range, word: Option<&str>, show: impl Fn(u32) -> String) -> String {
+fn range(
+    range: &Range,
+    word: Option<&str>,
+    least: Option<String>,
+    show: impl Fn(u32) -> String,
+) -> String {
     let default = match word {
         Some(word) => word.to_owned(),
         None if range.default == 0 => "leave".to_owned(),
@@ -88,11 +122,11 @@ fn range(range: &Range, word: Option<&str>, show: impl Fn(u32) -> String) -> Str
         }
         None => show(range.default),
     };
-    match (range.at_least, range.at_most) {
-        (0, u32::MAX) => default,
-        (least, u32::MAX) => format!("{default} (at least {})", show(least)),
-        (0, most) => format!("{default} (at most {})", show(most)),
-        (least, most) => format!("{default} ({} to {})", show(least), show(most)),
+    match (least, range.at_most) {
+        (None, u32::MAX) => default,
+        (Some(least), u32::MAX) => format!("{default} (at least {least})"),
+        (None, most) => format!("{default} (at most {})", show(most)),
+        (Some(least), most) => format!("{default} ({least} to {})", show(most)),
     }
 }
 
@@ -103,7 +137,7 @@ mod tests {
     #[test]
     fn a_policy_reads_at_a_glance() {
         let mut policy = Policy::BUILT_IN;
-        assert_eq!(wishes(&policy), ["on", "1m", "10s", "6", "leave"]);
+        assert_eq!(wishes(&policy), ["on", "1m", "10s", "6", "leave", "leave"]);
         policy = policy
             .with_keepalive(Keepalive::Leave)
             .with_derived_user_timeout(true);
@@ -119,8 +153,32 @@ mod tests {
                 "exactly 4m 10s",
                 "10s (at least 5s)",
                 "6 (at most 9)",
-                "derive (1ms to 1m 30s)"
+                "derive (1ms to 1m 30s)",
+                "leave"
             ]
         );
+        let mut policy = Policy::BUILT_IN
+            .with_keepalive(Keepalive::Always)
+            .with_derived_at_least(true)
+            .with_sysctl(SysctlTimer::Interval, false);
+        policy.idle = Range {
+            at_most: 300,
+            ..Range::LEAVE
+        };
+        policy.interval = Range::LEAVE;
+        policy.give_up = 60_000;
+        assert_eq!(
+            wishes(&policy),
+            [
+                "always",
+                "sysctl (at most 5m)",
+                "leave",
+                "6",
+                "leave (at least derive)",
+                "1m"
+            ]
+        );
+        let ignores = policy.with_ignore(true);
+        assert_eq!(wishes(&ignores), ["ignore", "-", "-", "-", "-", "-"]);
     }
 }

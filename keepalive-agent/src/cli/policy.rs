@@ -66,7 +66,7 @@ struct Show {
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("which").args(["name", "cgroup", "remote", "port"]).required(true).multiple(true)),
+    group(ArgGroup::new("which").args(["name", "cgroup", "remote", "port", "local_port"]).required(true).multiple(true)),
     after_help = "The drop-in is gone with the boot, unless --permanent. Setting the same policy again \
                   keeps the keys that are not mentioned. Values are written as in the config file; \
                   a timer may be a table of bounds.\n\n\
@@ -96,25 +96,44 @@ struct Set {
     #[arg(long)]
     port: Vec<String>,
 
-    /// SO_KEEPALIVE: on, off or leave
+    /// Port of this end, for what is accepted, or a range. May be given more than
+    /// once
+    #[arg(long, value_name = "PORT")]
+    local_port: Vec<String>,
+
+    /// SO_KEEPALIVE: on, always, off, never or leave
     #[arg(long, value_name = "WISH")]
     keepalive: Option<String>,
 
-    /// Silence before the first probe
+    /// Silence before the first probe: a time, sysctl or leave
     #[arg(long, value_name = "TIME")]
     idle: Option<String>,
 
-    /// Time between two unanswered probes
+    /// Time between two unanswered probes: a time, sysctl or leave
     #[arg(long, value_name = "TIME")]
     interval: Option<String>,
 
-    /// Unanswered probes after which the peer counts as dead
+    /// Unanswered probes after which the peer counts as dead: a number, sysctl or
+    /// leave
     #[arg(long, value_name = "COUNT")]
     probes: Option<String>,
 
     /// How long sent data may stay unacknowledged: a time, derive or leave
     #[arg(long, value_name = "TIME")]
     user_timeout: Option<String>,
+
+    /// After how long sent data that nobody acknowledges ends the connection: a
+    /// time or leave
+    #[arg(long, value_name = "TIME")]
+    give_up: Option<String>,
+
+    /// Claim connections and leave them alone
+    #[arg(long)]
+    ignore: bool,
+
+    /// Apply the policy, after --ignore
+    #[arg(long, conflicts_with = "ignore")]
+    no_ignore: bool,
 
     /// Path to keep open, which chooses the timers: aws-nat, 350s
     #[arg(long, value_name = "PATH")]
@@ -311,10 +330,18 @@ impl Set {
         let list =
             |values: Vec<toml::Value>| (!values.is_empty()).then(|| Ok(toml::Value::Array(values)));
         let remotes = self.remote.iter().map(String::as_str);
-        let ports = self.port.iter().map(|port| drop_in::number_or_text(port));
+        let ports = |ports: &[String]| {
+            list(
+                ports
+                    .iter()
+                    .map(|port| drop_in::number_or_text(port))
+                    .collect(),
+            )
+        };
         add(Key::Cgroup, self.cgroup.as_ref().map(text))?;
         add(Key::Remote, list(remotes.map(toml::Value::from).collect()))?;
-        add(Key::Port, list(ports.collect()))?;
+        add(Key::Port, ports(&self.port))?;
+        add(Key::LocalPort, ports(&self.local_port))?;
         add(Key::Keepalive, self.keepalive.as_ref().map(text))?;
         for (key, value) in [
             (Key::Idle, &self.idle),
@@ -325,6 +352,12 @@ impl Set {
             let value = value.as_ref().map(|value| drop_in::timer(key, value));
             add(key, value)?;
         }
+        add(Key::GiveUp, self.give_up.as_ref().map(text))?;
+        let ignore = (self.ignore || self.no_ignore).then_some(self.ignore);
+        add(
+            Key::Ignore,
+            ignore.map(|ignore| Ok(toml::Value::Boolean(ignore))),
+        )?;
         let enforce = (self.enforce || self.no_enforce).then_some(self.enforce);
         add(
             Key::Enforce,
@@ -342,6 +375,7 @@ impl Set {
         let rules = Rules {
             remotes: parsed::<Remote>("--remote", &self.remote)?,
             ports: parsed::<Ports>("--port", &self.port)?,
+            local_ports: parsed::<Ports>("--local-port", &self.local_port)?,
         };
         let cgroup = self.cgroup.as_deref().map(pattern).transpose()?;
         let same: Vec<_> = named(merged)
@@ -366,7 +400,12 @@ impl Set {
                 quoted = quoted(&named.name),
             );
         }
-        let name = derived_name(self.cgroup.as_deref(), &self.remote, &self.port);
+        let name = derived_name(
+            self.cgroup.as_deref(),
+            &self.remote,
+            &self.port,
+            &self.local_port,
+        );
         if let Some((_, origins)) = find(merged, &name) {
             bail!(
                 "there is a policy {name} for something else ({}); choose a name with --name",
@@ -378,13 +417,23 @@ impl Set {
 }
 
 /// What a policy is called that nobody named: by what it is for.
-fn derived_name(cgroup: Option<&str>, remotes: &[String], ports: &[String]) -> String {
+fn derived_name(
+    cgroup: Option<&str>,
+    remotes: &[String],
+    ports: &[String],
+    local_ports: &[String],
+) -> String {
     let cgroup = cgroup.map(|path| match path.trim_matches('/') {
         "" => "/",
         path => path,
     });
     let remote_ends = remotes.iter().chain(ports).map(String::as_str);
-    let words: Vec<_> = cgroup.into_iter().chain(remote_ends).collect();
+    let local_ports = local_ports.iter().flat_map(|port| ["local", port.as_str()]);
+    let words: Vec<_> = cgroup
+        .into_iter()
+        .chain(remote_ends)
+        .chain(local_ports)
+        .collect();
     words.join(" ")
 }
 
@@ -407,7 +456,9 @@ fn same_rules(one: &Rules, other: &Rules) -> bool {
     fn same<T: PartialEq>(one: &[T], other: &[T]) -> bool {
         one.len() == other.len() && one.iter().all(|item| other.contains(item))
     }
-    same(&one.remotes, &other.remotes) && same(&one.ports, &other.ports)
+    same(&one.remotes, &other.remotes)
+        && same(&one.ports, &other.ports)
+        && same(&one.local_ports, &other.local_ports)
 }
 
 /// The one policy for a cgroup.
@@ -538,8 +589,10 @@ mod tests {
     fn names_come_from_what_a_policy_is_for() {
         let name = |cgroup, remotes: &[&str], ports: &[&str]| {
             let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
-            derived_name(cgroup, &owned(remotes), &owned(ports))
+            derived_name(cgroup, &owned(remotes), &owned(ports), &[])
         };
+        let local = ["22".to_owned()];
+        assert_eq!(derived_name(None, &[], &[], &local), "local 22");
         assert_eq!(
             name(Some("/a.slice/b.service/"), &[], &[]),
             "a.slice/b.service"

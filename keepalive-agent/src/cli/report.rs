@@ -8,6 +8,7 @@ use std::{
 
 use keepalive_common::counters::Counters;
 use serde::Serialize;
+use tracing::warn;
 
 use super::output;
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
     config::DEFAULT_FILE,
     daemon::{self, Leaves, Reporter},
     datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord},
-    duration, kernel,
+    duration, kernel, netns,
     sweep::Swept,
     unblocked::Stream,
 };
@@ -29,6 +30,11 @@ pub(super) struct Report {
 
 impl Reporter for Report {
     fn report(&mut self, event: &daemon::Event<'_>) {
+        if let daemon::Event::Started { assignment, .. } | daemon::Event::Reloaded { assignment } =
+            event
+        {
+            warn_of_give_up(assignment);
+        }
         let text = if self.json {
             record_of(event).map(|record| line(&record))
         } else {
@@ -90,11 +96,13 @@ struct PolicyRecord<'a> {
     cgroups: usize,
     remotes: Vec<String>,
     ports: Vec<String>,
+    local_ports: Vec<String>,
     keepalive: String,
     idle: String,
     interval: String,
     probes: String,
     user_timeout: String,
+    give_up: String,
 }
 
 #[derive(Serialize)]
@@ -118,6 +126,8 @@ struct CountersRecord {
     restored: u64,
     left_alone: u64,
     failed: u64,
+    user_timeout_conflict: u64,
+    give_up_unsupported: u64,
 }
 
 impl From<Counters> for CountersRecord {
@@ -131,6 +141,8 @@ impl From<Counters> for CountersRecord {
             restored,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         } = counters;
         Self {
             seen,
@@ -141,6 +153,8 @@ impl From<Counters> for CountersRecord {
             restored,
             left_alone,
             failed,
+            user_timeout_conflict,
+            give_up_unsupported,
         }
     }
 }
@@ -168,18 +182,21 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
     let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
             enforced: assigned.policy.is_enforced(),
             cgroups: assignment.paths_of(index).count(),
             remotes: texts(&assigned.rules.remotes),
             ports: texts(&assigned.rules.ports),
+            local_ports: texts(&assigned.rules.local_ports),
             keepalive,
             idle,
             interval,
             probes,
             user_timeout,
+            give_up,
         }
     });
     records.collect()
@@ -193,15 +210,25 @@ fn policy_table(assignment: &Assignment) -> String {
         "INTERVAL",
         "PROBES",
         "USER-TIMEOUT",
+        "GIVE-UP",
         "CGROUPS",
-        "REMOTE",
+        "FOR",
     ];
     let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
-        let [keepalive, idle, interval, probes, user_timeout] = output::wishes(&assigned.policy);
+        let [keepalive, idle, interval, probes, user_timeout, give_up] =
+            output::wishes(&assigned.policy);
         let remotes = texts(&assigned.rules.remotes);
         let ports = texts(&assigned.rules.ports);
         let ports = ports.iter().map(|ports| format!("port {ports}"));
-        let remotes: Vec<_> = remotes.into_iter().chain(ports).collect();
+        let local_ports = texts(&assigned.rules.local_ports);
+        let local_ports = local_ports
+            .iter()
+            .map(|ports| format!("local port {ports}"));
+        let ends: Vec<_> = remotes
+            .into_iter()
+            .chain(ports)
+            .chain(local_ports)
+            .collect();
         [
             name_of(&assigned.name, assigned.policy.is_enforced()),
             keepalive,
@@ -209,14 +236,30 @@ fn policy_table(assignment: &Assignment) -> String {
             interval,
             probes,
             user_timeout,
+            give_up,
             some_of(assignment.paths_of(index)),
-            match remotes.len() {
+            match ends.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter().map(String::as_str)),
+                _ => some_of(ends.iter().map(String::as_str)),
             },
         ]
     });
     output::table_text(header, rows)
+}
+
+/// Says which policies want what this kernel does not have.
+fn warn_of_give_up(assignment: &Assignment) {
+    let wanted = |assigned: &&Assigned| assigned.policy.give_up != 0 && !assigned.policy.ignores();
+    let Some(first) = assignment.policies.iter().find(wanted) else {
+        return;
+    };
+    if netns::environment().is_ok_and(|environment| environment.rto_max == 0) {
+        warn!(
+            "policy {}: give-up has no effect on this kernel, which knows no TCP_RTO_MAX_MS \
+             (before Linux 6.15): data in flight is given up by net.ipv4.tcp_retries2",
+            first.name
+        );
+    }
 }
 
 /// The files of a config, in words.
@@ -411,6 +454,21 @@ fn changed_text(record: Option<&SetRecord>) -> String {
     let (done, refusals) = counted(record);
     let done: Vec<_> = done.into_iter().map(DoneRecord::from).collect();
     let mut text = done_text(&done);
+    for done in &done {
+        let connections =
+            done.established.user_timeout_conflict + done.existing.user_timeout_conflict;
+        if connections > 0 {
+            let _ = writeln!(
+                text,
+                "policy {}: {} left without keepalive of the policy, because the application's \
+                 user-timeout would end {} at the first lost probes; \
+                 user-timeout = {{ at-least = \"derive\" }} allows for them",
+                done.name,
+                count(connections, "connection"),
+                if connections == 1 { "it" } else { "them" },
+            );
+        }
+    }
     for refused in refusals {
         let _ = writeln!(text, "{refused}");
     }

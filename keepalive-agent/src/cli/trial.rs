@@ -14,7 +14,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use keepalive_common::{
-    plan::{Options, plan},
+    environment::Environment,
+    plan::{Options, plan_unset},
     policy::{Policy, Range},
 };
 use rustix::net::sockopt;
@@ -63,7 +64,7 @@ impl fmt::Display for Failure {
 /// Makes the connection below `root` and looks at both ends.
 pub(super) fn parent(kernel: &Kernel, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(), Failure> {
     let ends = connect_under_policy(kernel, hierarchy, root).map_err(Failure::NotTried)?;
-    let wanted = plan(&POLICY, &Options::default());
+    let wanted = plan_unset(&POLICY, &Environment::UNKNOWN);
     for (end, has) in [
         ("connecting", ends.connecting),
         ("accepting", ends.accepting),
@@ -274,6 +275,7 @@ impl From<End> for Options {
             interval: seconds(end.interval),
             probes: end.probes,
             user_timeout: end.user_timeout,
+            rto_max: 0,
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, hash::Hash, ops::Range as Span, str::FromStr};
 
-use keepalive_common::policy::Keepalive;
+use keepalive_common::policy::{Keepalive, MIN_RTO_MAX};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -13,7 +13,7 @@ use super::{
     CgroupPattern,
     preset::Preset,
     text::{At, Findings},
-    timer::{Default, Timer, Written},
+    timer::{AtLeast, Default, Timer, Written},
 };
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
@@ -21,16 +21,18 @@ use crate::{
 };
 
 /// What only a `[[policy]]` understands.
-const CLAIM_KEYS: [&str; 4] = ["name", "cgroup", "remote", "port"];
+const CLAIM_KEYS: [&str; 5] = ["name", "cgroup", "remote", "port", "local-port"];
 
 /// What every policy understands.
-const POLICY_KEYS: [&str; 7] = [
+const POLICY_KEYS: [&str; 9] = [
     "keepalive",
     "idle",
     "interval",
     "probes",
     "user-timeout",
+    "give-up",
     "enforce",
+    "ignore",
     "path",
 ];
 
@@ -59,9 +61,13 @@ pub(super) struct Table {
     pub(super) cgroup: Option<Entry<Vec<CgroupPattern>>>,
     pub(super) remote: Option<Entry<Vec<Remote>>>,
     pub(super) port: Option<Entry<Vec<Ports>>>,
+    pub(super) local_port: Option<Entry<Vec<Ports>>>,
     pub(super) keepalive: Option<Entry<Keepalive>>,
     pub(super) timers: [Option<Entry<Written>>; 4],
+    /// In milliseconds; none where it is left to the kernel.
+    pub(super) give_up: Option<Entry<Option<u32>>>,
     pub(super) enforce: Option<Entry<bool>>,
+    pub(super) ignore: Option<Entry<bool>>,
     pub(super) path: Option<Entry<Preset>>,
 }
 
@@ -136,6 +142,7 @@ impl Reader<'_, '_> {
             policy.cgroup = self.entry(section, "cgroup", Self::cgroups);
             policy.remote = self.entry(section, "remote", Self::remotes);
             policy.port = self.entry(section, "port", Self::ports);
+            policy.local_port = self.entry(section, "local-port", Self::ports);
             document.policies.push(policy);
         }
         document
@@ -174,13 +181,22 @@ impl Reader<'_, '_> {
             cgroup: None,
             remote: None,
             port: None,
+            local_port: None,
             keepalive: self.entry(section, "keepalive", Self::keepalive),
             timers: Timer::ALL.map(|timer| {
                 self.entry(section, timer.key(), |reader, section, key| {
                     reader.timer(section, key, timer)
                 })
             }),
-            enforce: self.entry(section, "enforce", Self::enforce),
+            give_up: self.entry(section, "give-up", Self::give_up),
+            enforce: self.entry(section, "enforce", |reader, section, key| {
+                let meaning = "false: decided and counted, nothing is set";
+                reader.truth(section, key, meaning)
+            }),
+            ignore: self.entry(section, "ignore", |reader, section, key| {
+                let meaning = "true: connections are claimed and not touched at all";
+                reader.truth(section, key, meaning)
+            }),
             path: self.entry(section, "path", Self::preset),
         }
     }
@@ -314,23 +330,44 @@ impl Reader<'_, '_> {
     fn keepalive(&mut self, section: Section<'_, '_>, key: &str) -> Option<Keepalive> {
         match section.get(key)?.get_ref().as_str() {
             Some("on") => Some(Keepalive::On),
+            Some("always") => Some(Keepalive::Always),
             Some("off") => Some(Keepalive::Off),
+            Some("never") => Some(Keepalive::Never),
             Some("leave") => Some(Keepalive::Leave),
             _ => {
-                let message = "must be \"on\", \"off\" or \"leave\"";
+                let message = "must be \"on\", \"always\", \"off\", \"never\" or \"leave\"";
                 self.wrong_value(section, key, message);
                 None
             }
         }
     }
 
-    fn enforce(&mut self, section: Section<'_, '_>, key: &str) -> Option<bool> {
-        let enforce = section.get(key)?.get_ref().as_bool();
-        if enforce.is_none() {
-            let message = "must be true or false; false: decided and counted, nothing is set";
-            self.wrong_value(section, key, message);
+    fn truth(&mut self, section: Section<'_, '_>, key: &str, meaning: &str) -> Option<bool> {
+        let truth = section.get(key)?.get_ref().as_bool();
+        if truth.is_none() {
+            let message = format!("must be true or false; {meaning}");
+            self.wrong_value(section, key, &message);
         }
-        enforce
+        truth
+    }
+
+    fn give_up(&mut self, section: Section<'_, '_>, key: &str) -> Option<Option<u32>> {
+        /// The kernel takes no shorter time between two retransmissions.
+        const SHORTEST: u32 = MIN_RTO_MAX;
+        let value = section.get(key)?.get_ref();
+        if value.as_str() == Some("leave") {
+            return Some(None);
+        }
+        let give_up = Timer::UserTimeout.value(value).and_then(|give_up| {
+            if give_up < SHORTEST {
+                Err("must be at least 1s".to_owned())
+            } else {
+                Ok(Some(give_up))
+            }
+        });
+        give_up
+            .map_err(|message| self.wrong_value(section, key, &message))
+            .ok()
     }
 
     fn preset(&mut self, section: Section<'_, '_>, key: &str) -> Option<Preset> {
@@ -381,7 +418,7 @@ impl Reader<'_, '_> {
             default: section
                 .get("default")
                 .and_then(|_| self.default_of(section, "default", timer)),
-            at_least: self.bound(section, "at-least", timer),
+            at_least: self.at_least(section, timer),
             at_most: self.bound(section, "at-most", timer),
         };
         if section.get("exactly").is_some() && section.table.len() > 1 {
@@ -394,6 +431,15 @@ impl Reader<'_, '_> {
         Some(exactly.map_or(written, Written::exactly))
     }
 
+    fn at_least(&mut self, section: Section<'_, '_>, timer: Timer) -> Option<AtLeast> {
+        const KEY: &str = "at-least";
+        let word = section.get(KEY)?.get_ref().as_str();
+        if timer == Timer::UserTimeout && word == Some("derive") {
+            return Some(AtLeast::Derive);
+        }
+        self.bound(section, KEY, timer).map(AtLeast::Value)
+    }
+
     fn bound(&mut self, section: Section<'_, '_>, key: &str, timer: Timer) -> Option<u32> {
         let value = section.get(key)?;
         timer
@@ -402,19 +448,16 @@ impl Reader<'_, '_> {
             .ok()
     }
 
-    /// What an application gets that set nothing: a value, or for the
-    /// user-timeout a word.
+    /// What an application gets that set nothing: a value or a word.
     fn default_of(&mut self, section: Section<'_, '_>, key: &str, timer: Timer) -> Option<Default> {
-        if timer == Timer::UserTimeout {
-            match section.get(key)?.get_ref().as_str() {
-                Some("derive") => return Some(Default::Derive),
-                Some("leave") => return Some(Default::Leave),
-                Some(word) if !word.contains(|c: char| c.is_ascii_digit()) => {
-                    let message = "must be a duration such as \"30s\", or \"derive\" or \"leave\"";
-                    self.wrong_value(section, key, message);
-                    return None;
-                }
-                _ => {}
+        if let Some(word) = section.get(key)?.get_ref().as_str() {
+            if let Some(default) = timer.word(word) {
+                return Some(default);
+            }
+            if !word.contains(|c: char| c.is_ascii_digit()) {
+                let message = format!("must be {}", timer.words());
+                self.wrong_value(section, key, &message);
+                return None;
             }
         }
         self.bound(section, key, timer).map(Default::Value)

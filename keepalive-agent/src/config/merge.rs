@@ -4,8 +4,9 @@
 use std::{collections::HashMap, mem};
 
 use keepalive_common::{
-    plan::{Options, plan},
-    policy::{Keepalive, MAX_SECONDS, Policy, Range, time_to_notice},
+    environment::Environment,
+    plan::{Options, plan_unset},
+    policy::{MAX_SECONDS, Policy, Range, time_to_notice},
 };
 
 use super::{
@@ -14,7 +15,7 @@ use super::{
     origin::{ConfigOrigins, Origin, Origins, TimerOrigin},
     preset::{PROBES, Preset},
     text::{At, Findings},
-    timer::{Timer, Written},
+    timer::Timer,
 };
 use crate::{duration, paths, rules::Rules};
 
@@ -108,19 +109,25 @@ impl Table {
             cgroup,
             remote,
             port,
+            local_port,
             keepalive,
             timers,
+            give_up,
             enforce,
+            ignore,
             path,
         } = later;
         key(&mut self.cgroup, cgroup);
         key(&mut self.remote, remote);
         key(&mut self.port, port);
+        key(&mut self.local_port, local_port);
         key(&mut self.keepalive, keepalive);
         for (timer, later) in self.timers.iter_mut().zip(timers) {
             key(timer, later);
         }
+        key(&mut self.give_up, give_up);
         key(&mut self.enforce, enforce);
+        key(&mut self.ignore, ignore);
         key(&mut self.path, path);
     }
 
@@ -135,6 +142,7 @@ impl Table {
             let at = match key {
                 Key::Keepalive => self.keepalive.as_ref().map(|entry| &entry.at),
                 Key::Path => self.path.as_ref().map(|entry| &entry.at),
+                Key::GiveUp => self.give_up.as_ref().map(|entry| &entry.at),
                 Key::Timer(timer) => {
                     let entry = self.timers[*timer as usize].as_ref();
                     entry.map(|entry| &entry.at)
@@ -150,6 +158,7 @@ impl Table {
 enum Key {
     Keepalive,
     Path,
+    GiveUp,
     Timer(Timer),
 }
 
@@ -158,6 +167,7 @@ impl Key {
         let key = match self {
             Self::Keepalive => "keepalive",
             Self::Path => "path",
+            Self::GiveUp => "give-up",
             Self::Timer(timer) => timer.key(),
         };
         format!("{}.{key}", table.section)
@@ -172,9 +182,12 @@ struct Completing<'f, 't> {
 impl Completing<'_, '_> {
     /// A policy for some cgroups or remote ends, completed from another one.
     fn named(&mut self, mut table: Table, inherited: &(Policy, Origins)) -> (NamedPolicy, Origins) {
-        let claims = table.cgroup.is_some() || table.remote.is_some() || table.port.is_some();
+        let claims = table.cgroup.is_some()
+            || table.remote.is_some()
+            || table.port.is_some()
+            || table.local_port.is_some();
         if !claims {
-            let message = "has no cgroup, remote or port: add cgroup = \"/…\", \
+            let message = "has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
                            or use [default] for everything";
             self.findings.error(&table.at, table.section, message);
         }
@@ -183,12 +196,14 @@ impl Completing<'_, '_> {
         origins.cgroup = table.cgroup.as_ref().map(|entry| place(&entry.at));
         origins.remote = table.remote.as_ref().map(|entry| place(&entry.at));
         origins.port = table.port.as_ref().map(|entry| place(&entry.at));
+        origins.local_port = table.local_port.as_ref().map(|entry| place(&entry.at));
         let named = NamedPolicy {
             name: take(&mut table.name),
             cgroups: take(&mut table.cgroup),
             rules: Rules {
                 remotes: take(&mut table.remote),
                 ports: take(&mut table.port),
+                local_ports: take(&mut table.local_port),
             },
             policy,
         };
@@ -209,6 +224,14 @@ impl Completing<'_, '_> {
             policy = policy.with_enforcement(*enforce);
             origins.enforce = self.written(at);
         }
+        if let Some((ignore, at)) = value(table.ignore.as_ref()) {
+            policy = policy.with_ignore(*ignore);
+            origins.ignore = self.written(at);
+        }
+        if let Some((give_up, at)) = value(table.give_up.as_ref()) {
+            policy.give_up = give_up.unwrap_or(0);
+            origins.give_up = self.written(at);
+        }
         for timer in Timer::ALL {
             let layers = [
                 table.path().and_then(|(preset, at)| {
@@ -221,14 +244,18 @@ impl Completing<'_, '_> {
             ];
             let origin = &mut origins.timers[timer as usize];
             for (written, from) in layers.into_iter().flatten() {
-                set(&mut policy, timer, written);
+                written.complete(timer, &mut policy);
                 let before = mem::replace(origin, TimerOrigin::new(from));
                 if written.default.is_none() {
                     origin.default_from = Some(before.default_from.unwrap_or(before.from));
                 }
             }
         }
+        if policy.ignores() {
+            return (policy, origins);
+        }
         self.warn_of_user_timeout(table, &policy);
+        self.warn_of_give_up(table, &policy);
         self.warn_of_path(table, &policy);
         (policy, origins)
     }
@@ -253,12 +280,24 @@ impl Completing<'_, '_> {
         let Some((key, at)) = table.first_of(&keys) else {
             return;
         };
-        let wants = plan(policy, &Options::default());
+        let wants = given(policy);
         let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
-        if policy.keepalive() == Keepalive::Off
-            || wants.user_timeout == 0
-            || wants.user_timeout == by_probes
-        {
+        if wants.user_timeout == 0 {
+            return;
+        }
+        if policy.derives_user_timeout() && policy.user_timeout.at_most > wants.user_timeout {
+            // Whoever writes a time has thought of one.
+            if key == own {
+                let message = format!(
+                    "also ends connections whose peer answers but reads nothing for that long \
+                     (here {}); give-up spares them",
+                    duration::show_milliseconds(wants.user_timeout)
+                );
+                self.findings.warning(at, &key.of(table), &message);
+            }
+            return;
+        }
+        if policy.keepalive().turns_off() || wants.user_timeout == by_probes {
             return;
         }
         let timeout = duration::show_milliseconds(wants.user_timeout);
@@ -285,6 +324,37 @@ impl Completing<'_, '_> {
         self.findings.warning(at, &key.of(table), &message);
     }
 
+    /// Data in flight is given up sooner than a silent connection: the outages
+    /// that keepalive allows for end connections that happen to send.
+    fn warn_of_give_up(&mut self, table: &Table, policy: &Policy) {
+        let keys = [
+            Key::GiveUp,
+            Key::Timer(Timer::Interval),
+            Key::Timer(Timer::Probes),
+            Key::Path,
+        ];
+        let Some((key, at)) = table.first_of(&keys) else {
+            return;
+        };
+        let wants = given(policy);
+        let outage = time_to_notice(0, wants.interval, wants.probes.saturating_sub(1));
+        if policy.give_up == 0 || policy.give_up >= outage || policy.keepalive().turns_off() {
+            return;
+        }
+        let give_up = duration::show_milliseconds(policy.give_up);
+        let subject = if key == Key::GiveUp {
+            String::new()
+        } else {
+            format!("give-up {give_up} ")
+        };
+        let message = format!(
+            "{subject}is below interval × (probes − 1) = {}: an outage that silent connections \
+             survive ends those that send during it",
+            duration::show_milliseconds(outage)
+        );
+        self.findings.warning(at, &key.of(table), &message);
+    }
+
     /// A path that the other keys of its table do not keep open.
     fn warn_of_path(&mut self, table: &Table, policy: &Policy) {
         let Some((preset, path_at)) = table.path() else {
@@ -294,7 +364,7 @@ impl Completing<'_, '_> {
             return;
         };
         // With what a preset chooses alone, keepalive is all that can be amiss.
-        let keys = if policy.keepalive() == Keepalive::Off {
+        let keys = if policy.keepalive().turns_off() {
             [Key::Keepalive, Key::Path, Key::Path]
         } else {
             [Timer::Idle, Timer::Interval, Timer::Probes].map(Key::Timer)
@@ -312,12 +382,12 @@ fn not_kept_open(preset: &Preset, policy: &Policy) -> Option<String> {
     } else {
         format!("path {path}")
     };
-    if policy.keepalive() == Keepalive::Off {
+    if policy.keepalive().turns_off() {
         return Some(format!(
             "{path} is not kept open: keepalive is off, no probe goes out"
         ));
     }
-    let wants = plan(policy, &Options::default());
+    let wants = given(policy);
     let show = duration::show_seconds;
     if !timeout.is_kept_open_by(wants.idle, wants.interval) {
         return Some(format!(
@@ -351,19 +421,10 @@ fn not_kept_open(preset: &Preset, policy: &Policy) -> Option<String> {
     })
 }
 
-fn set(policy: &mut Policy, timer: Timer, written: Written) {
-    let derives = policy.derives_user_timeout();
-    let range = match timer {
-        Timer::Idle => &mut policy.idle,
-        Timer::Interval => &mut policy.interval,
-        Timer::Probes => &mut policy.probes,
-        Timer::UserTimeout => &mut policy.user_timeout,
-    };
-    let (completed, derive) = written.complete((*range, derives));
-    *range = completed;
-    if timer == Timer::UserTimeout {
-        *policy = policy.with_derived_user_timeout(derive);
-    }
+/// What a policy gives to a connection on which nothing is set, where no sysctl
+/// was changed.
+fn given(policy: &Policy) -> Options {
+    plan_unset(policy, &Environment::UNCHANGED)
 }
 
 /// A value that is written and right, and where.

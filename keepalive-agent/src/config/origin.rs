@@ -40,12 +40,18 @@ pub struct Origins {
     pub remote: Option<Place>,
     /// `port`, where it is written.
     pub port: Option<Place>,
+    /// `local-port`, where it is written.
+    pub local_port: Option<Place>,
     /// `keepalive`.
     pub keepalive: Origin,
     /// `idle`, `interval`, `probes` and `user-timeout`.
     pub timers: [TimerOrigin; 4],
+    /// `give-up`.
+    pub give_up: Origin,
     /// `enforce`.
     pub enforce: Origin,
+    /// `ignore`.
+    pub ignore: Origin,
     /// `path` as written in the policy's own table, and where.
     pub path: Option<(String, Place)>,
 }
@@ -75,9 +81,12 @@ impl Origins {
         cgroup: None,
         remote: None,
         port: None,
+        local_port: None,
         keepalive: Origin::BuiltIn,
         timers: [const { TimerOrigin::new(Origin::BuiltIn) }; 4],
+        give_up: Origin::BuiltIn,
         enforce: Origin::BuiltIn,
+        ignore: Origin::BuiltIn,
         path: None,
     };
 }

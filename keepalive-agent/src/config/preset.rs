@@ -2,7 +2,7 @@
 
 use keepalive_common::policy::MAX_SECONDS;
 
-use super::timer::{Default, Timer, Written};
+use super::timer::{AtLeast, Default, Timer, Written};
 use crate::{duration, paths::IdleTimeout};
 
 /// Unanswered probes that a policy for a path sends at least: two may be lost.
@@ -56,7 +56,7 @@ impl Preset {
             Timer::Interval => Some(at_most(10, part(10))),
             Timer::Probes => Some(Written {
                 default: Some(Default::Value(6)),
-                at_least: Some(PROBES),
+                at_least: Some(AtLeast::Value(PROBES)),
                 at_most: None,
             }),
             Timer::UserTimeout => None,

@@ -1,6 +1,8 @@
 //! What a config says, to the policy and to the word.
 
-use keepalive_common::policy::{Keepalive, MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, Range};
+use keepalive_common::policy::{
+    Keepalive, MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, Range, SysctlTimer,
+};
 use proptest::{prelude::*, strategy::ValueTree as _};
 
 use super::*;
@@ -59,6 +61,19 @@ fn policy_of<'a>(config: &'a Config, name: &str) -> &'a Policy {
     &named.expect(name).policy
 }
 
+/// The built-in policy where the defaults of these timers are written: the
+/// sysctl counts beside the others only.
+fn with_written(timers: &[SysctlTimer]) -> Policy {
+    let write = |policy: Policy, timer: &SysctlTimer| policy.with_sysctl(*timer, false);
+    timers.iter().fold(Policy::BUILT_IN, write)
+}
+
+const ALL_TIMERS: [SysctlTimer; 3] = [
+    SysctlTimer::Idle,
+    SysctlTimer::Interval,
+    SysctlTimer::Probes,
+];
+
 #[test]
 fn all_errors_come_at_once_in_the_order_of_the_file() {
     let text = r#"
@@ -88,8 +103,8 @@ interval = { at-most = "10s", at-least = "40000s", at-laest = "5s" }
             "10: default.user-timeout = \"25d\": out of range: \
              1ms to 2147483647ms (24days 20h 31m 23s 647ms)",
             "11: default.probes = 128: out of range: 1 to 127",
-            "12: default.keepalive = \"maybe\": must be \"on\", \"off\" or \"leave\"",
-            "14: policy: has no cgroup, remote or port: add cgroup = \"/…\", \
+            "12: default.keepalive = \"maybe\": must be \"on\", \"always\", \"off\", \"never\" or \"leave\"",
+            "14: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
              or use [default] for everything",
             "15: policy.name = \"web\": line 6 has a policy of this name already",
             "16: policy.interval.at-least = \"40000s\": out of range: 1s to 32767s (9h 6m 7s)",
@@ -117,7 +132,8 @@ fn the_report_counts_and_names_the_file() {
 
 #[test]
 fn unknown_keys_are_errors_at_each_level() {
-    let policy_keys = "keepalive, idle, interval, probes, user-timeout, enforce, path";
+    let policy_keys =
+        "keepalive, idle, interval, probes, user-timeout, give-up, enforce, ignore, path";
     assert_eq!(
         errors("[defualt]\nidle = \"60s\"\n"),
         ["1: defualt: unknown key; known here: default, policy"]
@@ -142,7 +158,7 @@ fn unknown_keys_are_errors_at_each_level() {
     assert_eq!(
         errors("[[policy]]\nname = 'a'\ncgroup = '/a'\nremotes = '::/0'\n"),
         [format!(
-            "4: policy.remotes: unknown key; known here: name, cgroup, remote, port, {policy_keys}"
+            "4: policy.remotes: unknown key; known here: name, cgroup, remote, port, local-port, {policy_keys}"
         )]
     );
     assert_eq!(
@@ -170,12 +186,12 @@ fn tables_must_be_tables() {
 }
 
 #[test]
-fn keepalive_has_three_values() {
+fn keepalive_has_five_values() {
     for value in ["true", "1", "\"ON\"", "\"\"", "{ exactly = \"on\" }", "[]"] {
         assert_eq!(
             errors_of(&format!("keepalive = {value}")),
             [format!(
-                "2: default.keepalive = {value}: must be \"on\", \"off\" or \"leave\""
+                "2: default.keepalive = {value}: must be \"on\", \"always\", \"off\", \"never\" or \"leave\""
             )]
         );
     }
@@ -190,6 +206,7 @@ fn timers_are_held_to_what_the_kernel_takes() {
     let unit = "a duration needs a unit, as in \"60s\" or \"2m\"";
     let duration = "not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"";
     let words = "must be a duration such as \"30s\", or \"derive\" or \"leave\"";
+    let word = "must be a duration such as \"60s\", or \"sysctl\" or \"leave\"";
     let number = "must be a number, 1 to 127";
     let kind = |kind: &str| {
         format!("must be a duration such as \"60s\" or a table of bounds, not a TOML {kind}")
@@ -209,11 +226,10 @@ fn timers_are_held_to_what_the_kernel_takes() {
             ("-1", unit),
             ("1.5", unit),
             ("\"60\"", duration),
-            ("\"\"", duration),
+            ("\"\"", word),
             ("\"-5s\"", duration),
-            ("\"soon\"", duration),
-            ("\"leave\"", duration),
-            ("\"derive\"", duration),
+            ("\"soon\"", word),
+            ("\"derive\"", word),
             ("true", &kind("boolean")),
             ("[]", &kind("array")),
             ("1979-05-27", &kind("datetime")),
@@ -324,7 +340,9 @@ fn a_table_over_several_lines_is_named_on_one() {
     );
     assert_eq!(
         errors_of("keepalive = \"\"\"\nperhaps\"\"\""),
-        ["2: default.keepalive = \"\"\" …: must be \"on\", \"off\" or \"leave\""]
+        [
+            "2: default.keepalive = \"\"\" …: must be \"on\", \"always\", \"off\", \"never\" or \"leave\""
+        ]
     );
     assert_eq!(
         errors("\n[default.idle]\nat-least = '5m'\nat-most = '1m'\n[default.probes]\n"),
@@ -557,12 +575,141 @@ fn every_key_reaches_the_policy() {
     }
     for (value, expected) in [
         ("on", Keepalive::On),
+        ("always", Keepalive::Always),
         ("off", Keepalive::Off),
+        ("never", Keepalive::Never),
         ("leave", Keepalive::Leave),
     ] {
         let policy = default_of(&format!("keepalive = '{value}'"));
         assert_eq!(policy.keepalive(), expected);
     }
+}
+
+#[test]
+fn timers_can_be_left_to_the_sysctl() {
+    for (key, timer, range) in [
+        (
+            "idle",
+            SysctlTimer::Idle,
+            (|policy| policy.idle) as fn(&Policy) -> Range,
+        ),
+        ("interval", SysctlTimer::Interval, |policy| policy.interval),
+        ("probes", SysctlTimer::Probes, |policy| policy.probes),
+    ] {
+        for (value, expected, heeds) in [
+            ("'sysctl'", Range::LEAVE, true),
+            ("'leave'", Range::LEAVE, false),
+            ("{ default = 'sysctl' }", Range::LEAVE, true),
+        ] {
+            let policy = default_of(&format!("{key} = {value}"));
+            assert_eq!(range(&policy), expected, "{key} = {value}");
+            assert_eq!(policy.heeds_sysctl(timer), heeds, "{key} = {value}");
+            let mut other = policy.with_sysctl(timer, true);
+            match timer {
+                SysctlTimer::Idle => other.idle = Policy::BUILT_IN.idle,
+                SysctlTimer::Interval => other.interval = Policy::BUILT_IN.interval,
+                SysctlTimer::Probes => other.probes = Policy::BUILT_IN.probes,
+            }
+            assert_eq!(other, Policy::BUILT_IN, "nothing else has changed");
+        }
+    }
+    // The default comes from above with what it heeds.
+    let config = good(
+        "[default]\nidle = 'sysctl'\n[[policy]]\nname = 'a'\nport = 1\nidle = { at-most = '5m' }\n",
+    );
+    let policy = policy_of(&config, "a");
+    assert_eq!((policy.idle.default, policy.idle.at_most), (0, 300));
+    assert!(policy.heeds_sysctl(SysctlTimer::Idle));
+    let policy = default_of("idle = { at-most = '30s' }");
+    assert!(policy.heeds_sysctl(SysctlTimer::Idle));
+    assert!(!default_of("path = 'aws-nat'").heeds_sysctl(SysctlTimer::Idle));
+    assert_eq!(
+        errors_of("idle = { at-most = \"sysctl\" }"),
+        [
+            "2: default.idle.at-most = \"sysctl\": not a duration; write it like \"60s\", \"2m\" \
+             or \"1h 30m\""
+        ]
+    );
+}
+
+#[test]
+fn a_lower_bound_of_the_user_timeout_can_be_derived() {
+    let policy = default_of("user-timeout = { at-least = 'derive' }");
+    assert!(policy.derives_at_least() && !policy.derives_user_timeout());
+    assert_eq!(policy.user_timeout, Range::LEAVE);
+    // Bounds are not inherited.
+    let config = good(
+        "[default]\nuser-timeout = { at-least = 'derive' }\n\
+         [[policy]]\nname = 'a'\nport = 1\nuser-timeout = { at-most = '1h' }\n\
+         [[policy]]\nname = 'b'\nport = 2\n",
+    );
+    assert!(!policy_of(&config, "a").derives_at_least());
+    assert!(policy_of(&config, "b").derives_at_least());
+    assert_eq!(
+        errors_of("idle = { at-least = \"derive\" }"),
+        [
+            "2: default.idle.at-least = \"derive\": not a duration; write it like \"60s\", \"2m\" \
+             or \"1h 30m\""
+        ]
+    );
+}
+
+#[test]
+fn connections_can_be_ignored() {
+    assert!(default_of("ignore = true").ignores());
+    let config = good(
+        "[default]\nignore = true\nuser-timeout = '1s'\n\
+         [[policy]]\nname = 'a'\nport = 1\nignore = false\nuser-timeout = 'leave'\n\
+         [[policy]]\nname = 'b'\nport = 2\n",
+    );
+    assert!(!policy_of(&config, "a").ignores());
+    assert!(policy_of(&config, "b").ignores());
+    assert_eq!(
+        errors_of("ignore = 1"),
+        [
+            "2: default.ignore = 1: must be true or false; true: connections are claimed and not \
+             touched at all"
+        ]
+    );
+}
+
+#[test]
+fn retransmission_is_bounded() {
+    assert_eq!(default_of("give-up = '2m'").give_up, 120_000);
+    let config = good(
+        "[default]\ngive-up = '60s'\n\
+         [[policy]]\nname = 'a'\nport = 1\ngive-up = 'leave'\n\
+         [[policy]]\nname = 'b'\nport = 2\n",
+    );
+    assert_eq!(policy_of(&config, "a").give_up, 0);
+    assert_eq!(policy_of(&config, "b").give_up, 60_000);
+    for (value, message) in [
+        ("\"999ms\"", "must be at least 1s"),
+        ("60", "a duration needs a unit, as in \"60s\" or \"2m\""),
+        (
+            "\"derive\"",
+            "not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"",
+        ),
+    ] {
+        assert_eq!(
+            errors_of(&format!("give-up = {value}")),
+            [format!("2: default.give-up = {value}: {message}")]
+        );
+    }
+    assert_eq!(
+        warnings("[default]\ngive-up = '30s'\n"),
+        [
+            "2: default.give-up = '30s': is below interval × (probes − 1) = 50s: an outage that \
+             silent connections survive ends those that send during it"
+        ]
+    );
+    assert_eq!(
+        warnings("[default]\ngive-up = '60s'\n[[policy]]\nname = 'a'\nport = 1\nprobes = 9\n"),
+        [
+            "6: policy.probes = 9: give-up 1m is below interval × (probes − 1) = 1m 20s: an outage \
+             that silent connections survive ends those that send during it"
+        ]
+    );
 }
 
 #[test]
@@ -582,7 +729,7 @@ fn each_way_to_write_a_table_is_the_same() {
 
 #[test]
 fn a_policy_is_completed_from_the_default_and_that_from_the_built_in_one() {
-    let config = good(
+    let (config, _) = parse(
         "
         # Where [default] stands does not matter.
         [[policy]]
@@ -614,9 +761,10 @@ fn a_policy_is_completed_from_the_default_and_that_from_the_built_in_one() {
         cgroup = '/exactly'
         idle = { exactly = '20s' }
         ",
-    );
+    )
+    .unwrap();
     let default = config.default.expect("there is one");
-    let mut expected = Policy::BUILT_IN
+    let mut expected = with_written(&[SysctlTimer::Idle])
         .with_keepalive(Keepalive::Leave)
         .with_derived_user_timeout(true);
     expected.idle = Range {
@@ -629,7 +777,7 @@ fn a_policy_is_completed_from_the_default_and_that_from_the_built_in_one() {
     // A timer that is not mentioned comes with its bounds.
     assert_eq!(*policy_of(&config, "plain"), default);
 
-    let mut expected = Policy::BUILT_IN;
+    let mut expected = with_written(&[SysctlTimer::Idle, SysctlTimer::Probes]);
     expected.idle = Range::default_only(70);
     expected.interval = Range {
         default: 10,
@@ -747,9 +895,8 @@ fn a_user_timeout_that_disagrees_with_the_probes_is_a_warning() {
     }
     for lines in [
         "user-timeout = \"2m\"",
-        "user-timeout = \"derive\"",
         "user-timeout = \"leave\"",
-        "user-timeout = { default = \"derive\", at-least = \"1s\", at-most = \"1h\" }",
+        "user-timeout = { at-least = \"derive\" }",
         "user-timeout = { at-most = \"1s\" }",
         "keepalive = \"off\"\nuser-timeout = \"1s\"",
     ] {
@@ -792,14 +939,21 @@ idle = \"5m\"
              instead of idle + interval × probes = 2m 30s; \"derive\" makes them agree",
         ]
     );
-    good(&format!("{policies}[default]\nuser-timeout = \"derive\"\n"));
+    assert_eq!(
+        warnings(&format!("{policies}[default]\nuser-timeout = \"derive\"\n")),
+        [
+            "19: default.user-timeout = \"derive\": also ends connections whose peer answers but \
+             reads nothing for that long (here 2m); give-up spares them"
+        ]
+    );
 }
 
 #[test]
 fn the_example_is_right_and_mentions_every_key() {
     let config = good(EXAMPLE);
-    // What it shows as built in is that.
-    assert_eq!(config.default, Some(Policy::BUILT_IN));
+    // What it shows as built in is that, but for the sysctls, which it has no
+    // say beside.
+    assert_eq!(config.default, Some(with_written(&ALL_TIMERS)));
     assert!(config.policies.len() >= 3);
     let patterns = || config.policies.iter().flat_map(|policy| &policy.cgroups);
     assert!(patterns().any(|pattern| pattern.glob().is_some()));
@@ -818,6 +972,9 @@ fn the_example_is_right_and_mentions_every_key() {
         "exactly =",
         "remote =",
         "port =",
+        "local-port =",
+        "give-up =",
+        "ignore =",
         "path =",
         "enforce =",
     ] {
@@ -847,10 +1004,10 @@ const PIECES: &[&str] = &[
     "\"", "'", "\"\"\"", "'''", "[", "]", "[[", "]]", "{", "}", "=", ".", ",", "#", "\n", "\r",
     "\r\n", "\\", "\\u0000", "\0", "\t", "\u{feff}", "é", "😀", "0", "-1", "128", "0xff", "1e999",
     "nan", "true", "1979-05-27", "99999999999999999999", "60s", "\"0s\"", "\"1M\"", "\"derive\"",
-    "\"leave\"", "[default]\n", "[[policy]]\n", "[policy]\n", "default", "policy", "idle = ",
+    "\"leave\"", "\"sysctl\"", "[default]\n", "[[policy]]\n", "[policy]\n", "default", "policy", "idle = ",
     "interval = ", "probes = ", "user-timeout = ", "keepalive = ", "name = ", "cgroup = ",
     "exactly = ", "at-least = ", "at-most = ", "/a/../b", "/[", "**", "{a,", "remote = ", "port = ",
-    "enforce = ", "path = ", "\"aws-nat\"", "\"9s\"", "\"10s\"", "\"!10.0.0.0/8\"", "\"10.0.0.0/33\"",
+    "enforce = ", "ignore = ", "give-up = ", "local-port = ", "path = ", "\"aws-nat\"", "\"9s\"", "\"10s\"", "\"!10.0.0.0/8\"", "\"10.0.0.0/33\"",
     "443", "\"8000-8999\"", "65536", "false",
 ];
 

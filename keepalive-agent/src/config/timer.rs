@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use keepalive_common::policy::{
-    MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, MIN_USER_TIMEOUT, Range,
+    MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, MIN_USER_TIMEOUT, Policy,
+    Range, SysctlTimer,
 };
 use toml::de::DeValue;
 
@@ -37,6 +38,45 @@ impl Timer {
             Self::Idle | Self::Interval => (MIN_SECONDS, MAX_SECONDS),
             Self::Probes => (MIN_PROBES, MAX_PROBES),
             Self::UserTimeout => (MIN_USER_TIMEOUT, MAX_USER_TIMEOUT),
+        }
+    }
+
+    /// The sysctl that stands in for it, if there is one.
+    pub(super) const fn sysctl(self) -> Option<SysctlTimer> {
+        match self {
+            Self::Idle => Some(SysctlTimer::Idle),
+            Self::Interval => Some(SysctlTimer::Interval),
+            Self::Probes => Some(SysctlTimer::Probes),
+            Self::UserTimeout => None,
+        }
+    }
+
+    /// Its range in a policy.
+    pub(super) const fn range_of(self, policy: &mut Policy) -> &mut Range {
+        match self {
+            Self::Idle => &mut policy.idle,
+            Self::Interval => &mut policy.interval,
+            Self::Probes => &mut policy.probes,
+            Self::UserTimeout => &mut policy.user_timeout,
+        }
+    }
+
+    /// The word that stands for a default of this timer, if it does.
+    pub(super) fn word(self, word: &str) -> Option<Default> {
+        match (word, self) {
+            ("leave", _) => Some(Default::Leave),
+            ("derive", Self::UserTimeout) => Some(Default::Derive),
+            ("sysctl", Self::Idle | Self::Interval | Self::Probes) => Some(Default::Sysctl),
+            _ => None,
+        }
+    }
+
+    /// The words that stand for a default, as a message names them.
+    pub(super) const fn words(self) -> &'static str {
+        match self {
+            Self::UserTimeout => "a duration such as \"30s\", or \"derive\" or \"leave\"",
+            Self::Probes => "a number, or \"sysctl\" or \"leave\"",
+            Self::Idle | Self::Interval => "a duration such as \"60s\", or \"sysctl\" or \"leave\"",
         }
     }
 
@@ -116,7 +156,7 @@ impl Timer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) default: Option<Default>,
-    pub(super) at_least: Option<u32>,
+    pub(super) at_least: Option<AtLeast>,
     pub(super) at_most: Option<u32>,
 }
 
@@ -127,7 +167,18 @@ pub(super) enum Default {
     Value(u32),
     /// Nothing: it stays unset.
     Leave,
-    /// idle + interval × probes; of the user-timeout only.
+    /// The sysctl of the namespace; of the timers of keepalive only.
+    Sysctl,
+    /// What follows from the other timers; of the user-timeout only.
+    Derive,
+}
+
+/// A lower bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AtLeast {
+    /// This value.
+    Value(u32),
+    /// What follows from the other timers; of the user-timeout only.
     Derive,
 }
 
@@ -145,33 +196,48 @@ impl Written {
     pub(super) const fn exactly(value: u32) -> Self {
         Self {
             default: Some(Default::Value(value)),
-            at_least: Some(value),
+            at_least: Some(AtLeast::Value(value)),
             at_most: Some(value),
         }
     }
 
-    /// The range that goes to the kernel, and whether its default is derived.
-    /// `inherited` is that of the policy this one is completed from, which
-    /// gives only the default: bounds belong to the table they are written in.
-    pub(super) fn complete(self, inherited: (Range, bool)) -> (Range, bool) {
-        let (default, derive) = match self.default {
-            Some(Default::Value(value)) => (value, false),
-            Some(Default::Leave) => (0, false),
-            Some(Default::Derive) => (0, true),
-            None => (inherited.0.default, inherited.1),
+    /// Writes it into a policy, which so far is the one that this one is
+    /// completed from: that gives the default where none is written, and nothing
+    /// else. Bounds belong to the table they are written in.
+    pub(super) fn complete(self, timer: Timer, policy: &mut Policy) {
+        let range = timer.range_of(policy);
+        if let Some(default) = self.default {
+            range.default = match default {
+                Default::Value(value) => value,
+                Default::Leave | Default::Sysctl | Default::Derive => 0,
+            };
+        }
+        range.at_least = match self.at_least {
+            Some(AtLeast::Value(value)) => value,
+            Some(AtLeast::Derive) | None => 0,
         };
-        let range = Range {
-            default,
-            at_least: self.at_least.unwrap_or(0),
-            at_most: self.at_most.unwrap_or(u32::MAX),
-        };
-        (range, derive)
+        range.at_most = self.at_most.unwrap_or(u32::MAX);
+        if let Some(sysctl) = timer.sysctl()
+            && let Some(default) = self.default
+        {
+            *policy = policy.with_sysctl(sysctl, default == Default::Sysctl);
+        }
+        if timer == Timer::UserTimeout {
+            *policy = policy.with_derived_at_least(self.at_least == Some(AtLeast::Derive));
+            if let Some(default) = self.default {
+                *policy = policy.with_derived_user_timeout(default == Default::Derive);
+            }
+        }
     }
 
     /// What contradicts itself within the table.
     pub(super) fn contradiction(self, timer: Timer) -> Option<String> {
         let show = |value| timer.show(value);
-        if let (Some(least), Some(most)) = (self.at_least, self.at_most)
+        let least = match self.at_least {
+            Some(AtLeast::Value(least)) => Some(least),
+            Some(AtLeast::Derive) | None => None,
+        };
+        if let (Some(least), Some(most)) = (least, self.at_most)
             && least > most
         {
             return Some(format!(
@@ -183,7 +249,7 @@ impl Written {
         let Some(Default::Value(default)) = self.default else {
             return None;
         };
-        if let Some(least) = self.at_least.filter(|least| default < *least) {
+        if let Some(least) = least.filter(|least| default < *least) {
             return Some(format!(
                 "default {} is below at-least {}",
                 show(default),

@@ -81,7 +81,7 @@ pub struct LoadedSet {
     policies: Array<MapData, Policy>,
     steps: Array<MapData, Step>,
     remotes: LpmTrie<MapData, RemoteKey, Found>,
-    ports: LpmTrie<MapData, PortKey, u32>,
+    ports: LpmTrie<MapData, PortKey, Found>,
     generation: Array<MapData, u64>,
     record: Arc<SetRecord>,
     sweeper: Sweeper,
@@ -264,9 +264,9 @@ impl LoadedSet {
                 self.policies.set(slot, counted.policy.for_kernel(), 0)
             })?;
         }
-        for (table, port, length, slot) in self.records.ports(since) {
+        for (table, port, length, found) in self.records.ports(since) {
             write(REMOTE, "ranges of ports", MOST, || {
-                self.ports.insert(&port_key(table, port, length), slot, 0)
+                self.ports.insert(&port_key(table, port, length), found, 0)
             })?;
         }
         for (rules, address, length, found) in self.records.remotes(since) {

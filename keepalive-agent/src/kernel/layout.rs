@@ -129,7 +129,11 @@ fn open(path: &Path) -> Result<Btf> {
 
 /// HZ, from the resolution of the clock that advances once per tick
 /// (`LOW_RES_NSEC` in include/linux/hrtimer_defs.h).
-fn jiffies_per_second() -> Result<u32> {
+///
+/// # Errors
+///
+/// When the tick is not one of a known rate.
+pub fn jiffies_per_second() -> Result<u32> {
     let tick = clock_getres(ClockId::MonotonicCoarse);
     hz_of_tick(tick.tv_sec, tick.tv_nsec).with_context(|| {
         format!("the kernel's tick of {tick:?} is not one of a known rate: timers cannot be read")
@@ -166,12 +170,47 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         .or_else(|_| tcp_sock.number(&format!("{sock}.sk_timer.expires")))?;
     let [keepopen_bit, dead_bit] = enumerators(btf, "sock_flags", ["SOCK_KEEPOPEN", "SOCK_DEAD"])?;
     let common = |name: &str| tcp_sock.number(&format!("{sock}.__sk_common.{name}"));
+    // Without namespaces in the kernel there are no sysctls of theirs: policies
+    // go by what they say themselves.
+    let [
+        sock_netns,
+        sysctl_idle,
+        sysctl_interval,
+        sysctl_probes,
+        sysctl_retries,
+    ] = common("skc_net.net")
+        .and_then(|sock_netns| {
+            let net = Structure::named(btf, "net")?;
+            Ok([
+                sock_netns,
+                net.number("ipv4.sysctl_tcp_keepalive_time")?,
+                net.number("ipv4.sysctl_tcp_keepalive_intvl")?,
+                net.number("ipv4.sysctl_tcp_keepalive_probes")?,
+                net.number("ipv4.sysctl_tcp_retries2")?,
+            ])
+        })
+        .unwrap_or([Field::NOWHERE; 5]);
+    // Both came with TCP_RTO_MAX_MS.
+    let [rto_max, sysctl_rto_max] = tcp_sock
+        .number("inet_conn.icsk_rto_max")
+        .and_then(|of_socket| {
+            let net = Structure::named(btf, "net")?;
+            Ok([of_socket, net.number("ipv4.sysctl_tcp_rto_max_ms")?])
+        })
+        .unwrap_or([Field::NOWHERE; 2]);
     Ok(Layout {
         flags: common("skc_flags")?,
         keepalive_time: tcp_sock.number("keepalive_time")?,
         keepalive_intvl: tcp_sock.number("keepalive_intvl")?,
         keepalive_probes: tcp_sock.number("keepalive_probes")?,
         user_timeout: tcp_sock.number("inet_conn.icsk_user_timeout")?,
+        rto_max,
+        sock_netns,
+        sysctl_idle,
+        sysctl_interval,
+        sysctl_probes,
+        sysctl_retries,
+        sysctl_rto_max,
         sock_cgroup,
         cgroup_parent: cgroup.number("self.parent")?,
         css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,

@@ -2,14 +2,14 @@ use std::collections::HashMap;
 
 use keepalive_common::{
     policy::Range,
-    slot::{PortKey, RemoteKey, Tables, UNCLAIMED, resolve},
+    slot::{self, PortKey, RemoteKey, Tables, UNCLAIMED, resolve},
 };
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
 use super::*;
 use crate::{
     assignment::{self, Assigned},
-    rules::most_exact,
+    rules::{Ends, most_exact},
 };
 
 fn at(path: &str) -> Cgroup {
@@ -40,7 +40,20 @@ fn assigned(idle: u32, remote: Option<&str>) -> Assigned {
             } else {
                 Vec::new()
             },
+            local_ports: if idle.is_multiple_of(3) {
+                vec!["22".parse().unwrap()]
+            } else {
+                Vec::new()
+            },
         },
+    }
+}
+
+/// The ends of a connection; some have another local port.
+fn ends(remote: &str) -> Ends {
+    Ends {
+        remote: Some(remote.parse().unwrap()),
+        local_port: Some(if remote.starts_with('[') { 23 } else { 22 }),
     }
 }
 
@@ -56,7 +69,7 @@ fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// The idle time that an assignment means for a socket; 0 is none.
 fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
-    let remote = remote.parse().unwrap();
+    let ends = ends(remote);
     for path in upward(path) {
         let claim = assignment
             .claims
@@ -70,7 +83,7 @@ fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
                 .map(|index| &assignment.policies[*index])
         };
         let rules = claiming().map(|assigned| &assigned.rules);
-        if let Some(index) = most_exact(rules, remote) {
+        if let Some(index) = most_exact(rules, &ends) {
             return claiming().nth(index).unwrap().policy.idle.default;
         }
     }
@@ -113,7 +126,7 @@ struct Maps {
     policies: HashMap<u32, Policy>,
     steps: HashMap<u32, Step>,
     remotes: HashMap<(u32, u8, u128), Found>,
-    ports: HashMap<(u32, u8, u16), u32>,
+    ports: HashMap<(u32, u8, u16), Found>,
     cgroups: HashMap<u64, Claim>,
 }
 
@@ -132,7 +145,7 @@ impl Tables for Maps {
         })
     }
 
-    fn port(&self, key: &PortKey) -> Option<u32> {
+    fn port(&self, key: &PortKey) -> Option<Found> {
         let (table, port) = key.parts();
         (0..=16_u8).rev().find_map(|length| {
             let beyond = 16 - u32::from(length);
@@ -182,8 +195,9 @@ impl Maps {
         let nearest = upward(path).find_map(|path| self.cgroups.get(&at(path).id));
         let claim = nearest.copied().unwrap_or(Claim::NONE);
         let target = if now { claim.now } else { claim.before };
-        let remote: std::net::SocketAddr = remote.parse().unwrap();
-        match resolve(self, target, &remote.into()) {
+        let Ends { remote, local_port } = ends(remote);
+        let ends = slot::Ends::new(remote.unwrap(), local_port.unwrap());
+        match resolve(self, target, &ends) {
             UNCLAIMED => 0,
             slot => self.policies[&slot].idle.default,
         }

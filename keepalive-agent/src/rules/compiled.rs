@@ -1,6 +1,6 @@
 //! Compiled: the rules of all policies of one cgroup as the kernel looks them
-//! up, which is by one longest prefix of the address and, where that says so, by
-//! one of the port.
+//! up, which is by one longest prefix of the remote address and, where that says
+//! so, by one of the remote port, and of the local one.
 //!
 //! For every network that any rule names it is worked out here what holds for
 //! those of its addresses that are in no smaller network.
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use keepalive_common::slot::UNCLAIMED;
 
-use super::{Exactness, Ports, Reverse, Rules, narrowest};
+use super::{Exactness, Mismatch, Ports, Reverse, Rules, narrowest};
 
 /// What holds for addresses: the longest prefix decides.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -19,18 +19,24 @@ pub struct Compiled {
     pub remotes: Vec<((u128, u8), Verdict)>,
 }
 
-/// What holds for an address.
+/// What holds for an address, or for one and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// The policy in this slot; [`UNCLAIMED`] where none is for it.
     Slot(u32),
-    /// The port decides.
-    ByPort(PortTable),
+    /// The remote port decides.
+    ByPort(PortTable<Self>),
+    /// The local port decides.
+    ByLocalPort(PortTable<Self>),
 }
 
-/// Ports and lengths of their prefixes, and the slot for each; no policy is for
+impl Verdict {
+    const NOTHING: Self = Self::Slot(UNCLAIMED);
+}
+
+/// Ports and lengths of their prefixes, and what holds for each; no policy is for
 /// a port that none of them contains.
-pub type PortTable = Vec<((u16, u8), u32)>;
+pub type PortTable<T> = Vec<((u16, u8), T)>;
 
 /// Which policy is for an address so far: length of the network's prefix, none
 /// where it names no networks, and whether it is excepted.
@@ -120,45 +126,80 @@ fn verdict(claimants: &[(u32, &Rules)], standings: &Standings) -> Verdict {
         .filter(|(_, standing)| !standing.excepted)
         .map(|(index, standing)| (*index, standing.network, claimants[*index].1))
         .collect();
-    let winner = |port: u16| {
-        let exactness = |(index, network, rules): &(usize, Option<u8>, &Rules)| {
-            let ports = Reverse(narrowest(&rules.ports, port)?);
+    let ranges = candidates.iter().flat_map(|(_, _, rules)| &rules.ports);
+    by_ports(ranges, Verdict::ByPort, |port| {
+        by_local_port(claimants, &candidates, port)
+    })
+}
+
+/// Who wins for a remote port.
+fn by_local_port(
+    claimants: &[(u32, &Rules)],
+    candidates: &[(usize, Option<u8>, &Rules)],
+    port: u16,
+) -> Verdict {
+    let candidates: Vec<_> = candidates
+        .iter()
+        .filter_map(|(index, network, rules)| {
+            let ports = narrowest(&rules.ports, Some(port), Mismatch::Port).ok()??;
+            Some((*index, *network, ports, *rules))
+        })
+        .collect();
+    let ranges = candidates
+        .iter()
+        .flat_map(|(_, _, _, rules)| &rules.local_ports);
+    by_ports(ranges, Verdict::ByLocalPort, |local_port| {
+        let exactness = |(index, network, ports, rules): &(usize, Option<u8>, u32, &Rules)| {
+            let own = &rules.local_ports;
+            let local_ports = narrowest(own, Some(local_port), Mismatch::LocalPort).ok()??;
             Some((
                 Exactness {
                     network: *network,
-                    ports,
+                    ports: Reverse(*ports),
+                    local_ports: Reverse(local_ports),
                 },
                 Reverse(*index),
             ))
         };
         let most_exact = candidates.iter().filter_map(exactness).max();
-        most_exact.map_or(UNCLAIMED, |(_, Reverse(index))| claimants[index].0)
-    };
-    // The winner changes only where a range begins or has ended.
+        Verdict::Slot(most_exact.map_or(UNCLAIMED, |(_, Reverse(index))| claimants[index].0))
+    })
+}
+
+/// What holds where a port decides, of which these ranges are named: no table
+/// where it makes no difference.
+fn by_ports<'a>(
+    ranges: impl Iterator<Item = &'a Ports>,
+    table: fn(PortTable<Verdict>) -> Verdict,
+    verdict: impl Fn(u16) -> Verdict,
+) -> Verdict {
+    // It changes only where a range begins or has ended.
     let mut borders: Vec<u16> = vec![0];
-    for range in candidates.iter().flat_map(|(_, _, rules)| &rules.ports) {
+    for range in ranges {
         borders.push(range.first);
         borders.extend(range.last.checked_add(1));
     }
     borders.sort_unstable();
     borders.dedup();
-    let mut segments: Vec<(Ports, u32)> = Vec::new();
+    let mut segments: Vec<(Ports, Verdict)> = Vec::new();
     for (position, &first) in borders.iter().enumerate() {
         let last = borders.get(position + 1).map_or(u16::MAX, |next| next - 1);
-        let slot = winner(first);
+        let found = verdict(first);
         match segments.last_mut() {
-            Some((before, same)) if *same == slot => before.last = last,
-            _ => segments.push((Ports { first, last }, slot)),
+            Some((before, same)) if *same == found => before.last = last,
+            _ => segments.push((Ports { first, last }, found)),
         }
     }
-    if let [(_, slot)] = segments[..] {
-        return Verdict::Slot(slot);
+    if segments.len() == 1
+        && let Some((_, only)) = segments.pop()
+    {
+        return only;
     }
-    let table = segments
+    let prefixes = segments
         .into_iter()
-        .filter(|(_, slot)| *slot != UNCLAIMED)
-        .flat_map(|(range, slot)| prefixes(range).map(move |prefix| (prefix, slot)));
-    Verdict::ByPort(table.collect())
+        .filter(|(_, found)| *found != Verdict::NOTHING)
+        .flat_map(|(range, found)| prefixes(range).map(move |prefix| (prefix, found.clone())));
+    table(prefixes.collect())
 }
 
 /// The fewest prefixes that make up a range: port and length.
@@ -184,10 +225,11 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::select};
 
     use super::*;
-    use crate::rules::{Remote, most_exact};
+    use crate::rules::{Ends, Remote, most_exact};
 
-    /// The slot that the longest prefix leads to.
-    fn look_up(compiled: &Compiled, remote: SocketAddr) -> u32 {
+    /// The slot that the longest prefixes lead to.
+    fn look_up(compiled: &Compiled, ends: &Ends) -> u32 {
+        let remote = ends.remote.unwrap();
         let address = match remote.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
             IpAddr::V6(v6) => v6.to_bits(),
@@ -197,22 +239,22 @@ mod tests {
             .iter()
             .filter(|(prefix, _)| contains(*prefix, (address, 128)))
             .max_by_key(|((_, length), _)| *length);
-        match longest {
-            None => UNCLAIMED,
-            Some((_, Verdict::Slot(slot))) => *slot,
-            Some((_, Verdict::ByPort(table))) => {
-                let within = |port: u16, length: u8| {
-                    (port ^ remote.port())
-                        .checked_shr(16 - u32::from(length))
-                        .unwrap_or(0)
-                        == 0
-                };
-                let found = table
-                    .iter()
-                    .filter(|((port, length), _)| within(*port, *length))
-                    .max_by_key(|((_, length), _)| *length);
-                found.map_or(UNCLAIMED, |(_, slot)| *slot)
-            }
+        let mut found = longest.map_or(&Verdict::NOTHING, |(_, verdict)| verdict);
+        loop {
+            let (table, port) = match found {
+                Verdict::Slot(slot) => return *slot,
+                Verdict::ByPort(table) => (table, remote.port()),
+                Verdict::ByLocalPort(table) => (table, ends.local_port.unwrap()),
+            };
+            let within = |prefix: u16, length: u8| {
+                let beyond = 16 - u32::from(length);
+                (prefix ^ port).checked_shr(beyond).unwrap_or(0) == 0
+            };
+            let longest = table
+                .iter()
+                .filter(|((port, length), _)| within(*port, *length))
+                .max_by_key(|((_, length), _)| *length);
+            found = longest.map_or(&Verdict::NOTHING, |(_, verdict)| verdict);
         }
     }
 
@@ -267,12 +309,20 @@ mod tests {
     }
 
     fn rules() -> impl Strategy<Value = Rules> {
-        let range = (port(), port()).prop_map(|(one, other)| Ports {
-            first: one.min(other),
-            last: one.max(other),
-        });
-        (vec(remote_rule(), 0..5), vec(range, 0..3))
-            .prop_map(|(remotes, ports)| Rules { remotes, ports })
+        let ranges = || {
+            let range = (port(), port()).prop_map(|(one, other)| Ports {
+                first: one.min(other),
+                last: one.max(other),
+            });
+            vec(range, 0..3)
+        };
+        (vec(remote_rule(), 0..5), ranges(), ranges()).prop_map(|(remotes, ports, local_ports)| {
+            Rules {
+                remotes,
+                ports,
+                local_ports,
+            }
+        })
     }
 
     proptest! {
@@ -281,15 +331,18 @@ mod tests {
         #[test]
         fn say_the_same_as_the_rules(
             row in vec(rules(), 1..6),
-            remotes in vec((address(), port()), 1..30),
+            connections in vec((address(), port(), port()), 1..30),
         ) {
             let claimants: Vec<_> = (1..).zip(&row).collect();
             let compiled = compile(&claimants);
-            for (address, port) in remotes {
-                let remote = SocketAddr::new(address, port);
-                let expected = most_exact(&row, remote)
+            for (address, port, local_port) in connections {
+                let ends = Ends {
+                    remote: Some(SocketAddr::new(address, port)),
+                    local_port: Some(local_port),
+                };
+                let expected = most_exact(&row, &ends)
                     .map_or(UNCLAIMED, |index| claimants[index].0);
-                prop_assert_eq!(look_up(&compiled, remote), expected, "{}", remote);
+                prop_assert_eq!(look_up(&compiled, &ends), expected, "{:?}", ends);
             }
         }
 
@@ -316,7 +369,7 @@ mod tests {
         });
         let rules = Rules {
             remotes: remotes.collect(),
-            ports: Vec::new(),
+            ..Rules::default()
         };
         // And one for each whole family, which nothing is for.
         assert_eq!(compile(&[(1, &rules)]).remotes.len(), 10_002);

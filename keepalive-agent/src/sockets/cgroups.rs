@@ -4,7 +4,6 @@
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
     hierarchy::{Cgroup, Hierarchy, parent},
-    rules::most_exact,
+    rules::{Ends, most_exact},
 };
 
 /// How often the hierarchy is walked again for cgroups that are not known yet.
@@ -52,8 +51,8 @@ impl Known {
     }
 }
 
-/// Who claims a cgroup's sockets, and who does where none of them is for the
-/// remote end.
+/// Who claims a cgroup's sockets, and who does where none of them is for a
+/// connection.
 #[derive(Debug, PartialEq, Eq)]
 struct Claim {
     /// Indices into the policies of the agent, as in
@@ -70,8 +69,8 @@ struct Found {
 }
 
 impl Claim {
-    /// The policy for a remote end.
-    fn policy<'a>(&self, policies: &'a [Assigned], remote: SocketAddr) -> Option<&'a Assigned> {
+    /// The policy for a connection.
+    fn policy<'a>(&self, policies: &'a [Assigned], ends: &Ends) -> Option<&'a Assigned> {
         let mut next = Some(self);
         while let Some(claim) = next {
             let claiming = || {
@@ -81,7 +80,7 @@ impl Claim {
                     .filter_map(|index| policies.get(*index))
             };
             let rules = claiming().map(|assigned| &assigned.rules);
-            if let Some(index) = most_exact(rules, remote) {
+            if let Some(index) = most_exact(rules, ends) {
                 return claiming().nth(index);
             }
             next = claim.above.as_deref();
@@ -117,18 +116,14 @@ impl Cgroups {
         !self.agents.is_empty()
     }
 
-    /// The cgroup with this id and the policy that claims its connections to a
-    /// remote end. None for one that was removed, or is out of sight in a
+    /// The cgroup with this id and the policy that claims such a connection of
+    /// it. None for one that was removed, or is out of sight in a
     /// container.
     ///
     /// # Errors
     ///
     /// When the hierarchy cannot be read.
-    pub fn get(
-        &mut self,
-        id: u64,
-        remote: SocketAddr,
-    ) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
+    pub fn get(&mut self, id: u64, ends: &Ends) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
         }
@@ -136,7 +131,7 @@ impl Cgroups {
             let agents = self.agents.iter().zip(&known.claims);
             let policy = agents.into_iter().find_map(|(agent, found)| {
                 let claim = &found.as_ref()?.claim;
-                claim.policy(agent.policies(), remote)
+                claim.policy(agent.policies(), ends)
             });
             (known, policy)
         }))
@@ -198,7 +193,7 @@ fn found(policies: Vec<usize>, above: Option<&Found>) -> Option<Found> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
     use keepalive_common::policy::Policy;
 
@@ -208,7 +203,13 @@ mod tests {
         rules::Rules,
     };
 
-    const REMOTE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
+    const ENDS: Ends = Ends {
+        remote: Some(SocketAddr::new(
+            IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+            443,
+        )),
+        local_port: None,
+    };
 
     /// Cgroups with these paths; the id of each is its position, from 1.
     fn hierarchy(paths: &[&str]) -> Vec<Cgroup> {
@@ -249,7 +250,7 @@ mod tests {
         cgroups.by_id = known(found, &cgroups.agents);
         ids.into_iter()
             .map(|id| {
-                let (_, policy) = cgroups.get(id, REMOTE).unwrap().unwrap();
+                let (_, policy) = cgroups.get(id, &ENDS).unwrap().unwrap();
                 policy.map(|policy| policy.name.clone())
             })
             .collect()
@@ -318,7 +319,11 @@ mod tests {
             ("[::ffff:192.0.2.2]:443", "some"),
             ("198.51.100.1:443", "root"),
         ] {
-            let (_, policy) = cgroups.get(3, remote.parse().unwrap()).unwrap().unwrap();
+            let ends = Ends {
+                remote: Some(remote.parse().unwrap()),
+                local_port: None,
+            };
+            let (_, policy) = cgroups.get(3, &ends).unwrap().unwrap();
             assert_eq!(policy.unwrap().name, expected, "{remote}");
         }
     }
@@ -326,7 +331,7 @@ mod tests {
     #[test]
     fn unknown_cgroups_are_nobodys() {
         let mut cgroups = Cgroups::new(None, Vec::new()).unwrap();
-        assert_eq!(cgroups.get(1, REMOTE).unwrap(), None);
+        assert_eq!(cgroups.get(1, &ENDS).unwrap(), None);
         assert!(!cgroups.is_enforced());
     }
 }

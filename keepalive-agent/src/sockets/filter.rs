@@ -145,7 +145,7 @@ impl Key {
             Self::Noticed => down(match connection.forecast.noticed {
                 Noticed::Never => u64::MAX,
                 Noticed::After(milliseconds) => milliseconds,
-                Noticed::Retransmitting => 0,
+                Noticed::Retransmitting(_) => 0,
             }),
             Self::Pid => Rank::Up(
                 connection
@@ -168,7 +168,7 @@ mod tests {
         paths::AWS_NAT,
         sockets::{
             cgroups::Known,
-            trial::{SYSCTLS, protected, record},
+            trial::{HERE, protected, record},
         },
     };
 
@@ -263,10 +263,10 @@ mod tests {
         };
         for (path, expected) in [("/a", true), ("/a/b", true), ("/ab", false), ("/", false)] {
             let cgroup = Known::unclaimed(path);
-            let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+            let connection = Connection::new(&netns, &HERE, &found, Some(&cgroup), None);
             assert_eq!(filter.wants(&connection), expected, "{path}");
         }
-        let gone = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let gone = Connection::new(&netns, &HERE, &found, None, None);
         assert!(!filter.wants(&gone));
     }
 
@@ -296,7 +296,7 @@ mod tests {
             ),
             (record("192.0.2.1:1", "192.0.2.1:2", &off), false, true),
         ] {
-            let connection = Connection::new(&netns, &SYSCTLS, &record, None, None);
+            let connection = Connection::new(&netns, &HERE, &record, None, None);
             for (loopback, expected) in [(false, threatened), (true, with_loopback)] {
                 let risk = Risk {
                     timeout: AWS_NAT.into(),
@@ -317,7 +317,7 @@ mod tests {
             let mut ranked: Vec<_> = (0..)
                 .zip(&records)
                 .map(|(index, record)| {
-                    let connection = Connection::new(&netns, &SYSCTLS, record, None, None);
+                    let connection = Connection::new(&netns, &HERE, record, None, None);
                     (key.rank(&connection), index)
                 })
                 .collect();

@@ -26,6 +26,8 @@ pub struct Moment {
     pub silent_ms: i64,
     /// Whether sent segments are still unacknowledged.
     pub in_flight: bool,
+    /// After how long retransmission ends the connection, in milliseconds.
+    pub gives_up_ms: u64,
 }
 
 /// What is going to happen if nothing comes from the peer any more.
@@ -42,8 +44,9 @@ pub struct Forecast {
 pub enum Noticed {
     /// By keepalive, after this many milliseconds.
     After(u64),
-    /// Data is in flight: retransmission decides, and keepalive rests.
-    Retransmitting,
+    /// Data is in flight: retransmission decides, and keepalive rests. At most
+    /// this many milliseconds after the first transmission.
+    Retransmitting(u64),
     /// Never, unless the application sends something.
     Never,
 }
@@ -55,7 +58,7 @@ impl Forecast {
         if moment.in_flight {
             return Self {
                 next_probe: None,
-                noticed: Noticed::Retransmitting,
+                noticed: Noticed::Retransmitting(moment.gives_up_ms),
             };
         }
         let Some(timers) = timers else {
@@ -123,6 +126,7 @@ mod tests {
             timer_ms,
             silent_ms,
             in_flight: false,
+            gives_up_ms: 7,
         };
         let forecast = Forecast::new(Some(&timers), &moment);
         let Noticed::After(noticed) = forecast.noticed else {
@@ -196,13 +200,14 @@ mod tests {
             timer_ms: 0,
             silent_ms: 0,
             in_flight: false,
+            gives_up_ms: 7,
         };
         assert_eq!(Forecast::new(None, &moment).noticed, Noticed::Never);
         moment.in_flight = true;
         for timers in [None, Some(&BUILT_IN)] {
             let forecast = Forecast::new(timers, &moment);
             assert_eq!(forecast.next_probe, None);
-            assert_eq!(forecast.noticed, Noticed::Retransmitting);
+            assert_eq!(forecast.noticed, Noticed::Retransmitting(7));
         }
     }
 

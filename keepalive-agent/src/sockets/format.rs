@@ -39,8 +39,10 @@ pub const HEADER: [&str; 13] = [
 /// What the letters in the rows mean.
 pub const LEGEND: &str = "\
     set by: a the application, p the policy, b a bound of the policy, \
-    s a sysctl of the namespace, k nobody (the kernel's default)\n\
-    noticed: when it would be found out that the peer is dead from now on\n\
+    s a sysctl of the namespace, k nobody (the kernel's default), \
+    u kept off: the application's user-timeout would end it at the first lost probe\n\
+    noticed: when it would be found out that the peer is dead from now on; \
+    data: is in flight, given up that long after it was sent\n\
     → what the policy would set, were it not in dry run";
 
 /// The columns of [`summary_row`].
@@ -110,7 +112,7 @@ pub fn row(connection: &Connection<'_>) -> [String; 13] {
             .map_or_else(|| NONE.to_owned(), rounded),
         match connection.forecast.noticed {
             Noticed::After(milliseconds) => rounded(milliseconds),
-            Noticed::Retransmitting => "in flight".to_owned(),
+            Noticed::Retransmitting(milliseconds) => format!("data {}", rounded(milliseconds)),
             Noticed::Never => "never".to_owned(),
         },
         connection
@@ -139,6 +141,7 @@ fn marked(value: &str, source: Source) -> String {
         Source::Policy => 'p',
         Source::PolicyBound => 'b',
         Source::Sysctl => 's',
+        Source::UserTimeout => 'u',
         Source::Kernel => 'k',
     };
     format!("{value} {letter}")
@@ -236,6 +239,7 @@ struct Would {
     interval_s: Option<u32>,
     probes: Option<u32>,
     user_timeout_ms: Option<u32>,
+    rto_max_ms: Option<u32>,
 }
 
 impl From<Options> for Would {
@@ -247,6 +251,7 @@ impl From<Options> for Would {
             interval_s: set(wants.interval),
             probes: set(wants.probes),
             user_timeout_ms: set(wants.user_timeout),
+            rto_max_ms: set(wants.rto_max),
         }
     }
 }
@@ -271,7 +276,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
     let (local, remote) = (record.local(), record.remote());
     let (noticed_ms, noticed_by) = match forecast.noticed {
         Noticed::After(milliseconds) => (Some(milliseconds), "keepalive"),
-        Noticed::Retransmitting => (None, "retransmission"),
+        Noticed::Retransmitting(_) => (None, "retransmission"),
         Noticed::Never => (None, "never"),
     };
     let line = Line {
@@ -379,7 +384,7 @@ mod tests {
         sockets::{
             cgroups::Known,
             holders::Holder,
-            trial::{SYSCTLS, protected, record},
+            trial::{HERE, protected, record},
         },
     };
 
@@ -408,8 +413,7 @@ mod tests {
             policy: Policy::BUILT_IN,
             rules: Rules::default(),
         };
-        let mut connection =
-            Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
+        let mut connection = Connection::new(&netns, &HERE, &found, Some(&cgroup), Some(&policy));
         connection.holder = Some(Holder {
             pid: 7,
             comm: "ng\tinx\x1b[2J",
@@ -461,6 +465,8 @@ mod tests {
                 "probes_source": "policy",
                 "user_timeout_ms": null,
                 "user_timeout_source": "kernel",
+                "gives_up_ms": 1_044_600,
+                "user_timeout_conflict": false,
                 "silent_ms": 15000,
                 "next_probe_ms": 45000,
                 "noticed_ms": 105_000,
@@ -478,7 +484,7 @@ mod tests {
             ..Options::default()
         };
         let mut found = record("[2001:db8::1]:1", "[2001:db8::2]:2", &options);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let connection = Connection::new(&netns, &HERE, &found, None, None);
         assert_eq!(
             row(&connection)[1..],
             [
@@ -503,8 +509,8 @@ mod tests {
         assert_eq!(line["noticed_by"], "never");
         assert_eq!(line["pid"], Value::Null);
         found.packets_out = 1;
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
-        assert_eq!(row(&connection)[11], "in flight");
+        let connection = Connection::new(&netns, &HERE, &found, None, None);
+        assert_eq!(row(&connection)[11], "data 1s");
         assert_eq!(json(&connection)["noticed_by"], "retransmission");
     }
 
@@ -514,7 +520,7 @@ mod tests {
         let id = "0123456789abcdef".repeat(4);
         let cgroup = Known::unclaimed(&format!("/system.slice/docker-{id}.scope/a.service"));
         let found = protected(60);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+        let connection = Connection::new(&netns, &HERE, &found, Some(&cgroup), None);
         assert_eq!(row(&connection)[1], "0123456789ab/a.service");
         assert_eq!(json(&connection)["container"], id);
     }

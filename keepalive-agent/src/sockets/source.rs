@@ -4,41 +4,14 @@
 //! value and the policy that claims the socket. An application that chose the
 //! policy's value by itself therefore looks like the policy.
 
-use anyhow::Result;
 use keepalive_common::{
+    environment::Environment,
     history::given,
-    plan::{Options, plan},
-    policy::{Keepalive, Policy, Range},
+    plan::{Options, derived_user_timeout, plan},
+    policy::{Keepalive, MAX_RTO_MAX, Policy, Range, SysctlTimer},
+    timers::retransmission_ends,
 };
 use serde::Serialize;
-
-use crate::netns;
-
-/// The sysctls that rule unset timers in a network namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sysctls {
-    /// `tcp_keepalive_time` in seconds.
-    pub idle: u32,
-    /// `tcp_keepalive_intvl` in seconds.
-    pub interval: u32,
-    /// `tcp_keepalive_probes`.
-    pub probes: u32,
-}
-
-impl Sysctls {
-    /// Those of the namespace that the calling thread is in.
-    ///
-    /// # Errors
-    ///
-    /// When /proc does not show them.
-    pub fn here() -> Result<Self> {
-        Ok(Self {
-            idle: netns::sysctl("ipv4/tcp_keepalive_time")?,
-            interval: netns::sysctl("ipv4/tcp_keepalive_intvl")?,
-            probes: netns::sysctl("ipv4/tcp_keepalive_probes")?,
-        })
-    }
-}
 
 /// Who decided a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -50,8 +23,13 @@ pub enum Source {
     Policy,
     /// A bound of that policy, which the application's own value was beyond.
     PolicyBound,
-    /// The sysctl of the socket's network namespace: nobody set it.
+    /// The sysctl of the socket's network namespace: nobody set it, or the policy
+    /// took it from there.
     Sysctl,
+    /// The application's user-timeout, which would end the connection early:
+    /// because of it the policy keeps keepalive off
+    /// ([`keepalive_common::plan::Plan::user_timeout_conflict`]).
+    UserTimeout,
     /// The kernel: nobody set it and no sysctl exists for it.
     Kernel,
 }
@@ -78,6 +56,12 @@ pub struct Settings {
     pub probes: Setting<u32>,
     /// TCP_USER_TIMEOUT in milliseconds; 0 is none.
     pub user_timeout: Setting<u32>,
+    /// After how long sent data that nobody acknowledges ends the connection at
+    /// the latest, in milliseconds from its first transmission.
+    pub gives_up_ms: u64,
+    /// Whether the policy leaves keepalive and its timers as the application has
+    /// them, because its user-timeout would end the connection early.
+    pub user_timeout_conflict: bool,
 }
 
 /// Settings as they stand in JSON, part of a larger record. The names are
@@ -94,6 +78,8 @@ pub struct SettingsRecord {
     probes_source: Source,
     user_timeout_ms: Option<u32>,
     user_timeout_source: Source,
+    gives_up_ms: u64,
+    user_timeout_conflict: bool,
 }
 
 impl From<&Settings> for SettingsRecord {
@@ -109,6 +95,8 @@ impl From<&Settings> for SettingsRecord {
             probes_source: settings.probes.source,
             user_timeout_ms: Some(settings.user_timeout.value).filter(|set| *set != 0),
             user_timeout_source: settings.user_timeout.source,
+            gives_up_ms: settings.gives_up_ms,
+            user_timeout_conflict: settings.user_timeout_conflict,
         }
     }
 }
@@ -116,45 +104,47 @@ impl From<&Settings> for SettingsRecord {
 /// What holds for a socket that has these options, in a namespace with these
 /// sysctls, claimed by this policy or by none.
 #[must_use]
-pub fn settings(has: &Options, policy: Option<&Policy>, sysctls: &Sysctls) -> Settings {
-    // A policy of `off` leaves the timers of keepalive.
-    let shaping = policy.filter(|policy| policy.keepalive() != Keepalive::Off);
-    let timer = |value: u32, range: Option<&Range>, sysctl: u32| Setting {
-        value: if value == 0 { sysctl } else { value },
-        source: timer_source(range, value),
-    };
-    let user_timeout = policy.map(|policy| {
-        // The derived default depends on the other timers: on those of now, or
-        // on those that the application found before it set its own.
-        let unset = Options {
-            user_timeout: 0,
-            ..*has
-        };
-        let derived = [plan(policy, &unset), given(policy)].map(|wants| wants.user_timeout);
-        Range {
-            default: if derived.contains(&has.user_timeout) {
-                has.user_timeout
+pub fn settings(has: &Options, policy: Option<&Policy>, environment: &Environment) -> Settings {
+    let policy = policy.filter(|policy| !policy.ignores());
+    // A policy that turns keepalive off leaves its timers.
+    let shaping = policy.filter(|policy| !policy.keepalive().turns_off());
+    let conflict =
+        policy.is_some_and(|policy| plan(policy, has, environment).user_timeout_conflict);
+    let timer = |timer: SysctlTimer, value: u32, range: fn(&Policy) -> &Range, sysctl: u32| {
+        let heeded = shaping.is_some_and(|policy| policy.heeds_sysctl(timer)) && value == sysctl;
+        let range = shaping.map(range);
+        Setting {
+            value: if value == 0 { sysctl } else { value },
+            source: if heeded && range.is_none_or(|range| range.default != value) {
+                Source::Sysctl
             } else {
-                derived[0]
+                timer_source(range, value)
             },
-            ..policy.user_timeout
         }
-    });
+    };
+    let user_timeout = policy.map(|policy| user_timeout_range(policy, has, environment));
     Settings {
         keepalive: Setting {
             value: has.keepalive,
-            source: keepalive_source(policy, has.keepalive),
+            source: keepalive_source(policy, has.keepalive, conflict),
         },
-        idle: timer(has.idle, shaping.map(|policy| &policy.idle), sysctls.idle),
+        idle: timer(
+            SysctlTimer::Idle,
+            has.idle,
+            |policy| &policy.idle,
+            environment.idle,
+        ),
         interval: timer(
+            SysctlTimer::Interval,
             has.interval,
-            shaping.map(|policy| &policy.interval),
-            sysctls.interval,
+            |policy| &policy.interval,
+            environment.interval,
         ),
         probes: timer(
+            SysctlTimer::Probes,
             has.probes,
-            shaping.map(|policy| &policy.probes),
-            sysctls.probes,
+            |policy| &policy.probes,
+            environment.probes,
         ),
         user_timeout: Setting {
             value: has.user_timeout,
@@ -164,7 +154,45 @@ pub fn settings(has: &Options, policy: Option<&Policy>, sysctls: &Sysctls) -> Se
                 source => source,
             },
         },
+        gives_up_ms: gives_up_ms(has, environment),
+        user_timeout_conflict: conflict,
     }
+}
+
+/// The range of the user-timeout with what is derived: from the timers of now,
+/// or from those that the application found before it set its own.
+fn user_timeout_range(policy: &Policy, has: &Options, environment: &Environment) -> Range {
+    let mut range = policy.user_timeout;
+    let from_timers = derived_user_timeout(&environment.complete(has), environment.hz);
+    if policy.derives_at_least() && has.user_timeout == from_timers.min(range.at_most) {
+        range.at_least = has.user_timeout;
+    }
+    if policy.derives_user_timeout() {
+        let unset = Options {
+            user_timeout: 0,
+            ..*has
+        };
+        let wants = plan(policy, &unset, environment).wants;
+        let derived = [wants, given(policy, environment)].map(|wants| wants.user_timeout);
+        range.default = if derived.contains(&has.user_timeout) {
+            has.user_timeout
+        } else {
+            derived[0]
+        };
+    }
+    range
+}
+
+/// With a user-timeout retransmission goes by that alone (`tcp_write_timeout` in
+/// net/ipv4/tcp_timer.c).
+fn gives_up_ms(has: &Options, environment: &Environment) -> u64 {
+    if has.user_timeout != 0 {
+        return has.user_timeout.into();
+    }
+    let rto_max = [has.rto_max, environment.rto_max]
+        .into_iter()
+        .find(|rto_max| *rto_max != 0);
+    retransmission_ends(rto_max.unwrap_or(MAX_RTO_MAX), environment.retries)
 }
 
 /// Whose a timer is: `value` as the kernel has it, 0 for unset, and the range
@@ -187,10 +215,14 @@ fn timer_source(range: Option<&Range>, value: u32) -> Source {
 }
 
 /// Against the wish of the policy it is the application: it has the last word.
-fn keepalive_source(policy: Option<&Policy>, on: bool) -> Source {
-    match (policy.map(Policy::keepalive), on) {
-        (Some(Keepalive::On), true) | (Some(Keepalive::Off), false) => Source::Policy,
-        (Some(Keepalive::On), false) | (_, true) => Source::App,
+fn keepalive_source(policy: Option<&Policy>, on: bool, conflict: bool) -> Source {
+    let wish = policy.map(Policy::keepalive);
+    match (wish, on) {
+        (Some(Keepalive::On | Keepalive::Always), false) if conflict => Source::UserTimeout,
+        (Some(Keepalive::On | Keepalive::Always), true) if conflict => Source::App,
+        (Some(Keepalive::On | Keepalive::Always), true)
+        | (Some(Keepalive::Off | Keepalive::Never), false) => Source::Policy,
+        (Some(Keepalive::On | Keepalive::Always), false) | (_, true) => Source::App,
         (_, false) => Source::Kernel,
     }
 }
@@ -199,11 +231,7 @@ fn keepalive_source(policy: Option<&Policy>, on: bool) -> Source {
 mod tests {
     use super::*;
 
-    const SYSCTLS: Sysctls = Sysctls {
-        idle: 7200,
-        interval: 75,
-        probes: 9,
-    };
+    const HERE: Environment = Environment::UNCHANGED;
 
     #[test]
     fn timers_tell_whose_they_are() {
@@ -253,17 +281,22 @@ mod tests {
             (Some(Keepalive::On), false, Source::App),
             (Some(Keepalive::Off), true, Source::App),
             (Some(Keepalive::Off), false, Source::Policy),
+            (Some(Keepalive::Always), true, Source::Policy),
+            (Some(Keepalive::Always), false, Source::App),
+            (Some(Keepalive::Never), true, Source::App),
+            (Some(Keepalive::Never), false, Source::Policy),
             (Some(Keepalive::Leave), true, Source::App),
             (Some(Keepalive::Leave), false, Source::Kernel),
         ] {
             let policy = wish.map(policy);
-            assert_eq!(keepalive_source(policy.as_ref(), on), expected, "{wish:?}");
+            let source = keepalive_source(policy.as_ref(), on, false);
+            assert_eq!(source, expected, "{wish:?}");
         }
     }
 
     #[test]
     fn what_is_unset_comes_from_the_sysctls() {
-        let found = settings(&Options::default(), None, &SYSCTLS);
+        let found = settings(&Options::default(), None, &HERE);
         let sysctl = |value| Setting {
             value,
             source: Source::Sysctl,
@@ -282,8 +315,77 @@ mod tests {
                     value: 0,
                     source: Source::Kernel
                 },
+                gives_up_ms: 1_044_600,
+                user_timeout_conflict: false,
             }
         );
+    }
+
+    #[test]
+    fn what_was_taken_from_the_sysctls_is_theirs() {
+        let here = Environment {
+            idle: 20,
+            interval: 10,
+            ..HERE
+        };
+        let has = given(&Policy::BUILT_IN, &here);
+        let found = settings(&has, Some(&Policy::BUILT_IN), &here);
+        assert_eq!(found.idle.source, Source::Sysctl);
+        // The same as the policy's own value.
+        assert_eq!(found.interval.source, Source::Policy);
+        assert_eq!(found.probes.source, Source::Policy);
+    }
+
+    #[test]
+    fn a_user_timeout_that_keeps_keepalive_off_is_named() {
+        let has = Options {
+            user_timeout: 20_000,
+            ..Options::default()
+        };
+        let found = settings(&has, Some(&Policy::BUILT_IN), &HERE);
+        assert!(found.user_timeout_conflict);
+        assert_eq!(found.keepalive.source, Source::UserTimeout);
+        assert_eq!(found.user_timeout.source, Source::App);
+        let own = Options {
+            keepalive: true,
+            ..has
+        };
+        let found = settings(&own, Some(&Policy::BUILT_IN), &HERE);
+        assert!(found.user_timeout_conflict);
+        assert_eq!(found.keepalive.source, Source::App);
+        assert_eq!(found.idle.source, Source::Sysctl);
+        let cure = Policy::BUILT_IN.with_derived_at_least(true);
+        let found = settings(&plan(&cure, &has, &HERE).wants, Some(&cure), &HERE);
+        assert!(!found.user_timeout_conflict);
+        assert_eq!(found.keepalive.source, Source::Policy);
+        assert_eq!(found.user_timeout.source, Source::PolicyBound);
+    }
+
+    #[test]
+    fn data_in_flight_is_given_up_by_what_is_set() {
+        for (user_timeout, rto_max, expected) in
+            [(0, 0, 1_044_600), (0, 2_000, 29_000), (7_000, 2_000, 7_000)]
+        {
+            let has = Options {
+                user_timeout,
+                rto_max,
+                ..Options::default()
+            };
+            assert_eq!(settings(&has, None, &HERE).gives_up_ms, expected);
+        }
+        // A kernel that has no other than the longest.
+        let here = Environment { rto_max: 0, ..HERE };
+        let found = settings(&Options::default(), None, &here);
+        assert_eq!(found.gives_up_ms, 1_044_600);
+    }
+
+    #[test]
+    fn a_policy_that_ignores_set_nothing() {
+        let policy = Policy::BUILT_IN.with_ignore(true);
+        let has = given(&Policy::BUILT_IN, &HERE);
+        let found = settings(&has, Some(&policy), &HERE);
+        assert_eq!(found.keepalive.source, Source::App);
+        assert_eq!(found.idle.source, Source::App);
     }
 
     #[test]
@@ -292,8 +394,8 @@ mod tests {
             Policy::BUILT_IN,
             Policy::BUILT_IN.with_derived_user_timeout(true),
         ] {
-            let wants = plan(&policy, &Options::default());
-            let found = settings(&wants, Some(&policy), &SYSCTLS);
+            let wants = given(&policy, &HERE);
+            let found = settings(&wants, Some(&policy), &HERE);
             let mut sources = vec![found.keepalive.source, found.idle.source];
             sources.extend([found.interval.source, found.probes.source]);
             if policy.derives_user_timeout() {
@@ -306,7 +408,7 @@ mod tests {
     #[test]
     fn a_derived_user_timeout_stays_the_policys_when_the_application_sets_a_timer_later() {
         let policy = Policy::BUILT_IN.with_derived_user_timeout(true);
-        let mut has = plan(&policy, &Options::default());
+        let mut has = given(&policy, &HERE);
         has.idle = 70;
         for (user_timeout, expected) in [
             (120_000, Source::Policy),
@@ -314,7 +416,7 @@ mod tests {
             (125_000, Source::App),
         ] {
             has.user_timeout = user_timeout;
-            let found = settings(&has, Some(&policy), &SYSCTLS);
+            let found = settings(&has, Some(&policy), &HERE);
             assert_eq!(found.idle.source, Source::App);
             assert_eq!(found.user_timeout.source, expected, "{user_timeout}");
         }
@@ -327,7 +429,7 @@ mod tests {
             idle: 60,
             ..Options::default()
         };
-        let found = settings(&has, Some(&policy), &SYSCTLS);
+        let found = settings(&has, Some(&policy), &HERE);
         assert_eq!(found.keepalive.source, Source::Policy);
         assert_eq!(found.idle.source, Source::App);
     }

@@ -34,11 +34,14 @@ pub(super) enum Key {
     Cgroup,
     Remote,
     Port,
+    LocalPort,
     Keepalive,
     Idle,
     Interval,
     Probes,
     UserTimeout,
+    GiveUp,
+    Ignore,
     Enforce,
     Path,
 }
@@ -46,16 +49,19 @@ pub(super) enum Key {
 pub(super) type Keys = BTreeMap<Key, toml::Value>;
 
 impl Key {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 14] = [
         Self::Name,
         Self::Cgroup,
         Self::Remote,
         Self::Port,
+        Self::LocalPort,
         Self::Keepalive,
         Self::Idle,
         Self::Interval,
         Self::Probes,
         Self::UserTimeout,
+        Self::GiveUp,
+        Self::Ignore,
         Self::Enforce,
         Self::Path,
     ];
@@ -70,11 +76,14 @@ impl Key {
             Self::Cgroup => "cgroup",
             Self::Remote => "remote",
             Self::Port => "port",
+            Self::LocalPort => "local-port",
             Self::Keepalive => "keepalive",
             Self::Idle => "idle",
             Self::Interval => "interval",
             Self::Probes => "probes",
             Self::UserTimeout => "user-timeout",
+            Self::GiveUp => "give-up",
+            Self::Ignore => "ignore",
             Self::Enforce => "enforce",
             Self::Path => "path",
         }
@@ -89,11 +98,14 @@ impl Key {
             Self::Cgroup => origins.cgroup.as_ref(),
             Self::Remote => origins.remote.as_ref(),
             Self::Port => origins.port.as_ref(),
+            Self::LocalPort => origins.local_port.as_ref(),
             Self::Keepalive => origins.keepalive.place(),
             Self::Idle => idle.from.place(),
             Self::Interval => interval.from.place(),
             Self::Probes => probes.from.place(),
             Self::UserTimeout => user_timeout.from.place(),
+            Self::GiveUp => origins.give_up.place(),
+            Self::Ignore => origins.ignore.place(),
             Self::Enforce => origins.enforce.place(),
             Self::Path => origins.path.as_ref().map(|(_, place)| place),
         }

@@ -87,6 +87,7 @@ fn claims(named: &NamedPolicy, origins: &Origins) -> Vec<Row> {
         (Key::Cgroup, list(&named.cgroups)),
         (Key::Remote, list(&named.rules.remotes)),
         (Key::Port, list(&named.rules.ports)),
+        (Key::LocalPort, list(&named.rules.local_ports)),
     ]
     .into_iter()
     .filter_map(|(key, value)| {
@@ -102,7 +103,7 @@ fn claims(named: &NamedPolicy, origins: &Origins) -> Vec<Row> {
 
 /// What it wants.
 fn values(policy: &Policy, origins: &Origins) -> Vec<Row> {
-    let [keepalive, wishes @ ..] = output::wishes(policy);
+    let [keepalive, wishes @ .., give_up] = output::wishes(policy);
     let value = |key: Key, value: String, from: &Origin| Row {
         key: key.name(),
         value,
@@ -116,6 +117,9 @@ fn values(policy: &Policy, origins: &Origins) -> Vec<Row> {
             ..value(key, wish, &origin.from)
         });
     }
+    values.push(value(Key::GiveUp, give_up, &origins.give_up));
+    let ignore = policy.ignores().to_string();
+    values.push(value(Key::Ignore, ignore, &origins.ignore));
     let enforce = policy.is_enforced().to_string();
     values.push(value(Key::Enforce, enforce, &origins.enforce));
     if let Some((path, place)) = &origins.path {

@@ -118,7 +118,7 @@ fn what_is_said_twice_or_denied_is_an_error() {
 
 #[test]
 fn a_policy_is_for_something() {
-    let message = "1: policy: has no cgroup, remote or port: add cgroup = \"/…\", \
+    let message = "1: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
                    or use [default] for everything";
     assert_eq!(errors("[[policy]]\nname = 'a'\n"), [message]);
     // What is wrong is there all the same.

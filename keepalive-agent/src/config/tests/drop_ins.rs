@@ -191,14 +191,16 @@ fn later_files_override_key_by_key() {
     // A timer is one key: its old bounds are gone, and its old default with
     // them. What is left out then comes from below, the built-in policy here.
     let default = config.default.unwrap();
-    let mut expected = Policy::BUILT_IN.with_keepalive(Keepalive::Leave);
+    let mut expected = with_written(&[SysctlTimer::Probes]).with_keepalive(Keepalive::Leave);
     expected.idle.at_least = 10;
     expected.probes = Range::default_only(4);
     assert_eq!(default, expected);
 
     let a = &config.policies[0];
     assert_eq!(a.cgroups, [CgroupPattern::new("/c").unwrap()]);
-    let mut expected = default.with_enforcement(false);
+    let mut expected = default
+        .with_enforcement(false)
+        .with_sysctl(SysctlTimer::Interval, false);
     expected.idle = Range {
         default: 60,
         at_least: 0,
@@ -216,7 +218,7 @@ fn a_policy_may_be_completed_by_another_file() {
     assert_eq!(
         files.errors(),
         [
-            "etc/a.toml:1: policy: has no cgroup, remote or port: add cgroup = \"/…\", \
+            "etc/a.toml:1: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
           or use [default] for everything"
         ]
     );
@@ -251,7 +253,7 @@ fn errors_of_all_files_come_at_once_in_their_order() {
         [
             "main.toml:2: default.idle = 5: a duration needs a unit, as in \"60s\" or \"2m\"",
             "main.toml:3: default.idel: unknown key; known here: \
-             keepalive, idle, interval, probes, user-timeout, enforce, path",
+             keepalive, idle, interval, probes, user-timeout, give-up, enforce, ignore, path",
             "run/a.toml:1: unclosed table, expected `]`",
             "etc/b.toml:4: policy.port = 0: out of range: 1 to 65535",
         ]

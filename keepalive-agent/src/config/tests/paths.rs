@@ -1,6 +1,9 @@
 //! Presets: `path` keeps the path open, whatever an application sets.
 
-use keepalive_common::plan::{Options, plan};
+use keepalive_common::{
+    environment::Environment,
+    plan::{Options, plan},
+};
 
 use super::*;
 use crate::paths::{self, IdleTimeout};
@@ -33,7 +36,7 @@ fn a_path_chooses_timers() {
             seconds(10, MAX_SECONDS),
         ),
     ] {
-        let mut expected = Policy::BUILT_IN;
+        let mut expected = with_written(&ALL_TIMERS);
         expected.idle = idle;
         expected.interval = interval;
         expected.probes = probes;
@@ -72,7 +75,7 @@ fn what_the_table_says_itself_comes_first_and_the_rest_from_the_path() {
         "path = 'azure-lb'\nidle = { at-most = '90s' }\ninterval = { exactly = '5s' }\n\
          user-timeout = 'derive'",
     );
-    let mut expected = Policy::BUILT_IN.with_derived_user_timeout(true);
+    let mut expected = with_written(&ALL_TIMERS).with_derived_user_timeout(true);
     // The default that is left out is that of the path.
     expected.idle.at_most = 90;
     expected.interval = Range::exactly(5);
@@ -186,7 +189,7 @@ proptest! {
         let timeout: IdleTimeout = path.parse().expect("a path");
         let config = good(&format!("[default]\npath = '{path}'\n"));
         let policy = config.default.expect("there is one");
-        let wants = plan(&policy, &has);
+        let wants = plan(&policy, &has, &Environment::UNCHANGED).wants;
         prop_assert!(timeout.is_kept_open_by(wants.idle, wants.interval), "{path}: {wants:?}");
         prop_assert!(wants.probes >= 3, "{path}: {wants:?}");
         prop_assert!(wants.keepalive);
@@ -217,7 +220,8 @@ proptest! {
             seconds(idle), seconds(interval),
         );
         let (config, warnings) = parse(&text).expect("nothing is wrong");
-        let wants = plan(&config.default.expect("there is one"), &has);
+        let policy = config.default.expect("there is one");
+        let wants = plan(&policy, &has, &Environment::UNCHANGED).wants;
         let timeout = IdleTimeout::from(paths::AWS_NAT);
         let kept = timeout.is_kept_open_by(wants.idle, wants.interval) && wants.probes >= 3;
         prop_assert!(kept || warnings.0.len() == 1, "{text} {wants:?}");
