@@ -5,7 +5,7 @@
 //! then it is taken off. Whoever is interrupted on the way can begin again: what is
 //! left to do stands in the kernel.
 
-use std::sync::Arc;
+use std::{fmt::Write as _, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use keepalive_common::counters::Counters;
@@ -66,7 +66,8 @@ impl Restored {
             report::count(filled, "timer"),
         );
         if failed > 0 {
-            text += &format!("the kernel refused {failed} options\n");
+            // Memory can always be written to.
+            let _ = writeln!(text, "the kernel refused {failed} options");
         }
         text
     }
