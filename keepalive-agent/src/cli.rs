@@ -4,6 +4,7 @@ mod check;
 mod detach;
 mod events;
 mod explain;
+mod follow;
 mod generate;
 mod output;
 mod policy;
