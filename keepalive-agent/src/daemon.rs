@@ -12,7 +12,7 @@ pub mod journal;
 pub mod ownership;
 pub mod target;
 
-use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -26,7 +26,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    assignment::{Assignment, Claimants},
+    assignment::{Assignment, Claimants, Warning},
     config::{Config, Sources},
     datapath::{
         self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
@@ -270,6 +270,8 @@ struct Daemon {
     /// What was last said to be wrong, which several failures in a row need not
     /// repeat.
     last_reported_error: Option<String>,
+    /// What has no effect now, as last reported.
+    warned: BTreeSet<String>,
     /// What the kernel refused, as last reported.
     reported_refusals: Vec<Refusals>,
     watchdog: Option<(Instant, Duration)>,
@@ -339,6 +341,7 @@ impl Daemon {
             },
             published: State::default(),
             last_reported_error: None,
+            warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
             watchdog: sd_notify::watchdog_enabled().map(|within| {
                 let every = within / 3;
@@ -495,9 +498,7 @@ impl Daemon {
             Some(found) => self.take_up(found)?,
         };
         self.succeed();
-        for warning in &built.warnings {
-            warn!("{warning}");
-        }
+        self.warn_of_new(&built.warnings);
         target::warn_of_give_up(&built.assignment);
         let Built {
             mut set,
@@ -545,6 +546,16 @@ impl Daemon {
             // Nobody will say when it comes to exist.
             self.retry_later();
         }
+    }
+
+    /// Warns of what has no effect, where that is new: with one file for each
+    /// service, every change would repeat what is known of all the others.
+    fn warn_of_new(&mut self, warnings: &[Warning]) {
+        let warnings: BTreeSet<_> = warnings.iter().map(ToString::to_string).collect();
+        for warning in warnings.difference(&self.warned) {
+            warn!("{warning}");
+        }
+        self.warned = warnings;
     }
 
     /// Has the agent that was there before end: it holds nothing any more that is
@@ -1064,9 +1075,7 @@ impl Daemon {
                 return None;
             }
         };
-        for warning in built.warnings.iter().filter(|_| self.reloads) {
-            warn!("{warning}");
-        }
+        self.warn_of_new(&built.warnings);
         if self.reloads {
             target::warn_of_give_up(&built.assignment);
         }

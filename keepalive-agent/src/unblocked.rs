@@ -54,7 +54,8 @@ impl Pending {
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        if self.bytes.len() + bytes.len() > KEPT {
+        // One that is longer than that by itself is not dropped for its length.
+        if !self.bytes.is_empty() && self.bytes.len() + bytes.len() > KEPT {
             self.dropped += 1;
         } else {
             self.bytes.extend(bytes);

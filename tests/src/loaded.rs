@@ -60,7 +60,9 @@ impl Loaded {
     /// There is none.
     pub fn map(&self, name: &str) -> Result<u64> {
         for id in &self.maps {
-            if bpftool(&["map", "show", "id", &id.to_string()])?["name"] == name {
+            // One of a set that is replaced meanwhile is gone.
+            let shown = bpftool(&["map", "show", "id", &id.to_string()]);
+            if shown.is_ok_and(|shown| shown["name"] == name) {
                 return Ok(*id);
             }
         }
