@@ -1422,7 +1422,10 @@ impl Daemon {
         }
         match enforcement.set.record().set_state(&self.state) {
             Ok(()) => self.published = self.state.clone(),
-            Err(error) => debug!("{}", chain(&error)),
+            Err(error) => {
+                debug!("{}", chain(&error));
+                self.retry_later();
+            }
         }
     }
 

@@ -16,8 +16,6 @@ pub enum Need {
     Postgres,
     /// No configuration where the agent looks for one when it is given none.
     NoConfig,
-    /// A kernel that lets the agent sweep from inside, and leave to do so.
-    SweepInKernel,
 }
 
 /// Returns from the test, saying why, unless this machine has root and all the
@@ -61,20 +59,7 @@ pub fn missing(needs: &[Need]) -> Option<String> {
         Need::NoConfig => Path::new("/etc/keepalive/keepalive.toml")
             .exists()
             .then(|| "this host has a configuration in /etc/keepalive".to_owned()),
-        Need::SweepInKernel => (!sweeps_in_kernel())
-            .then(|| "existing connections are changed from outside the kernel here".to_owned()),
     })
-}
-
-/// Whether existing connections are reached inside the kernel, as the agent says.
-fn sweeps_in_kernel() -> bool {
-    if std::env::var_os("KEEPALIVE_SWEEP_BY_HAND").is_some() {
-        return false;
-    }
-    let mut command = crate::agent_command();
-    command.arg("check");
-    crate::output(&mut command, std::time::Duration::from_mins(1))
-        .is_ok_and(|done| !done.stdout.contains("changed from outside"))
 }
 
 /// Says that the running test is skipped: on standard error, past the harness, and

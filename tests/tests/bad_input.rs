@@ -99,18 +99,6 @@ fn no_btf() -> Result<()> {
 }
 
 #[test]
-fn a_cgroup_to_attach_to_that_does_not_exist() -> Result<()> {
-    require!(Need::NoConfig);
-    let mut command = agent_command();
-    command.args(["run", "--cgroup", "/kat-nowhere"]);
-    let refused = run(&mut command)?;
-    assert_eq!(refused.code, Some(1), "{refused:?}");
-    assert!(refused.stderr.contains("/kat-nowhere"), "{refused:?}");
-    assert_eq!(refused.stdout, "");
-    Ok(())
-}
-
-#[test]
 fn a_config_that_does_not_exist_or_is_none() -> Result<()> {
     require!();
     let directory = tempfile::tempdir()?;

@@ -293,12 +293,14 @@ const AFTER_FREE: [Options; 4] = [
 /// A policy is in force, the next one is counted first and then enforced: what the
 /// one before set does not pass for the application's. Nor when the one in force
 /// was itself only counted in between.
-fn counted_before_it_is_enforced(by: &[&str]) -> Result<()> {
+#[test]
+fn the_next_policy_is_counted_before_it_is_enforced() -> Result<()> {
+    require!();
     let cgroup = Cgroup::new()?;
     let mut probe = Probe::start(Program::Static, &cgroup)?;
     let dry = |config: &str| config.replace("[default]", "[default]\nenforce = false");
     let old = connections(&mut probe)?;
-    let mut agent = Agent::start_with(&cgroup, BOUNDED, by)?;
+    let mut agent = Agent::start(&cgroup, BOUNDED)?;
     agent.swept()?;
     let new = connections(&mut probe)?;
     let mut follows = |config: &str, expected: &[Options; 4]| -> Result<()> {
@@ -319,24 +321,11 @@ fn counted_before_it_is_enforced(by: &[&str]) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn the_next_policy_is_counted_before_it_is_enforced() -> Result<()> {
-    require!();
-    counted_before_it_is_enforced(&["env"])
-}
-
-#[test]
-fn the_same_from_outside_the_kernel() -> Result<()> {
-    require!();
-    counted_before_it_is_enforced(BY_HAND)
-}
-
-/// As on a kernel that does not let its iterators set options.
-const BY_HAND: &[&str] = &["env", "KEEPALIVE_SWEEP_BY_HAND=1"];
-
 /// While connections of another policy wait for their turn, the sweep comes by
 /// several times.
-fn counted_once(by: &[&str]) -> Result<()> {
+#[test]
+fn existing_connections_are_counted_once() -> Result<()> {
+    require!();
     let root = Cgroup::new()?;
     let (dry, due) = (root.child("dry")?, root.child("due")?);
     let mut in_dry = Probe::start(Program::Static, &dry)?;
@@ -350,7 +339,7 @@ fn counted_once(by: &[&str]) -> Result<()> {
         dry.path(),
         due.path()
     );
-    let mut agent = Agent::start_with(&root, &config, by)?;
+    let mut agent = Agent::start(&root, &config)?;
     let swept = agent.swept()?;
     assert_eq!(swept["waiting"], 2, "{swept}");
     for socket in waiting {
@@ -370,16 +359,4 @@ fn counted_once(by: &[&str]) -> Result<()> {
         );
     }
     Ok(())
-}
-
-#[test]
-fn existing_connections_are_counted_once() -> Result<()> {
-    require!();
-    counted_once(&["env"])
-}
-
-#[test]
-fn from_outside_the_kernel_they_are_counted_once_too() -> Result<()> {
-    require!();
-    counted_once(BY_HAND)
 }

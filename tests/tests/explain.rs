@@ -247,7 +247,7 @@ fn without_a_remote_end() -> Result<()> {
         );
     }
     let said = explain(&["--pid", &pid])?.stdout;
-    let words = "policy far claims what goes to 10.0.0.0/8";
+    let words = "policy far claims it if its ends are 10.0.0.0/8";
     assert!(said.contains(words), "{said}");
     web.agent.stop()?;
     Ok(())

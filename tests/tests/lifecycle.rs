@@ -130,35 +130,6 @@ fn survives_the_end_of_the_cgroups_it_governs() -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads what it says, or it cannot be written: that may end it with an
-/// error, but not with a panic, and nothing stays attached.
-#[test]
-fn output_that_cannot_be_written_is_no_panic() -> Result<()> {
-    require!(Need::NoConfig);
-    for arguments in [&["run"][..], &["run", "--json"]] {
-        let cgroup = Cgroup::new()?;
-        let mut command = agent_command();
-        command.args(arguments).args(["--cgroup", cgroup.path()]);
-        let stderr = tempfile::NamedTempFile::new()?;
-        let full = std::fs::File::options().write(true).open("/dev/full")?;
-        command.stdout(full).stderr(stderr.reopen()?);
-        let mut agent = Process::start(&mut command)?;
-        // Long enough to attach and speak, or to give up.
-        if agent.wait(Duration::from_secs(2)).is_err() {
-            agent.signal(Signal::TERM)?;
-        }
-        let status = agent.wait(LIMIT)?;
-        let said = std::fs::read_to_string(&stderr)?;
-        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
-        assert!(
-            matches!(status.code(), Some(0 | 1)),
-            "{arguments:?}: {status}"
-        );
-        assert_eq!(connection(&cgroup)?, [Options::UNTOUCHED; 2]);
-    }
-    Ok(())
-}
-
 const PROCESSES: usize = 4;
 const CONNECTIONS: usize = 50;
 

@@ -234,7 +234,7 @@ fn lives_unread(probe: &mut Probe, socket: Socket, time: Duration) -> Result<boo
     let text = "x".repeat(400);
     for _ in 0..50_000 {
         match probe.send(socket, &text) {
-            Ok(_) => {}
+            Ok(()) => {}
             Err(error) if errno(&error) == Some(Errno::AGAIN) => {
                 return Ok(!probe.wait(socket, time)?);
             }

@@ -120,7 +120,7 @@ fn the_last_reload_and_its_error() -> Result<()> {
 fn a_very_long_error() -> Result<()> {
     require!();
     let cgroup = Cgroup::new()?;
-    let agent = Agent::start(&cgroup, &idle(71))?;
+    let mut agent = Agent::start(&cgroup, &idle(71))?;
     let keys = (0..3000).map(|n| format!("[[policy]]\nname = \"\u{1f980}{n}\"\nidel = 1\n"));
     agent.reload_refused(&keys.collect::<String>())?;
     let mut found = status(&cgroup)?;

@@ -35,6 +35,10 @@ const FILES: [(&str, &str); 4] = [
         "/run/keepalive",
         "What a running agent tells other commands.",
     ),
+    (
+        "/sys/fs/bpf/keepalive",
+        "Pins of what is in force, where run has --pin without a directory.",
+    ),
 ];
 
 #[derive(Args, Debug)]

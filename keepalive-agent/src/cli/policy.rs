@@ -47,7 +47,7 @@ enum Command {
     /// Show the merged policy, with the file and line of every value
     Show(Show),
     /// Write a drop-in: a policy of its own, or keys of one that exists
-    Set(Set),
+    Set(Box<Set>),
     /// Remove the drop-in that `set` wrote
     Unset(Unset),
 }
@@ -129,12 +129,8 @@ struct Set {
     give_up: Option<String>,
 
     /// Claim connections and leave them alone
-    #[arg(long)]
-    ignore: bool,
-
-    /// Apply the policy, after --ignore
-    #[arg(long, conflicts_with = "ignore")]
-    no_ignore: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    ignore: Option<bool>,
 
     /// Path to keep open, which chooses the timers: aws-nat, 350s
     #[arg(long, value_name = "PATH")]
@@ -354,10 +350,9 @@ impl Set {
             add(key, value)?;
         }
         add(Key::GiveUp, self.give_up.as_ref().map(text))?;
-        let ignore = (self.ignore || self.no_ignore).then_some(self.ignore);
         add(
             Key::Ignore,
-            ignore.map(|ignore| Ok(toml::Value::Boolean(ignore))),
+            self.ignore.map(|ignore| Ok(toml::Value::Boolean(ignore))),
         )?;
         let enforce = (self.enforce || self.no_enforce).then_some(self.enforce);
         add(

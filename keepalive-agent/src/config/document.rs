@@ -65,8 +65,8 @@ pub(super) struct Table {
     pub(super) local_port: Option<Entry<Vec<Ports>>>,
     pub(super) keepalive: Option<Entry<Keepalive>>,
     pub(super) timers: [Option<Entry<Written>>; 4],
-    /// In milliseconds; none where it is left to the kernel.
-    pub(super) give_up: Option<Entry<Option<u32>>>,
+    /// In milliseconds; 0 where it is left to the kernel.
+    pub(super) give_up: Option<Entry<u32>>,
     pub(super) enforce: Option<Entry<bool>>,
     pub(super) ignore: Option<Entry<bool>>,
     pub(super) path: Option<Entry<Preset>>,
@@ -352,18 +352,18 @@ impl Reader<'_, '_> {
         truth
     }
 
-    fn give_up(&mut self, section: Section<'_, '_>, key: &str) -> Option<Option<u32>> {
+    fn give_up(&mut self, section: Section<'_, '_>, key: &str) -> Option<u32> {
         /// The kernel takes no shorter time between two retransmissions.
         const SHORTEST: u32 = MIN_RTO_MAX;
         let value = section.get(key)?.get_ref();
         if value.as_str() == Some("leave") {
-            return Some(None);
+            return Some(0);
         }
         let give_up = Timer::UserTimeout.value(value).and_then(|give_up| {
             if give_up < SHORTEST {
                 Err("must be at least 1s".to_owned())
             } else {
-                Ok(Some(give_up))
+                Ok(give_up)
             }
         });
         give_up

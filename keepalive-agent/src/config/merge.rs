@@ -229,7 +229,7 @@ impl Completing<'_, '_> {
             origins.ignore = self.written(at);
         }
         if let Some((give_up, at)) = value(table.give_up.as_ref()) {
-            policy.give_up = give_up.unwrap_or(0);
+            policy.give_up = *give_up;
             origins.give_up = self.written(at);
         }
         for timer in Timer::ALL {

@@ -3,6 +3,7 @@
 //!
 //! Without the feature `fault-injection` nothing of this is in the program.
 
+#[cfg(not(feature = "fault-injection"))]
 use std::io;
 
 /// A call to the kernel that changes something.
@@ -41,7 +42,7 @@ pub(super) const fn point(_: Operation) -> io::Result<()> {
 }
 
 #[cfg(feature = "fault-injection")]
-pub use armed::{arm, calls, point};
+pub use armed::{arm, point, stop};
 
 #[cfg(feature = "fault-injection")]
 mod armed {
@@ -49,7 +50,7 @@ mod armed {
         io,
         sync::{
             Mutex, PoisonError,
-            atomic::{AtomicI64, AtomicU64, Ordering},
+            atomic::{AtomicI64, Ordering},
         },
     };
 
@@ -57,7 +58,6 @@ mod armed {
 
     /// Calls until one fails; negative where none is to.
     static COUNTDOWN: AtomicI64 = AtomicI64::new(-1);
-    static CALLS: AtomicU64 = AtomicU64::new(0);
     static FAILED: Mutex<Option<Operation>> = Mutex::new(None);
 
     /// Lets the call fail that comes after so many others, once; tells which one
@@ -67,10 +67,9 @@ mod armed {
         FAILED.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// How many calls there were so far.
-    #[must_use]
-    pub fn calls() -> u64 {
-        CALLS.load(Ordering::SeqCst)
+    /// Lets no call fail any more; [`arm`] still tells which one did.
+    pub fn stop() {
+        COUNTDOWN.store(-1, Ordering::SeqCst);
     }
 
     /// Fails where a test wants this call to fail.
@@ -79,7 +78,6 @@ mod armed {
     ///
     /// ENOMEM, if so armed.
     pub fn point(operation: Operation) -> io::Result<()> {
-        CALLS.fetch_add(1, Ordering::SeqCst);
         if COUNTDOWN.fetch_sub(1, Ordering::SeqCst) != 0 {
             return Ok(());
         }

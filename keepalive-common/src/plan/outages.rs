@@ -227,7 +227,7 @@ fn the_model_ends_connections_as_the_kernel_was_seen_to() {
                 ends: seconds * 250,
             };
             // Probes at 2, 3, … s: one that is answered before it ends spares it.
-            let expected = seconds <= lives_until - 1;
+            let expected = seconds < lives_until;
             assert_eq!(
                 survives(&timers, 250, outage, &[0]),
                 expected,

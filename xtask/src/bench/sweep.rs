@@ -22,14 +22,12 @@ const SS_ALL: &str = "ss -tnoeH";
 const FIRST: &str = "sweep, first";
 const AGAIN: &str = "sweep, nothing to change";
 const ONE: &str = "sweep, one timer to change";
-const BY_HAND: &str = "the same by pidfd_getfd";
 const LISTING: &str = "sockets --json";
 
 /// Long timers, so that no probe of these connections falls into a measurement.
-const POLICIES: [&str; 3] = [
+const POLICIES: [&str; 2] = [
     "[default]\nidle = \"2h\"\n",
     "[default]\nidle = { exactly = \"3h\" }\n",
-    "[default]\nidle = { exactly = \"4h\" }\n",
 ];
 
 /// `sweep`: CPU time, time and memory of whole commands, by the number of
@@ -54,7 +52,6 @@ pub(crate) fn sweep(bench: &mut Bench) -> Result<()> {
     let configs = [
         bench.place.file("sweep.toml", POLICIES[0])?,
         bench.place.file("sweep.toml", POLICIES[1])?,
-        bench.place.file("sweep.toml", POLICIES[2])?,
     ];
     for &size in sizes {
         for _ in 0..bench.rounds.clamp(1, 5) {
@@ -72,11 +69,6 @@ pub(crate) fn sweep(bench: &mut Bench) -> Result<()> {
                 command.arg(configs[config].path());
                 command
             };
-            let by_hand = |config: usize| {
-                let mut command = sweep(config);
-                command.env("KEEPALIVE_SWEEP_BY_HAND", "1");
-                command
-            };
             let ss = |flags: &str| {
                 let mut command = place.load("time");
                 command.arg("-").args(netns.enter()).args(["ss", flags]);
@@ -87,7 +79,6 @@ pub(crate) fn sweep(bench: &mut Bench) -> Result<()> {
                 (FIRST, sweep(0)),
                 (AGAIN, sweep(0)),
                 (ONE, sweep(1)),
-                (BY_HAND, by_hand(2)),
                 (SS_ALL, ss("-tnoeH")),
                 (LISTING, agent(&["sockets", "--json"])),
             ] {

@@ -1,0 +1,510 @@
+//! Every call to the kernel that changes something fails once, at every place: what
+//! is in force, what the agent thinks is, and what it reports agree all the time,
+//! and when nothing fails any more, all is as if nothing had.
+//!
+//! The agent runs on a thread of the test, built with its feature
+//! `fault-injection`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, spawn};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use keepalive_agent::config::{Config, Sources};
+use keepalive_agent::daemon::control::{Client, Request};
+use keepalive_agent::daemon::{self, Event, Reporter, target};
+use keepalive_agent::datapath::{InForce, PartStatus, State, fault};
+use keepalive_agent::hierarchy::CgroupPath;
+use keepalive_tests::{
+    Cgroup, Loaded, Need, Options, Pins, Probe, Program, bpftool, require, wait_until,
+};
+use rustix::process::{Signal, getpid, kill_process};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// More places than anything here has.
+const PLACES: u32 = 200;
+
+/// Faults and signals are the whole process's.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the files say: the idle times of the cgroup itself and of its services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Policy {
+    own: u32,
+    services: u32,
+}
+
+/// The reference: what was written and made.
+struct Node {
+    cgroup: Cgroup,
+    services: Vec<Cgroup>,
+    pins: Pins,
+    file: tempfile::NamedTempFile,
+    wanted: Policy,
+    agent: Option<Agent>,
+    /// One process in each cgroup, the first in the one itself.
+    probe: Probe,
+}
+
+/// The agent on its thread.
+struct Agent {
+    events: Receiver<&'static str>,
+    thread: JoinHandle<Result<()>>,
+}
+
+struct Recorder(Sender<&'static str>);
+
+impl Reporter for Recorder {
+    fn report(&mut self, event: &Event<'_>) {
+        let name = match event {
+            Event::Started { .. } => "started",
+            Event::Waiting { .. } => "waiting",
+            Event::Reloaded { .. } => "reloaded",
+            Event::Swept(_) => "swept",
+            Event::Stopped { .. } => "stopped",
+        };
+        drop(self.0.send(name));
+    }
+}
+
+impl Node {
+    fn new() -> Result<Self> {
+        let cgroup = Cgroup::new()?;
+        let mut node = Self {
+            probe: Probe::start(Program::Static, &cgroup)?,
+            cgroup,
+            services: Vec::new(),
+            pins: Pins::new(),
+            file: tempfile::NamedTempFile::with_suffix(".toml")?,
+            wanted: Policy {
+                own: 70,
+                services: 71,
+            },
+            agent: None,
+        };
+        node.write(node.wanted)?;
+        Ok(node)
+    }
+
+    fn write(&mut self, policy: Policy) -> Result<()> {
+        self.wanted = policy;
+        let text = format!(
+            "[default]\nidle = \"{}s\"\n\
+             [[policy]]\nname = \"services\"\ncgroup = \"{}/s*\"\nidle = \"{}s\"\n\
+             [[policy]]\nname = \"some\"\ncgroup = \"{}/s*\"\nremote = \"192.0.2.0/24\"\n\
+             port = 443\nidle = \"{}s\"\n",
+            policy.own,
+            self.cgroup.path(),
+            policy.services,
+            self.cgroup.path(),
+            policy.services + 100,
+        );
+        fs::write(&self.file, text)?;
+        Ok(())
+    }
+
+    fn sources(&self) -> Sources {
+        Sources::new(Some(self.file.path()), &[])
+    }
+
+    fn config(&self) -> Result<Config> {
+        Ok(target::read(&self.sources(), false)?.config)
+    }
+
+    /// Starts an agent; its error where it ends instead.
+    fn start(&mut self) -> Result<()> {
+        let options = daemon::Options {
+            sources: self.sources(),
+            cgroup: self.cgroup.path().into(),
+            dry_run: false,
+            pin: Some(PathBuf::from(self.pins.name())),
+            take_over: false,
+        };
+        let (sender, events) = channel();
+        let thread = spawn(move || daemon::run(&options, &mut Recorder(sender)));
+        match events.recv_timeout(LIMIT) {
+            Ok("started") => {
+                self.agent = Some(Agent { events, thread });
+                Ok(())
+            }
+            Ok(other) => bail!("{other} instead of started"),
+            Err(_) => {
+                let ended = thread.join().ok().context("the agent panicked")?;
+                ended?;
+                bail!("it ended without a word")
+            }
+        }
+    }
+
+    /// Asks it to end, and waits until it has.
+    fn end(&mut self, request: Request) -> Result<()> {
+        let agent = self.agent.take().context("no agent")?;
+        Client::connect(&CgroupPath::from(self.cgroup.path()))?.ask(request)?;
+        agent.thread.join().ok().context("the agent panicked")?
+    }
+
+    fn lives(&self) -> Result<()> {
+        let agent = self.agent.as_ref().context("no agent")?;
+        ensure!(!agent.thread.is_finished(), "the agent has ended");
+        Ok(())
+    }
+
+    /// What is in force, as the kernel has it, and what the agent says of itself.
+    fn in_force(&self) -> Result<Option<(Config, State)>> {
+        let Some(found) = InForce::on(self.cgroup.id()?)? else {
+            return Ok(None);
+        };
+        let record = found.record?;
+        Ok(Some((record.description.config.clone(), record.state()?)))
+    }
+
+    /// Waits until the agent has nothing more to do for now.
+    fn settle(&self) -> Result<State> {
+        let mut last = None;
+        wait_until(LIMIT, "the agent to have done what it can", || {
+            let (config, state) = self.in_force()?.context("nothing is in force")?;
+            let is_done = config == self.config()? || has_failed(&state);
+            let quiet = !state.sweep.under_way && is_done;
+            last = Some(state);
+            Ok(quiet)
+        })
+        .with_context(|| format!("{last:?}"))?;
+        last.context("no state")
+    }
+
+    /// Connects to itself in a cgroup.
+    fn connection(&mut self, cgroup: Option<usize>) -> Result<Options> {
+        let cgroup = cgroup.map_or(&self.cgroup, |index| &self.services[index]);
+        self.probe.move_to(cgroup)?;
+        let (connecting, accepting) = self.probe.connection()?;
+        let options = self.probe.options(connecting)?;
+        ensure!(options == self.probe.options(accepting)?, "two ends differ");
+        self.probe.close(connecting)?;
+        self.probe.close(accepting)?;
+        self.probe.move_to(&self.cgroup)?;
+        Ok(options)
+    }
+
+    /// The cgroups that claim a policy, as bpftool shows them.
+    fn claiming(&self) -> Result<BTreeSet<u64>> {
+        let loaded = Loaded::on(&self.cgroup)?.context("nothing is attached")?;
+        let map = loaded.map("CGROUPS")?.to_string();
+        let entries = bpftool(&["map", "dump", "id", &map])?;
+        let entries = entries.as_array().context("no entries")?;
+        let id = |entry: &serde_json::Value| -> Result<u64> {
+            let key = entry["key"].as_array().context("no key")?;
+            let bytes = key.iter().map(|byte| {
+                let byte = byte.as_str().and_then(|byte| byte.strip_prefix("0x"));
+                Ok(u8::from_str_radix(byte.context("no byte")?, 16)?)
+            });
+            let bytes: Vec<u8> = bytes.collect::<Result<_>>()?;
+            Ok(u64::from_ne_bytes(bytes.as_slice().try_into()?))
+        };
+        entries.iter().map(id).collect()
+    }
+
+    /// What is in force is one whole policy, the one that the agent says, and
+    /// connections go by it.
+    fn agrees(&mut self, before: Policy) -> Result<()> {
+        let (config, state) = self.in_force()?.context("nothing is in force")?;
+        let policy = if config == self.config()? {
+            self.wanted
+        } else {
+            before
+        };
+        let own = self.connection(None)?;
+        ensure!(
+            own.idle == i32::try_from(policy.own)?,
+            "{own:?} under {policy:?}"
+        );
+        let claiming = self.claiming()?;
+        for index in 0..self.services.len() {
+            let found = self.connection(Some(index))?;
+            let is_claimed = claiming.contains(&self.services[index].id()?);
+            let expected = if is_claimed {
+                policy.services
+            } else {
+                policy.own
+            };
+            ensure!(
+                found.idle == i32::try_from(expected)?,
+                "service {index}: {found:?} under {policy:?}, claimed {is_claimed}"
+            );
+            ensure!(
+                is_claimed || has_failed(&state),
+                "service {index} has no policy, and nothing is said to be wrong: {state:?}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Nothing fails any more: all is as the files and the hierarchy say.
+    fn recovers(&mut self) -> Result<()> {
+        self.lives()?;
+        kill_process(getpid(), Signal::HUP)?;
+        let mut last = None;
+        wait_until(LIMIT, "all to be well", || {
+            let (config, state) = self.in_force()?.context("nothing is in force")?;
+            let well = config == self.config()?
+                && !has_failed(&state)
+                && state.settled
+                && !state.sweep.under_way
+                && state.owner.is_some();
+            last = Some(state);
+            Ok(well)
+        })
+        .with_context(|| format!("{last:?}"))?;
+        self.agrees(self.wanted)?;
+        let mut expected: BTreeSet<_> = self
+            .services
+            .iter()
+            .map(Cgroup::id)
+            .collect::<Result<_>>()?;
+        expected.insert(self.cgroup.id()?);
+        let claiming = self.claiming()?;
+        ensure!(claiming == expected, "{claiming:?} instead of {expected:?}");
+        // Whoever waits for events of the next change does not find those of this one.
+        if let Some(agent) = &self.agent {
+            while agent.events.try_recv().is_ok() {}
+        }
+        Ok(())
+    }
+
+    /// Nothing of the agent is left in the kernel.
+    fn has_nothing(&mut self) -> Result<()> {
+        ensure!(Loaded::on(&self.cgroup)?.is_none(), "something is attached");
+        let pins = self.pins.all()?;
+        ensure!(pins.is_empty(), "{pins:?}");
+        ensure!(self.connection(None)? == Options::UNTOUCHED);
+        Ok(())
+    }
+}
+
+fn has_failed(state: &State) -> bool {
+    state
+        .parts
+        .values()
+        .any(|part| part.status == PartStatus::Failed)
+        || state
+            .reload
+            .as_ref()
+            .is_some_and(|reload| reload.error.is_some())
+}
+
+/// Does something again and again, each time with another call that fails, until
+/// none is left to fail. What it does with the failure is in its own hands.
+fn at_every_place(
+    what: &str,
+    mut one: impl FnMut(u32) -> Result<()>,
+) -> Result<Vec<fault::Operation>> {
+    let mut failed = Vec::new();
+    for place in 0..PLACES {
+        fault::arm(Some(place));
+        let done = one(place);
+        let Some(operation) = fault::arm(None) else {
+            done.with_context(|| format!("{what}: without any failure"))?;
+            eprintln!("{what}: {} places: {failed:?}", failed.len());
+            return Ok(failed);
+        };
+        done.with_context(|| format!("{what}: place {place}, {operation:?}"))?;
+        failed.push(operation);
+    }
+    bail!("{what}: more than {PLACES} places")
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing() -> Result<()> {
+    require!(Need::Program("bpftool"));
+    let _alone = alone();
+    let mut node = Node::new()?;
+    node.services.push(node.cgroup.child("s0")?);
+    let failed = at_every_place("start", |_| {
+        let started = node.start();
+        fault_is_over();
+        if started.is_err() {
+            return node.has_nothing();
+        }
+        node.recovers()?;
+        node.end(Request::Detach)?;
+        node.has_nothing()
+    })?;
+    for operation in [
+        fault::Operation::CreateMaps,
+        fault::Operation::LoadProgram,
+        fault::Operation::WriteMap,
+        fault::Operation::BindMap,
+        fault::Operation::LinkCreate,
+        fault::Operation::Pin,
+    ] {
+        assert!(failed.contains(&operation), "{operation:?} never failed");
+    }
+    Ok(())
+}
+
+/// The countdown goes on in what follows unless it is stopped; what failed is
+/// still known.
+fn fault_is_over() {
+    fault::stop();
+}
+
+#[test]
+fn a_start_on_what_is_in_force() -> Result<()> {
+    require!(Need::Program("bpftool"));
+    let _alone = alone();
+    let mut node = Node::new()?;
+    node.start()?;
+    node.recovers()?;
+    let process = |node: &mut Node| -> Result<()> {
+        // As if it had been killed: it ends and leaves what is pinned.
+        kill_process(getpid(), Signal::TERM)?;
+        let agent = node.agent.take().context("no agent")?;
+        agent.thread.join().ok().context("the agent panicked")?
+    };
+    process(&mut node)?;
+    let mut before = node.wanted;
+    let failed = at_every_place("next start", |place| {
+        node.write(Policy {
+            own: 70 + place % 2,
+            services: 80 + place,
+        })?;
+        let started = node.start();
+        fault_is_over();
+        // Whether it started or not, one whole policy is in force.
+        node.agrees(before)?;
+        if started.is_err() {
+            node.start()?;
+        }
+        node.recovers()?;
+        before = node.wanted;
+        process(&mut node)?;
+        node.agrees(before)
+    })?;
+    assert!(failed.contains(&fault::Operation::LinkUpdate), "{failed:?}");
+    node.start()?;
+    node.end(Request::Detach)?;
+    node.has_nothing()
+}
+
+#[test]
+fn changes_that_fail() -> Result<()> {
+    require!(Need::Program("bpftool"));
+    let _alone = alone();
+    let mut node = Node::new()?;
+    node.start()?;
+    node.recovers()?;
+    let failed = at_every_place("reload", |place| {
+        let before = node.wanted;
+        node.write(Policy {
+            own: 70 + place % 2,
+            services: 80 + place,
+        })?;
+        node.settle()?;
+        fault_is_over();
+        node.agrees(before)?;
+        node.recovers()
+    })?;
+    assert!(failed.contains(&fault::Operation::LinkUpdate), "{failed:?}");
+    let mut made = 0;
+    at_every_place("new cgroup", |_| {
+        let service = node.cgroup.child(&format!("s{made}"))?;
+        made += 1;
+        node.services.push(service);
+        // Its claim is there, or said not to be.
+        let index = node.services.len() - 1;
+        wait_until(LIMIT, "the new cgroup to be seen", || {
+            let claimed = node.claiming()?.contains(&node.services[index].id()?);
+            let (_, state) = node.in_force()?.context("nothing is in force")?;
+            Ok(claimed || has_failed(&state))
+        })?;
+        fault_is_over();
+        node.agrees(node.wanted)?;
+        node.recovers()
+    })?;
+    at_every_place("cgroup removed", |_| {
+        let Some(service) = node.services.pop() else {
+            return Ok(());
+        };
+        let id = service.id()?;
+        drop(service);
+        // What failed to be removed costs its memory only, until the next set.
+        let gone = wait_until(Duration::from_secs(1), "its claim to go", || {
+            Ok(!node.claiming()?.contains(&id))
+        });
+        drop(gone);
+        fault_is_over();
+        node.agrees(node.wanted)?;
+        node.recovers()
+    })?;
+    node.end(Request::Detach)?;
+    node.has_nothing()
+}
+
+/// Changes in any order, with failures anywhere.
+#[test]
+fn anything_at_any_time() -> Result<()> {
+    const STEPS: u32 = 40;
+    require!(Need::Program("bpftool"));
+    let _alone = alone();
+    let mut node = Node::new()?;
+    node.start()?;
+    node.recovers()?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    let mut seed = u64::from(now.subsec_nanos()) | 1;
+    eprintln!("seed {seed}");
+    let mut below = |end: u64| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed % end
+    };
+    let mut made = 0;
+    for step in 0..STEPS {
+        let before = node.wanted;
+        fault::arm(Some(u32::try_from(below(60))?));
+        let mut did = Vec::new();
+        for _ in 0..=below(3) {
+            match below(4) {
+                0 | 1 => {
+                    let policy = Policy {
+                        own: 70 + u32::try_from(below(50))?,
+                        services: 150 + u32::try_from(below(50))?,
+                    };
+                    did.push(format!("{policy:?}"));
+                    node.write(policy)?;
+                    // One at a time, so that there are only two that can be in force.
+                    break;
+                }
+                2 => {
+                    did.push("a cgroup made".to_owned());
+                    node.services.push(node.cgroup.child(&format!("s{made}"))?);
+                    made += 1;
+                }
+                _ => {
+                    did.push("a cgroup removed".to_owned());
+                    node.services.pop();
+                }
+            }
+        }
+        let what = || format!("step {step}: {did:?}");
+        node.settle().with_context(what)?;
+        let failed = fault::arm(None);
+        let what = || format!("step {step}: {did:?}, failed: {failed:?}");
+        wait_until(LIMIT, "model and kernel to agree", || {
+            // Changes of cgroups are on their way for a moment.
+            Ok(node.agrees(before).is_ok())
+        })
+        .with_context(what)?;
+        node.recovers().with_context(what)?;
+    }
+    node.end(Request::Detach)?;
+    node.has_nothing()
+}
