@@ -58,7 +58,8 @@ impl Hierarchy {
         let mounts: Vec<_> = mountinfo::parse(&text)
             .filter(|mount| mount.kind == b"cgroup2")
             .collect();
-        choose(&mounts, root_at)}
+        choose(&mounts, root_at)
+    }
 
     /// Whether all of it can be seen, not only what is in a cgroup namespace.
     #[must_use]

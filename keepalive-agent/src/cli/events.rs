@@ -186,6 +186,7 @@ fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
         } => {
             let mut text =
                 format!("swept {connections} connections in {namespaces} network namespaces");
+            // Memory can always be written to.
             if *waiting > 0 {
                 let _ = write!(text, ", {waiting} wait for their turn");
             }
