@@ -54,7 +54,8 @@ impl Pending {
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        // One that is longer than that by itself is not dropped for its length.
+        // One message is kept whatever its size: the policies of a large config are
+        // one.
         if !self.bytes.is_empty() && self.bytes.len() + bytes.len() > KEPT {
             self.dropped += 1;
         } else {

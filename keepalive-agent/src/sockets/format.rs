@@ -136,6 +136,7 @@ const fn letter(source: Source) -> char {
 
 /// What the letters, words and signs in some cells mean.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a line of its own")]
 pub struct Legend {
     letters: BTreeSet<char>,
     has_arrow: bool,
