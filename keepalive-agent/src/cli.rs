@@ -30,6 +30,7 @@ use crate::{
     VERSION,
     config::Sources,
     hierarchy::{Cgroup, Hierarchy},
+    identity::{NamePattern, Wanted},
     unblocked::Stream,
 };
 
@@ -108,6 +109,32 @@ struct Target {
     /// Print JSON lines for machines instead of text for people
     #[arg(long)]
     json: bool,
+}
+
+/// Which units, containers or pods.
+#[derive(Args, Debug)]
+struct Whose {
+    /// Only this unit of systemd: a name such as redis.service, or a glob
+    #[arg(long, value_name = "NAME")]
+    unit: Option<NamePattern>,
+
+    /// Only this container: its name, a glob, or the beginning of its id
+    #[arg(long, value_name = "NAME")]
+    container: Option<NamePattern>,
+
+    /// Only this pod: its name or NAMESPACE/NAME, or a glob
+    #[arg(long, value_name = "NAME")]
+    pod: Option<NamePattern>,
+}
+
+impl Whose {
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            unit: self.unit.clone(),
+            container: self.container.clone(),
+            pod: self.pod.clone(),
+        }
+    }
 }
 
 /// Which files make up the config.

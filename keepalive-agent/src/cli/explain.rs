@@ -1,6 +1,9 @@
 //! `keepalive-agent explain`: which policy, why, and what comes of it.
 
-use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
@@ -11,29 +14,34 @@ use keepalive_common::{
 use serde::Serialize;
 use tracing::warn;
 
-use super::{ConfigFiles, output};
+use super::{ConfigFiles, Whose, output};
 use crate::{
-    assignment::{Assigned, Claimants, DEFAULT},
+    assignment::{Assigned, Claimants, DEFAULT, Reason},
     config::{Config, Merged},
     datapath::Lister,
     duration,
     enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
     hierarchy::{Cgroup, Hierarchy},
+    identity::{Identities, Identity},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
-    sockets::source::{Setting, SettingsRecord, Source, Sysctls},
+    sockets::{
+        format::IdentityRecord,
+        source::{Setting, SettingsRecord, Source, Sysctls},
+    },
 };
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote"]).required(true).multiple(true)),
+    group(ArgGroup::new("what").args(["pid", "cgroup", "unit", "container", "pod", "socket", "remote"]).required(true).multiple(true)),
     after_help = "Explains what the running agent does, or what the config would do where none runs \
                   or one is named. A socket belongs to the cgroup in which it was made, and an \
                   accepted one to that of its listener.\n\n\
                   Examples:\n  \
                   keepalive-agent explain --pid 1234\n  \
                   keepalive-agent explain --cgroup /system.slice/redis.service --remote 10.1.2.3:6379\n  \
+                  keepalive-agent explain --container web\n  \
                   keepalive-agent explain --socket 10.0.0.5:43210 10.1.2.3:6379\n  \
                   keepalive-agent explain --cgroup /kubepods.slice --config new.toml"
 )]
@@ -42,16 +50,20 @@ pub(super) struct Arguments {
     files: ConfigFiles,
 
     /// A connection that this process makes
-    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "socket"])]
+    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "socket", "unit", "container", "pod"])]
     pid: Option<u32>,
 
     /// A connection made in this cgroup; the root, where only the remote end is
     /// named
-    #[arg(long, value_name = "PATH", conflicts_with = "socket")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["socket", "unit", "container", "pod"])]
     cgroup: Option<PathBuf>,
 
+    #[command(flatten)]
+    whose: Whose,
+
     /// An existing connection, by its addresses as `sockets` shows them
-    #[arg(long, num_args = 2, value_names = ["LOCAL", "REMOTE"])]
+    #[arg(long, num_args = 2, value_names = ["LOCAL", "REMOTE"],
+          conflicts_with_all = ["unit", "container", "pod"])]
     socket: Option<Vec<SocketAddr>>,
 
     /// The remote end that the connection goes to
@@ -95,6 +107,8 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 /// What is to be explained.
 struct Subject {
     cgroup: String,
+    /// What the cgroup is.
+    identity: Identity,
     remote: Option<SocketAddr>,
     /// The process in whose name a connection is made.
     pid: Option<u32>,
@@ -119,9 +133,14 @@ impl Subject {
                 }
                 (path, Sysctls::here()?)
             }
+            (None, None) if !arguments.whose.wanted().is_any() => {
+                let cgroup = cgroup_of_wanted(&arguments.whose, hierarchy)?;
+                (cgroup, Sysctls::here()?)
+            }
             (None, None) => ("/".to_owned(), Sysctls::here()?),
         };
         Ok(Self {
+            identity: Identities::default().of(cgroup.as_bytes()),
             cgroup,
             remote,
             pid: arguments.pid,
@@ -178,6 +197,7 @@ impl Subject {
             );
         };
         Ok(Self {
+            identity: Identities::default().of(cgroup.path.as_bytes()),
             cgroup: cgroup.path,
             remote: Some(record.remote()),
             pid: None,
@@ -203,6 +223,35 @@ impl Subject {
             (None, None, None) => "a connection".to_owned(),
         }
     }
+}
+
+/// The outermost cgroup of the unit, container or pod that is asked for.
+fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<String> {
+    let wanted = whose.wanted();
+    let identities = Identities::default();
+    let root = hierarchy.existing("/".as_ref())?;
+    let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
+    let mut found = cgroups.into_iter().filter_map(|cgroup| {
+        let identity = identities.of(cgroup.path.as_bytes());
+        wanted.includes(&identity).then_some((cgroup, identity))
+    });
+    let Some((first, identity)) = found.next() else {
+        bail!(
+            "no cgroup belongs to it; `keepalive-agent sockets` shows whose connections there are"
+        );
+    };
+    let others: BTreeSet<_> = found
+        .filter(|(other, _)| !first.contains(&other.path))
+        .map(|(_, other)| other.to_string())
+        .filter(|other| *other != identity.to_string())
+        .collect();
+    if !others.is_empty() {
+        warn!(
+            "this is about {identity}; there are others: {}",
+            others.into_iter().collect::<Vec<_>>().join(", ")
+        );
+    }
+    Ok(first.path)
 }
 
 /// The cgroup of a process in the v2 hierarchy.
@@ -364,11 +413,14 @@ impl<'a> Explained<'a> {
 
     fn print(&self) -> Result<()> {
         let mut text = format!(
-            "{}\nin cgroup   {}\ndecided by  {}\n\n",
+            "{}\nin cgroup   {}\n",
             self.subject.name(),
             self.subject.cgroup,
-            self.enforced.by
         );
+        if self.subject.identity.is_known() {
+            writeln!(text, "of          {}", self.subject.identity)?;
+        }
+        writeln!(text, "decided by  {}\n", self.enforced.by)?;
         for visited in &self.walk.cgroups {
             writeln!(text, "{}", visited.path)?;
             if visited.policies.is_empty() {
@@ -384,7 +436,11 @@ impl<'a> Explained<'a> {
                     Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
                     Verdict::Depends => format!("claims what goes to {}", remotes(assigned)),
                 };
-                writeln!(text, "    policy {} {verdict}", assigned.name)?;
+                let by = match self.claimants.reason(*index, &visited.path) {
+                    Reason::Path | Reason::Everywhere => String::new(),
+                    reason @ (Reason::Selector(_) | Reason::Glob(_)) => format!(" ({reason})"),
+                };
+                writeln!(text, "    policy {}{by} {verdict}", assigned.name)?;
             }
         }
         match self.policy {
@@ -431,6 +487,7 @@ impl<'a> Explained<'a> {
                 .iter()
                 .map(|(index, verdict)| VerdictRecord {
                     name: name(*index),
+                    claims_by: self.claimants.reason(*index, &visited.path).to_string(),
                     verdict: match verdict {
                         Verdict::Claims => "claims",
                         Verdict::Beaten => "beaten",
@@ -446,6 +503,7 @@ impl<'a> Explained<'a> {
         });
         Record {
             cgroup: &self.subject.cgroup,
+            identity: IdentityRecord::new(Some(&self.subject.identity)),
             pid: self.subject.pid,
             local: self
                 .subject
@@ -564,6 +622,8 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
 #[derive(Serialize)]
 struct Record<'a> {
     cgroup: &'a str,
+    #[serde(flatten)]
+    identity: IdentityRecord<'a>,
     pid: Option<u32>,
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
@@ -586,6 +646,7 @@ struct VisitedRecord<'a> {
 #[derive(Serialize)]
 struct VerdictRecord<'a> {
     name: &'a str,
+    claims_by: String,
     verdict: &'static str,
     reason: Option<String>,
 }

@@ -24,6 +24,7 @@ use crate::{
     },
     datapath,
     enforcing::{Enforcing, enforcing},
+    identity::{Attribute, NamePattern, Selector},
     rules::{Ports, Remote, Rules},
 };
 use drop_in::{DropIn, Key};
@@ -66,12 +67,18 @@ struct Show {
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("which").args(["name", "cgroup", "remote", "port"]).required(true).multiple(true)),
+    group(
+        ArgGroup::new("which")
+            .args(["name", "cgroup", "unit", "container", "namespace", "pod", "remote", "port"])
+            .required(true)
+            .multiple(true)
+    ),
     after_help = "The drop-in is gone with the boot, unless --permanent. Setting the same policy again \
                   keeps the keys that are not mentioned. Values are written as in the config file; \
                   a timer may be a table of bounds.\n\n\
                   Examples:\n  \
-                  keepalive-agent policy set --cgroup /system.slice/redis.service --idle 30s\n  \
+                  keepalive-agent policy set --unit redis.service --idle 30s\n  \
+                  keepalive-agent policy set --container 'db-*' --idle 30s\n  \
                   keepalive-agent policy set --cgroup /kubepods.slice --remote 10.0.0.0/8 --path aws-nat\n  \
                   keepalive-agent policy set --name database --idle '{ default = \"60s\", at-most = \"5m\" }'\n  \
                   keepalive-agent policy set --remote 192.0.2.0/24 --port 5432 --no-enforce"
@@ -85,6 +92,9 @@ struct Set {
     /// The cgroup that it claims: a path such as /system.slice, or a glob
     #[arg(long, value_name = "PATH")]
     cgroup: Option<String>,
+
+    #[command(flatten)]
+    selector: SelectorArguments,
 
     /// Network of remote ends that it is for; `!` in front excepts one. May be
     /// given more than once
@@ -130,6 +140,52 @@ struct Set {
 
     #[command(flatten)]
     place: Place,
+}
+
+/// What the cgroup has to be that the policy claims.
+#[derive(Args, Debug)]
+struct SelectorArguments {
+    /// The unit of systemd that it claims: a name such as redis.service, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    unit: Option<String>,
+
+    /// The container that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    container: Option<String>,
+
+    /// The Kubernetes namespace of the pods that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    namespace: Option<String>,
+
+    /// The pod that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    pod: Option<String>,
+}
+
+impl SelectorArguments {
+    fn all(&self) -> impl Iterator<Item = (Attribute, &str)> {
+        [
+            (Attribute::Unit, &self.unit),
+            (Attribute::Container, &self.container),
+            (Attribute::Namespace, &self.namespace),
+            (Attribute::Pod, &self.pod),
+        ]
+        .into_iter()
+        .filter_map(|(attribute, value)| Some((attribute, value.as_deref()?)))
+    }
+
+    fn selector(&self) -> Result<Selector> {
+        let pattern = |(attribute, text): (Attribute, &str)| {
+            let pattern = NamePattern::new(text)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("--{} {text}", attribute.key()))?;
+            anyhow::Ok((attribute, vec![pattern]))
+        };
+        Ok(Selector {
+            attributes: self.all().map(pattern).collect::<Result<_>>()?,
+            ..Selector::default()
+        })
+    }
 }
 
 #[derive(Args, Debug)]
@@ -313,6 +369,9 @@ impl Set {
         let remotes = self.remote.iter().map(String::as_str);
         let ports = self.port.iter().map(|port| drop_in::number_or_text(port));
         add(Key::Cgroup, self.cgroup.as_ref().map(text))?;
+        for (attribute, value) in self.selector.all() {
+            add(Key::Of(attribute), Some(Ok(value.into())))?;
+        }
         add(Key::Remote, list(remotes.map(toml::Value::from).collect()))?;
         add(Key::Port, list(ports.collect()))?;
         add(Key::Keepalive, self.keepalive.as_ref().map(text))?;
@@ -344,9 +403,11 @@ impl Set {
             ports: parsed::<Ports>("--port", &self.port)?,
         };
         let cgroup = self.cgroup.as_deref().map(pattern).transpose()?;
+        let selector = self.selector.selector()?;
         let same: Vec<_> = named(merged)
             .filter(|(named, _)| {
                 same_rules(&named.rules, &rules)
+                    && named.selector == selector
                     && match &cgroup {
                         Some(cgroup) => named.cgroups.contains(cgroup),
                         None => named.cgroups.is_empty(),
@@ -366,7 +427,9 @@ impl Set {
                 quoted = quoted(&named.name),
             );
         }
-        let name = derived_name(self.cgroup.as_deref(), &self.remote, &self.port);
+        let selects = self.selector.all().map(|(_, value)| value);
+        let claims = self.cgroup.as_deref().into_iter().chain(selects);
+        let name = derived_name(claims, &self.remote, &self.port);
         if let Some((_, origins)) = find(merged, &name) {
             bail!(
                 "there is a policy {name} for something else ({}); choose a name with --name",
@@ -378,13 +441,19 @@ impl Set {
 }
 
 /// What a policy is called that nobody named: by what it is for.
-fn derived_name(cgroup: Option<&str>, remotes: &[String], ports: &[String]) -> String {
-    let cgroup = cgroup.map(|path| match path.trim_matches('/') {
-        "" => "/",
-        path => path,
-    });
+fn derived_name<'a>(
+    claims: impl IntoIterator<Item = &'a str>,
+    remotes: &'a [String],
+    ports: &'a [String],
+) -> String {
+    let claims = claims
+        .into_iter()
+        .map(|claim| match claim.trim_matches('/') {
+            "" => "/",
+            path => path,
+        });
     let remote_ends = remotes.iter().chain(ports).map(String::as_str);
-    let words: Vec<_> = cgroup.into_iter().chain(remote_ends).collect();
+    let words: Vec<_> = claims.chain(remote_ends).collect();
     words.join(" ")
 }
 
@@ -536,7 +605,7 @@ mod tests {
 
     #[test]
     fn names_come_from_what_a_policy_is_for() {
-        let name = |cgroup, remotes: &[&str], ports: &[&str]| {
+        let name = |cgroup: Option<&str>, remotes: &[&str], ports: &[&str]| {
             let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
             derived_name(cgroup, &owned(remotes), &owned(ports))
         };

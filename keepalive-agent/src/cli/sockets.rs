@@ -16,7 +16,7 @@ use clap::Args;
 use tabwriter::TabWriter;
 use tracing::warn;
 
-use super::PARTIAL;
+use super::{PARTIAL, Whose};
 use crate::{
     datapath::Lister,
     enforcing::enforcing,
@@ -26,7 +26,7 @@ use crate::{
     paths::{AWS_NAT, IdleTimeout},
     sockets::{
         Connection, Listing, Receiver, Unseen,
-        cgroups::Cgroups,
+        cgroups::{Cgroups, Known},
         filter::{Filter, Key, Rank, Risk},
         format, holders,
         summary::Summary,
@@ -59,6 +59,7 @@ const BUFFER: usize = 64 * 1024;
                   Examples:\n  \
                   keepalive-agent sockets\n  \
                   keepalive-agent sockets --cgroup /system.slice/redis.service --watch\n  \
+                  keepalive-agent sockets --container 'db-*' --unprotected\n  \
                   keepalive-agent sockets --at-risk aws-nat\n  \
                   keepalive-agent sockets --unprotected --remote 10.0.0.0/8 --sort silent\n  \
                   keepalive-agent sockets --summary\n  \
@@ -72,6 +73,10 @@ pub(super) struct Arguments {
     /// Count the connections of each cgroup instead of listing them
     #[arg(long, conflicts_with = "sort")]
     summary: bool,
+
+    /// Show the path of each connection's cgroup too
+    #[arg(long, conflicts_with_all = ["json", "summary"])]
+    wide: bool,
 
     /// List again every so many seconds until ctrl-c
     #[arg(
@@ -87,6 +92,9 @@ pub(super) struct Arguments {
     /// Only connections of this cgroup and what is below it
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
+
+    #[command(flatten)]
+    whose: Whose,
 
     /// Only connections that this process holds
     #[arg(long, value_name = "PID")]
@@ -132,6 +140,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let mut filter = Filter {
         cgroup,
+        whose: arguments.whose.wanted(),
         inodes: None,
         remote: arguments.remote,
         port: arguments.port,
@@ -213,6 +222,7 @@ impl Pass<'_> {
     fn print_connections(&mut self) -> Result<(Vec<Unseen>, u64)> {
         let mut printer = Printer {
             json: self.arguments.json,
+            wide: self.arguments.wide,
             sort: self.arguments.sort,
             out: stdout()?,
             kept: Vec::new(),
@@ -257,7 +267,11 @@ impl Pass<'_> {
                 total.unprotected,
                 format::LEGEND
             );
-            self.frame(&mut out, &format::HEADER, rows, &legend)?;
+            let mut header = format::HEADER.to_vec();
+            if self.arguments.wide {
+                header.push("CGROUP");
+            }
+            self.frame(&mut out, &header, rows, &legend)?;
         }
         out.flush().context(PRINTING)?;
         Ok((unseen, total.at_risk))
@@ -273,21 +287,27 @@ impl Pass<'_> {
         tally.progress.clear();
         let mut total = Summary::default();
         let mut cgroups: Vec<_> = tally.by_cgroup.into_iter().collect();
-        cgroups.sort_by(|(_, (a, _)), (_, (b, _))| a.cmp(b));
+        let path = |known: &Option<Known>| known.as_ref().map(|known| known.path.clone());
+        cgroups.sort_by_cached_key(|(_, (known, _))| path(known));
         let mut out = stdout()?;
         for (_, (_, summary)) in &cgroups {
             total.merge(summary);
         }
         if self.arguments.json {
-            for (id, (path, summary)) in &cgroups {
-                let path = path.as_deref();
-                format::summary_json_line(*id, path, summary, self.risk.timeout, &mut out)
-                    .context(PRINTING)?;
+            for (id, (known, summary)) in &cgroups {
+                format::summary_json_line(
+                    *id,
+                    known.as_ref(),
+                    summary,
+                    self.risk.timeout,
+                    &mut out,
+                )
+                .context(PRINTING)?;
             }
         } else {
             let mut rows = Vec::new();
-            for (id, (path, summary)) in &cgroups {
-                let name = path.clone().unwrap_or_else(|| format!("(gone) {id}"));
+            for (id, (known, summary)) in &cgroups {
+                let name = path(known).unwrap_or_else(|| format!("(gone) {id}"));
                 tabbed(&format::summary_row(&name, summary), &mut rows);
             }
             tabbed(&format::summary_row("total", &total), &mut rows);
@@ -348,6 +368,7 @@ fn tabbed(cells: &[String], line: &mut Vec<u8>) {
 /// the width of columns is needed first.
 struct Printer {
     json: bool,
+    wide: bool,
     sort: Option<Key>,
     out: BufWriter<File>,
     kept: Vec<(Option<Rank>, Box<[u8]>)>,
@@ -368,7 +389,11 @@ impl Receiver for Printer {
         if self.json {
             format::json_line(connection, &mut self.line)?;
         } else {
-            tabbed(&format::row(connection), &mut self.line);
+            let mut row = format::row(connection).to_vec();
+            if self.wide {
+                row.push(format::path(connection));
+            }
+            tabbed(&row, &mut self.line);
         }
         // As many bytes as it has, not as many as it was given to grow.
         self.kept.push((rank, self.line.as_slice().into()));
@@ -382,7 +407,7 @@ impl Receiver for Printer {
 
 /// Counts connections by cgroup id.
 struct Counter {
-    by_cgroup: HashMap<u64, (Option<String>, Summary)>,
+    by_cgroup: HashMap<u64, (Option<Known>, Summary)>,
     risk: Risk,
     progress: Progress,
 }
@@ -392,10 +417,7 @@ impl Receiver for Counter {
         let (_, summary) = self
             .by_cgroup
             .entry(connection.record.cgroup)
-            .or_insert_with(|| {
-                let path = connection.cgroup.map(|cgroup| cgroup.path.clone());
-                (path, Summary::default())
-            });
+            .or_insert_with(|| (connection.cgroup.cloned(), Summary::default()));
         summary.add(connection, self.risk.threatens(connection));
         Ok(())
     }

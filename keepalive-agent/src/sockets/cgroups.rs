@@ -16,6 +16,7 @@ use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
     hierarchy::{Cgroup, Hierarchy, parent},
+    identity::{Identities, Identity},
     rules::most_exact,
 };
 
@@ -29,6 +30,7 @@ pub struct Cgroups {
     hierarchy: Option<Hierarchy>,
     agents: Vec<Claimants>,
     by_id: HashMap<u64, Known>,
+    identities: Identities,
     walked: Option<Instant>,
 }
 
@@ -37,6 +39,8 @@ pub struct Cgroups {
 pub struct Known {
     /// Its path from the root of the hierarchy.
     pub path: String,
+    /// What it is; found out for those that have connections.
+    identity: Option<Identity>,
     /// By agent, in the order in which they have the last word.
     claims: Vec<Option<Found>>,
 }
@@ -47,8 +51,15 @@ impl Known {
     pub(crate) fn unclaimed(path: &str) -> Self {
         Self {
             path: path.to_owned(),
+            identity: Some(Identity::of_path(path.as_bytes())),
             claims: Vec::new(),
         }
+    }
+
+    /// What the cgroup is, of one that [`Cgroups::get`] gave out.
+    #[must_use]
+    pub const fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 }
 
@@ -107,6 +118,7 @@ impl Cgroups {
             hierarchy,
             agents: agents.collect::<Result<_, _>>()?,
             by_id: HashMap::new(),
+            identities: Identities::default(),
             walked: None,
         })
     }
@@ -131,6 +143,14 @@ impl Cgroups {
     ) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
+        }
+        let Self {
+            by_id, identities, ..
+        } = self;
+        if let Some(known) = by_id.get_mut(&id)
+            && known.identity.is_none()
+        {
+            known.identity = Some(identities.of(known.path.as_bytes()));
         }
         Ok(self.by_id.get(&id).map(|known| {
             let agents = self.agents.iter().zip(&known.claims);
@@ -170,7 +190,14 @@ fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
         if !agents.is_empty() {
             by_path.insert(path.clone(), claims.clone());
         }
-        by_id.insert(id, Known { path, claims });
+        by_id.insert(
+            id,
+            Known {
+                path,
+                identity: None,
+                claims,
+            },
+        );
     }
     by_id
 }
@@ -205,6 +232,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{CgroupPattern, Config, NamedPolicy},
+        identity::Selector,
         rules::Rules,
     };
 
@@ -226,6 +254,7 @@ mod tests {
         let policies = claims.iter().map(|(name, path)| NamedPolicy {
             name: (*name).to_owned(),
             cgroups: vec![CgroupPattern::new(path).unwrap()],
+            selector: Selector::default(),
             rules: Rules::default(),
             policy: Policy::BUILT_IN,
         });

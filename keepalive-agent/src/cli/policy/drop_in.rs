@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 
 use super::{Diagnostics, Origins};
-use crate::config::{Place, RUNTIME_DIRECTORY};
+use crate::{
+    config::{Place, RUNTIME_DIRECTORY},
+    identity::Attribute,
+};
 
 /// What the names of drop-ins start with that stay.
 pub(super) const PERMANENT: &str = "80-";
@@ -32,6 +35,8 @@ const LONGEST: usize = 240;
 pub(super) enum Key {
     Name,
     Cgroup,
+    Of(Attribute),
+    Label,
     Remote,
     Port,
     Keepalive,
@@ -46,9 +51,15 @@ pub(super) enum Key {
 pub(super) type Keys = BTreeMap<Key, toml::Value>;
 
 impl Key {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Name,
         Self::Cgroup,
+        Self::Of(Attribute::Unit),
+        Self::Of(Attribute::Container),
+        Self::Of(Attribute::Image),
+        Self::Of(Attribute::Namespace),
+        Self::Of(Attribute::Pod),
+        Self::Label,
         Self::Remote,
         Self::Port,
         Self::Keepalive,
@@ -68,6 +79,8 @@ impl Key {
         match self {
             Self::Name => "name",
             Self::Cgroup => "cgroup",
+            Self::Of(attribute) => attribute.key(),
+            Self::Label => "label",
             Self::Remote => "remote",
             Self::Port => "port",
             Self::Keepalive => "keepalive",
@@ -87,6 +100,8 @@ impl Key {
         match self {
             Self::Name => None,
             Self::Cgroup => origins.cgroup.as_ref(),
+            Self::Of(attribute) => origins.attributes.get(&attribute),
+            Self::Label => origins.label.as_ref(),
             Self::Remote => origins.remote.as_ref(),
             Self::Port => origins.port.as_ref(),
             Self::Keepalive => origins.keepalive.place(),
