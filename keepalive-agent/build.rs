@@ -1,32 +1,41 @@
-//! Embeds the BPF object and names the commit.
+//! Embeds the BPF object that keepalive-ebpf ships, and names the commit.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{self, Command},
 };
+
+#[path = "../keepalive-ebpf/object/metadata.rs"]
+mod bpf_object;
 
 fn main() {
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let workspace = manifest.parent().expect("the crate is in a workspace");
-    embed_object(&workspace.join("target/bpf/keepalive.bpf.o"));
+    embed_object(workspace);
     name_commit(workspace);
 }
 
-/// Copies what `cargo xtask build` made. Without it the crate still builds, so
-/// that plain `cargo test` works anywhere; such an agent says so when it is
-/// asked to load a program.
-fn embed_object(object: &Path) {
-    println!("cargo::rerun-if-changed={}", object.display());
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("keepalive.bpf.o");
-    if object.exists() {
-        fs::copy(object, &out).expect("copy the BPF object");
-    } else {
-        fs::write(&out, []).expect("write an empty BPF object");
+/// Stops the build when the object is older than its sources.
+fn embed_object(workspace: &Path) {
+    let read = [bpf_object::OBJECT, bpf_object::METADATA, "Cargo.lock"];
+    for path in read.iter().chain(&bpf_object::SOURCES) {
+        println!("cargo::rerun-if-changed={}", workspace.join(path).display());
+    }
+    match bpf_object::current_object(workspace) {
+        Ok(object) => {
+            let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+            fs::write(out.join("keepalive.bpf.o"), object).expect("write the BPF object");
+        }
+        Err(reason) => {
+            println!("cargo::error={reason}");
+            process::exit(1);
+        }
     }
 }
 
-/// The commit for `--version`, "unknown" outside a git checkout.
+/// The commit for `--version` and its date for man pages; "unknown" and empty
+/// outside a git checkout.
 fn name_commit(workspace: &Path) {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
@@ -45,4 +54,6 @@ fn name_commit(workspace: &Path) {
     }
     let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
     println!("cargo::rustc-env=KEEPALIVE_COMMIT={commit}");
+    let date = git(&["log", "-1", "--format=%cs"]).unwrap_or_default();
+    println!("cargo::rustc-env=KEEPALIVE_DATE={date}");
 }

@@ -1,19 +1,21 @@
 //! Assignment: which cgroups that exist point to which policy.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
 };
 
 use globset::{GlobSet, GlobSetBuilder};
 use keepalive_common::{
+    cgroup_event::PATH_SIZE,
     history,
     policy::{MIN_SECONDS, Policy},
+    slot::MAX_DEPTH,
 };
 
 use crate::{
     config::Config,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity, Selector},
     rules::Rules,
 };
@@ -24,12 +26,23 @@ pub const DEFAULT: &str = "default";
 /// The name under which connections are counted that no policy claims.
 pub const UNCLAIMED: &str = "(unclaimed)";
 
+/// Longest path of a cgroup that can be claimed, in bytes. The kernel reports
+/// longer ones cut off ([`PATH_SIZE`]), so it could not be told which cgroup was
+/// made. Those go by the nearest cgroup above with a shorter path.
+const LONGEST_PATH: usize = PATH_SIZE - 2;
+
+/// Levels below the root in which cgroups can be claimed. The kernel looks at
+/// [`MAX_DEPTH`] from a socket's cgroup upward, so at every [`MAX_DEPTH`]th the
+/// claim above is repeated; to find out where takes time for each level.
+const DEEPEST: usize = 4 * MAX_DEPTH as usize;
+
 /// What goes into the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
     /// Every policy of the config; `default` comes first where there is one.
     pub policies: Vec<Assigned>,
-    /// Which cgroups point to them.
+    /// Which cgroups point to them; without those whose sockets find the same
+    /// policies by the claim of a cgroup above.
     pub claims: Vec<Claim>,
 }
 
@@ -63,7 +76,7 @@ pub enum Warning {
         /// Name of the policy.
         policy: String,
         /// The path as configured.
-        path: String,
+        path: CgroupPath,
     },
     /// No cgroup matches this glob.
     NoMatch {
@@ -77,16 +90,16 @@ pub enum Warning {
         /// Name of the policy.
         policy: String,
         /// The path as configured.
-        path: String,
+        path: CgroupPath,
         /// Where the program is attached.
-        root: String,
+        root: CgroupPath,
     },
     /// Another policy claims the cgroup.
     Taken {
         /// Name of the policy that lost.
         policy: String,
         /// The cgroup.
-        path: String,
+        path: CgroupPath,
         /// Name of the policy that claims it.
         by: String,
     },
@@ -116,12 +129,13 @@ impl fmt::Display for Warning {
 }
 
 impl Assignment {
-    /// The cgroups that point to a policy, by its index.
-    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &str> {
+    /// The cgroups with a claim of their own that points to a policy, by its
+    /// index.
+    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &CgroupPath> {
         self.claims
             .iter()
             .filter(move |claim| claim.policies.contains(&policy))
-            .map(|claim| claim.cgroup.path.as_str())
+            .map(|claim| &claim.cgroup.path)
     }
 }
 
@@ -131,7 +145,7 @@ pub struct Claimants {
     root: Cgroup,
     policies: Vec<Assigned>,
     /// Path → policies that name it.
-    by_path: HashMap<String, Vec<usize>>,
+    by_path: HashMap<CgroupPath, Vec<usize>>,
     globs: GlobSet,
     /// The policy of each glob, and the glob as configured.
     by_glob: Vec<(usize, String)>,
@@ -202,9 +216,9 @@ impl Claimants {
             for pattern in &named.cgroups {
                 if let Some(glob) = pattern.glob() {
                     globs.add(glob.clone());
-                    claimants.by_glob.push((index, pattern.to_string()));
+                    claimants.by_glob.push((index, pattern.as_str().to_owned()));
                 } else {
-                    let path = pattern.to_string();
+                    let path = CgroupPath::from(pattern.as_str());
                     claimants.by_path.entry(path).or_default().push(index);
                 }
             }
@@ -220,6 +234,12 @@ impl Claimants {
             claimants.everywhere.push(0);
         }
         Ok(claimants)
+    }
+
+    /// The cgroup that the program is attached to.
+    #[must_use]
+    pub const fn root(&self) -> &Cgroup {
+        &self.root
     }
 
     /// Every policy of the config, as [`Assignment::policies`].
@@ -240,18 +260,20 @@ impl Claimants {
             .unwrap_or(MIN_SECONDS)
     }
 
-    /// The policies that claim a path, in the order of [`Claim::policies`]. A
-    /// path in the config stands before a glob, the first before the others.
+    /// The policies that the config has for a cgroup, in the order of
+    /// [`Claim::policies`]. A path in the config stands before a glob, the first
+    /// before the others. None for a cgroup that cannot be claimed: outside the
+    /// root, too deep below it, or with too long a path.
     #[must_use]
-    pub fn of(&self, path: &str) -> Vec<usize> {
-        if !self.root.contains(path) {
+    pub fn of(&self, path: &CgroupPath) -> Vec<usize> {
+        if !self.is_claimable(path) {
             return Vec::new();
         }
         let mut all = self.by_path.get(path).cloned().unwrap_or_default();
         all.extend(self.selecting(path).map(|(index, _)| *index));
         let matching = self.globs.matches(path);
         all.extend(matching.into_iter().map(|glob| self.by_glob[glob].0));
-        if path == self.root.path {
+        if *path == self.root.path {
             all.extend(&self.everywhere);
         }
         let mut claiming: Vec<usize> = Vec::new();
@@ -268,7 +290,7 @@ impl Claimants {
     }
 
     /// What a cgroup is, as far as it matters to any policy.
-    fn identity(&self, path: &str) -> Identity {
+    fn identity(&self, path: &CgroupPath) -> Identity {
         if self.needs_names {
             self.identities.of(path.as_bytes())
         } else {
@@ -277,7 +299,7 @@ impl Claimants {
     }
 
     /// The policies that select a cgroup by what it is.
-    fn selecting(&self, path: &str) -> impl Iterator<Item = &(usize, Selector)> {
+    fn selecting(&self, path: &CgroupPath) -> impl Iterator<Item = &(usize, Selector)> {
         // Nothing is looked at for a config without any.
         let identity = (!self.by_selector.is_empty()).then(|| self.identity(path));
         let selects = move |(_, selector): &&(usize, Selector)| {
@@ -290,7 +312,7 @@ impl Claimants {
 
     /// Why a policy, by its index, is among [`Self::of`] a cgroup.
     #[must_use]
-    pub fn reason(&self, policy: usize, path: &str) -> Reason<'_> {
+    pub fn reason(&self, policy: usize, path: &CgroupPath) -> Reason<'_> {
         let has = |policies: &Vec<usize>| policies.contains(&policy);
         if self.by_path.get(path).is_some_and(has) {
             return Reason::Path;
@@ -307,17 +329,56 @@ impl Claimants {
     }
 
     /// Forgets what is known of a cgroup that is gone.
-    pub fn forget(&self, path: &str) {
+    pub fn forget(&self, path: &CgroupPath) {
         self.identities.forget(path.as_bytes());
     }
 
-    /// Whether cgroups other than the root have policies of their own, so that
-    /// it matters when one is made or removed.
+    fn is_claimable(&self, path: &CgroupPath) -> bool {
+        self.root.contains(path)
+            && path.as_bytes().len() <= LONGEST_PATH
+            && self.level(path) < DEEPEST
+    }
+
+    /// Levels below the root.
+    fn level(&self, path: &CgroupPath) -> usize {
+        path.depth().saturating_sub(self.root.path.depth())
+    }
+
+    /// The policies that a cgroup must claim by itself, as [`Claim::policies`]:
+    /// those that the config has for it and not for the ones above, or theirs,
+    /// where they are further up than the kernel looks. None where its sockets
+    /// find the right policy without.
     #[must_use]
-    pub fn name_cgroups(&self) -> bool {
-        !self.by_glob.is_empty()
-            || !self.by_selector.is_empty()
-            || self.by_path.keys().any(|path| *path != self.root.path)
+    pub fn claim_of(&self, path: &CgroupPath) -> Vec<usize> {
+        // Almost all cgroups.
+        if self.level(path) < MAX_DEPTH as usize && self.of(path).is_empty() {
+            return Vec::new();
+        }
+        let nearest = self.nearest(path);
+        if nearest.distance == 0 {
+            nearest.policies
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// Whether the kernel finds the claims above a cgroup from there.
+    #[must_use]
+    pub fn is_in_reach(&self, path: &CgroupPath) -> bool {
+        self.level(path) < MAX_DEPTH as usize || self.nearest(path).is_in_reach()
+    }
+
+    /// The nearest claim of a cgroup.
+    fn nearest(&self, path: &CgroupPath) -> Nearest {
+        let mut downward: Vec<_> = path
+            .upward()
+            .map(CgroupPath::from)
+            .take_while(|path| self.root.contains(path))
+            .collect();
+        downward.reverse();
+        downward
+            .iter()
+            .fold(Nearest::default(), |above, path| above.below(self, path))
     }
 
     /// Assigns the cgroups that exist.
@@ -326,92 +387,27 @@ impl Claimants {
     ///
     /// When the hierarchy cannot be read.
     pub fn assign(&self, hierarchy: &Hierarchy) -> io::Result<(Assignment, Vec<Warning>)> {
-        let mut existing = BTreeMap::new();
-        if !self.by_glob.is_empty() || !self.by_selector.is_empty() {
-            for cgroup in hierarchy.walk(&self.root)? {
-                existing.insert(cgroup.path.clone(), cgroup);
-            }
-        }
-        for path in self.by_path.keys() {
-            if !existing.contains_key(path)
-                && let Some(cgroup) = hierarchy.lookup(path)?
-            {
-                existing.insert(cgroup.path.clone(), cgroup);
-            }
-        }
-        Ok(self.assign_existing(existing))
-    }
-
-    /// The same without looking at the file system.
-    fn assign_existing(
-        &self,
-        mut existing: BTreeMap<String, Cgroup>,
-    ) -> (Assignment, Vec<Warning>) {
-        existing.insert(self.root.path.clone(), self.root.clone());
-        let warnings = self.warnings(&existing);
-        let claims = existing.into_values().filter_map(|cgroup| {
-            let policies = self.of(&cgroup.path);
-            (!policies.is_empty()).then_some(Claim { cgroup, policies })
-        });
-        let assignment = Assignment {
-            claims: claims.collect(),
-            policies: self.policies.clone(),
-        };
-        (assignment, warnings)
-    }
-
-    /// What has no effect with these cgroups.
-    fn warnings(&self, existing: &BTreeMap<String, Cgroup>) -> Vec<Warning> {
-        // In the order of the config.
-        let mut warnings: BTreeMap<(usize, usize, &str), Warning> = BTreeMap::new();
-        for (path, policies) in &self.by_path {
-            for index in policies {
-                if let Some(warning) = self.path_warning(*index, path, existing) {
-                    warnings.insert((*index, 0, path), warning);
-                }
-            }
-        }
-        let mut matched = vec![false; self.by_glob.len()];
-        for path in existing.keys().filter(|path| self.root.contains(path)) {
-            for glob in self.globs.matches(path) {
-                matched[glob] = true;
-            }
-        }
-        let unmatched = self.by_glob.iter().enumerate().zip(matched);
-        for ((position, (index, glob)), matched) in unmatched {
-            if !matched {
-                let warning = Warning::NoMatch {
-                    policy: self.policies[*index].name.clone(),
-                    glob: glob.clone(),
-                };
-                warnings.insert((*index, 1 + position, glob), warning);
-            }
-        }
-        for (index, selector) in &self.by_selector {
-            let matches = |path: &String| self.of(path).contains(index);
-            if !existing.keys().any(matches) {
-                let glob = selector.to_string();
-                let policy = self.policies[*index].name.clone();
-                warnings.insert((*index, 0, ""), Warning::NoMatch { policy, glob });
-            }
-        }
-        warnings.into_values().collect()
+        let mut survey = Survey::of(self);
+        hierarchy.descend(&self.root, Nearest::default(), |cgroup, above| {
+            survey.visit(cgroup, above)
+        })?;
+        Ok(survey.finish())
     }
 
     fn path_warning(
         &self,
         index: usize,
-        path: &str,
-        existing: &BTreeMap<String, Cgroup>,
+        path: &CgroupPath,
+        existing: &HashSet<CgroupPath>,
     ) -> Option<Warning> {
         let assigned = &self.policies[index];
         let policy = assigned.name.clone();
-        let path = path.to_owned();
+        let path = path.clone();
         if !self.root.contains(&path) {
             let root = self.root.path.clone();
             return Some(Warning::Outside { policy, path, root });
         }
-        if !existing.contains_key(&path) {
+        if !existing.contains(&path) {
             return Some(Warning::Absent { policy, path });
         }
         let claiming = self.of(&path);
@@ -420,6 +416,133 @@ impl Claimants {
         }
         let by = self.policies[*claiming.last()?].name.clone();
         Some(Warning::Taken { policy, path, by })
+    }
+}
+
+/// The nearest claim that stands in the kernel, seen from a cgroup.
+#[derive(Clone, Debug, Default)]
+struct Nearest {
+    /// As [`Claim::policies`]; none where nothing claims the cgroup.
+    policies: Vec<usize>,
+    /// How many levels up.
+    distance: usize,
+}
+
+impl Nearest {
+    const fn is_in_reach(&self) -> bool {
+        self.distance < MAX_DEPTH as usize
+    }
+
+    /// The same, seen from a cgroup one level below.
+    fn below(&self, claimants: &Claimants, path: &CgroupPath) -> Self {
+        let own = claimants.of(path);
+        let above = Self {
+            distance: self.distance + usize::from(!self.policies.is_empty()),
+            ..self.clone()
+        };
+        if own.is_empty() || own == above.policies {
+            if above.is_in_reach() || !claimants.is_claimable(path) {
+                return above;
+            }
+            return Self {
+                distance: 0,
+                ..above
+            };
+        }
+        Self {
+            policies: own,
+            distance: 0,
+        }
+    }
+}
+
+/// The cgroups that exist, one after the other.
+struct Survey<'a> {
+    claimants: &'a Claimants,
+    claims: Vec<Claim>,
+    /// Which of the globs match any.
+    matched: Vec<bool>,
+    /// Those that are named by their paths.
+    existing: HashSet<CgroupPath>,
+    /// The policies that select any by what it is.
+    selecting: HashSet<usize>,
+}
+
+impl<'a> Survey<'a> {
+    fn of(claimants: &'a Claimants) -> Self {
+        Self {
+            claimants,
+            claims: Vec::new(),
+            matched: vec![false; claimants.by_glob.len()],
+            existing: HashSet::new(),
+            selecting: HashSet::new(),
+        }
+    }
+
+    /// Claims for a cgroup, given what is nearest to the one above.
+    fn visit(&mut self, cgroup: &Cgroup, above: &Nearest) -> Nearest {
+        let Self { claimants, .. } = *self;
+        if claimants.by_path.contains_key(&cgroup.path) {
+            self.existing.insert(cgroup.path.clone());
+        }
+        for glob in claimants.globs.matches(&cgroup.path) {
+            self.matched[glob] = true;
+        }
+        let selecting = claimants.selecting(&cgroup.path).map(|(index, _)| *index);
+        self.selecting.extend(selecting);
+        let nearest = above.below(claimants, &cgroup.path);
+        if nearest.distance == 0 && !nearest.policies.is_empty() {
+            self.claims.push(Claim {
+                cgroup: cgroup.clone(),
+                policies: nearest.policies.clone(),
+            });
+        }
+        nearest
+    }
+
+    fn finish(mut self) -> (Assignment, Vec<Warning>) {
+        self.claims
+            .sort_by(|a, b| a.cgroup.path.cmp(&b.cgroup.path));
+        let warnings = self.warnings();
+        let assignment = Assignment {
+            policies: self.claimants.policies.clone(),
+            claims: self.claims,
+        };
+        (assignment, warnings)
+    }
+
+    /// What has no effect with these cgroups.
+    fn warnings(&self) -> Vec<Warning> {
+        let Self { claimants, .. } = self;
+        // In the order of the config.
+        let mut warnings: BTreeMap<(usize, usize, &[u8]), Warning> = BTreeMap::new();
+        for (path, policies) in &claimants.by_path {
+            for index in policies {
+                if let Some(warning) = claimants.path_warning(*index, path, &self.existing) {
+                    warnings.insert((*index, 0, path.as_bytes()), warning);
+                }
+            }
+        }
+        let globs = claimants.by_glob.iter().enumerate().zip(&self.matched);
+        for ((position, (index, glob)), matched) in globs {
+            if !matched {
+                let warning = Warning::NoMatch {
+                    policy: claimants.policies[*index].name.clone(),
+                    glob: glob.clone(),
+                };
+                warnings.insert((*index, 1 + position, glob.as_bytes()), warning);
+            }
+        }
+        for (index, selector) in &claimants.by_selector {
+            if !self.selecting.contains(index) {
+                let warning = Warning::NoMatch {
+                    policy: claimants.policies[*index].name.clone(),
+                    glob: selector.to_string(),
+                };
+                warnings.insert((*index, 0, b""), warning);
+            }
+        }
+        warnings.into_values().collect()
     }
 }
 
@@ -432,15 +555,33 @@ mod tests {
     }
 
     /// The cgroups with these paths; the first is where the program is attached.
-    fn hierarchy(paths: &[&str]) -> (Cgroup, BTreeMap<String, Cgroup>) {
+    fn hierarchy(paths: &[&str]) -> (Cgroup, BTreeMap<CgroupPath, Cgroup>) {
         let cgroups: BTreeMap<_, _> = (1..)
             .zip(paths)
             .map(|(id, path)| {
-                let path = (*path).to_owned();
+                let path = CgroupPath::from(*path);
                 (path.clone(), Cgroup { path, id })
             })
             .collect();
-        (cgroups[paths[0]].clone(), cgroups)
+        (cgroups[paths[0].as_bytes()].clone(), cgroups)
+    }
+
+    /// Assigns these cgroups.
+    fn assign(
+        claimants: &Claimants,
+        existing: &BTreeMap<CgroupPath, Cgroup>,
+    ) -> (Assignment, Vec<Warning>) {
+        let mut survey = Survey::of(claimants);
+        let mut nearest: HashMap<CgroupPath, Nearest> = HashMap::new();
+        for cgroup in existing.values() {
+            if !claimants.root.contains(&cgroup.path) {
+                continue;
+            }
+            let above = cgroup.path.parent().and_then(|above| nearest.get(&above));
+            let below = survey.visit(cgroup, above.unwrap_or(&Nearest::default()));
+            nearest.insert(cgroup.path.clone(), below);
+        }
+        survey.finish()
     }
 
     /// Who claims what, as `path=policy`.
@@ -484,9 +625,7 @@ mod tests {
             "#,
         );
         let (root, existing) = hierarchy(&["/", "/s", "/s/a", "/s/ab", "/s/b", "/s/b/c"]);
-        let (assignment, warnings) = Claimants::new(&config, &root)
-            .unwrap()
-            .assign_existing(existing.clone());
+        let (assignment, warnings) = assign(&Claimants::new(&config, &root).unwrap(), &existing);
         assert_eq!(
             claims(&assignment),
             [
@@ -528,6 +667,9 @@ mod tests {
             [[policy]]
             name = "one"
             unit = "one.service"
+            [[policy]]
+            name = "none"
+            unit = "none.service"
             "#,
         );
         let paths = [
@@ -542,11 +684,11 @@ mod tests {
         ];
         let (root, existing) = hierarchy(&paths);
         let claimants = Claimants::new(&config, &root).unwrap();
-        assert!(claimants.name_cgroups());
         let first = |path: &str| {
-            let first = claimants.of(path).first().copied()?;
+            let path = CgroupPath::from(path);
+            let first = claimants.of(&path).first().copied()?;
             let name = claimants.policies()[first].name.clone();
-            Some((name, claimants.reason(first, path).to_string()))
+            Some((name, claimants.reason(first, &path).to_string()))
         };
         let units = || {
             Some((
@@ -568,23 +710,42 @@ mod tests {
             Some(("glob".to_owned(), "glob /s.slice/**".to_owned()))
         );
         assert_eq!(first(&inner), None);
-        let (_, warnings) = claimants.assign_existing(existing);
+        let (assignment, warnings) = assign(&claimants, &existing);
+        // What is inside of a unit finds the unit's.
+        assert_eq!(assignment.claims.len(), 4);
         assert_eq!(
             warnings,
             [Warning::NoMatch {
-                policy: "one".to_owned(),
-                glob: "unit = one.service".to_owned(),
+                policy: "none".to_owned(),
+                glob: "unit = none.service".to_owned(),
             }]
         );
+    }
+
+    #[test]
+    fn a_glob_matches_names_that_are_not_utf_8() {
+        let config = config("[[policy]]\nname = 'a'\ncgroup = ['/ten/**', '/one?']\n");
+        let root = Cgroup {
+            path: CgroupPath::root(),
+            id: 1,
+        };
+        let claimants = Claimants::new(&config, &root).unwrap();
+        for (path, claiming) in [
+            (&b"/ten/bad\xff"[..], &[0][..]),
+            (b"/ten/bad\xff/inner", &[0]),
+            (b"/one\xff", &[0]),
+            (b"/one\xff\xfe", &[]),
+        ] {
+            let path = CgroupPath::from(path);
+            assert_eq!(claimants.of(&path), claiming, "{path}");
+        }
     }
 
     #[test]
     fn a_policy_on_the_root_stands_before_the_default() {
         let config = config("[default]\n[[policy]]\nname = 'all'\ncgroup = '/'\n");
         let (root, existing) = hierarchy(&["/"]);
-        let (assignment, warnings) = Claimants::new(&config, &root)
-            .unwrap()
-            .assign_existing(existing.clone());
+        let (assignment, warnings) = assign(&Claimants::new(&config, &root).unwrap(), &existing);
         assert_eq!(claims(&assignment), ["/=all"]);
         assert_eq!(warnings, []);
     }
@@ -593,10 +754,94 @@ mod tests {
     fn without_a_default_the_root_claims_nothing() {
         let config = config("[[policy]]\nname = 'a'\ncgroup = '/a'\n");
         let (root, existing) = hierarchy(&["/", "/a", "/b"]);
-        let (assignment, _) = Claimants::new(&config, &root)
-            .unwrap()
-            .assign_existing(existing.clone());
+        let (assignment, _) = assign(&Claimants::new(&config, &root).unwrap(), &existing);
         assert_eq!(claims(&assignment), ["/a=a"]);
+    }
+
+    #[test]
+    fn what_is_found_by_the_claim_above_needs_none() {
+        let config = config(
+            r#"
+            [[policy]]
+            name = "tenants"
+            cgroup = "/ten/**"
+            [[policy]]
+            name = "strict"
+            cgroup = "/ten/a/strict"
+            "#,
+        );
+        let (root, existing) = hierarchy(&[
+            "/",
+            "/ten",
+            "/ten/a",
+            "/ten/a/b",
+            "/ten/a/strict",
+            "/ten/a/strict/x",
+            "/ten/c",
+        ]);
+        let claimants = Claimants::new(&config, &root).unwrap();
+        let (assignment, _) = assign(&claimants, &existing);
+        assert_eq!(
+            claims(&assignment),
+            [
+                "/ten/a/strict/x=tenants",
+                "/ten/a/strict=strict",
+                "/ten/a=tenants",
+                "/ten/c=tenants"
+            ]
+        );
+        for (path, claiming) in [
+            ("/ten", &[][..]),
+            ("/ten/a", &[0]),
+            ("/ten/a/b", &[]),
+            ("/ten/a/strict", &[1]),
+            ("/ten/a/strict/x", &[0]),
+        ] {
+            assert_eq!(claimants.claim_of(&path.into()), claiming, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_claim_is_repeated_where_the_kernel_would_not_find_it() {
+        let config = config("[default]\n[[policy]]\nname = 'a'\ncgroup = '/x/x'\n");
+        let paths: Vec<_> = (0..150).map(|depth| "/x".repeat(depth)).collect();
+        let mut paths: Vec<_> = paths.iter().map(String::as_str).collect();
+        paths[0] = "/";
+        let (root, existing) = hierarchy(&paths);
+        let claimants = Claimants::new(&config, &root).unwrap();
+        let (assignment, _) = assign(&claimants, &existing);
+        let claiming = |policy: usize| -> Vec<_> {
+            let paths = assignment.paths_of(policy);
+            paths.map(CgroupPath::depth).collect()
+        };
+        assert_eq!(claiming(0), [0]);
+        assert_eq!(claiming(1), [2, 34, 66, 98]);
+        for (depth, path) in paths.iter().enumerate() {
+            let path = CgroupPath::from(*path);
+            let claims = claimants.claim_of(&path);
+            let expected = assignment
+                .claims
+                .iter()
+                .find(|claim| claim.cgroup.path == path);
+            assert_eq!(
+                claims,
+                expected.map_or(Vec::new(), |claim| claim.policies.clone())
+            );
+            assert_eq!(claimants.is_in_reach(&path), depth < 98 + 32, "{depth}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_with_too_long_a_path_goes_by_the_one_above() {
+        let config = config("[[policy]]\nname = 'a'\ncgroup = '/**'\n");
+        let root = Cgroup {
+            path: CgroupPath::root(),
+            id: 1,
+        };
+        let claimants = Claimants::new(&config, &root).unwrap();
+        let path = |length: usize| CgroupPath::from(format!("/{}", "x".repeat(length)).as_str());
+        assert_eq!(claimants.of(&path(1021)), [0]);
+        assert_eq!(claimants.of(&path(1022)), [0_usize; 0]);
     }
 
     #[test]
@@ -609,10 +854,8 @@ mod tests {
             "#,
         );
         let (_, existing) = hierarchy(&["/", "/s", "/other"]);
-        let root = existing["/s"].clone();
-        let (assignment, warnings) = Claimants::new(&config, &root)
-            .unwrap()
-            .assign_existing(existing.clone());
+        let root = existing[&b"/s"[..]].clone();
+        let (assignment, warnings) = assign(&Claimants::new(&config, &root).unwrap(), &existing);
         assert_eq!(claims(&assignment), [""; 0]);
         let policy = || "gone".to_owned();
         assert_eq!(

@@ -14,6 +14,7 @@ mod sweep;
 mod trial;
 
 use std::{
+    fmt,
     io::{self, IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -21,9 +22,14 @@ use std::{
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use tracing::Level;
+use tracing::{Level, field::Field};
 use tracing_subscriber::{
-    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+    Layer as _,
+    field::MakeExt as _,
+    filter::Targets,
+    fmt::format::{Writer, debug_fn},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
 };
 
 use crate::{
@@ -31,6 +37,7 @@ use crate::{
     config::Sources,
     hierarchy::{Cgroup, Hierarchy},
     identity::{NamePattern, Wanted},
+    names::PrintableLines,
     unblocked::Stream,
 };
 
@@ -185,9 +192,23 @@ pub fn main() -> ExitCode {
     };
     done.unwrap_or_else(|error| {
         // Nobody is left to tell when this fails too.
-        let _ = writeln!(io::stderr(), "error: {error:#}");
+        let error = format!("{error:#}");
+        let _ = writeln!(io::stderr(), "error: {}", PrintableLines(&error));
         ExitCode::FAILURE
     })
+}
+
+/// Writes a field of a log line; the message is one without a name. Its values
+/// may have names in them that others chose.
+fn printable_field(out: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let value = format!("{value:?}");
+    let value = PrintableLines(&value);
+    match field.name() {
+        "message" => write!(out, "{value}"),
+        // Where a record of the crate log comes from.
+        name if name.starts_with("log.") => Ok(()),
+        name => write!(out, "{name}={value}"),
+    }
 }
 
 /// Levels: error, the agent cannot do what it is for; warn, something in its
@@ -205,6 +226,7 @@ fn log_to_stderr(verbose: bool) {
         .with_target("aya::sys::bpf", Level::ERROR);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(Stream::Error)
+        .fmt_fields(debug_fn(printable_field).delimited(" "))
         .with_ansi(colour)
         .with_target(false)
         // The journal and terminals have clocks of their own.

@@ -16,6 +16,7 @@ mod sources;
 mod tests;
 mod text;
 mod timer;
+mod trusted_file;
 
 use std::{fmt, path::Path};
 
@@ -30,6 +31,7 @@ pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
 };
+pub(crate) use trusted_file::{Refusal, read as read_trusted};
 
 /// What should hold on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -149,6 +151,12 @@ impl CgroupPattern {
             })
             .transpose()?;
         Ok(Self { text, glob })
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.text
     }
 
     /// The glob, unless it is a path.

@@ -1,7 +1,7 @@
 //! Daemon: enforces the policy until it is stopped, while files, cgroups and the
 //! agent itself come and go.
 //!
-//! Everything that wakes it comes in through [`Daemon::next`]; nothing that it
+//! Everything that wakes it comes in through `Daemon::next`; nothing that it
 //! does then waits for anybody. Sets are built and connections swept on threads of
 //! their own. Only at the start can an error end it.
 
@@ -19,7 +19,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 use tracing::{debug, error, info, warn};
 
@@ -30,10 +30,12 @@ use crate::{
         self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, Reload, SetRecord, State,
     },
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
     unblocked::Stream,
+    view,
     watch::Watch,
 };
 use building::{Built, Job};
@@ -51,11 +53,17 @@ const SHARE: u32 = 10;
 /// What failed for a reason outside the config is tried again after this time, at
 /// first, and after twice as much each time.
 const RETRY: Duration = Duration::from_secs(5);
-const LONGEST_RETRY: Duration = Duration::from_secs(300);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
 /// Changes of cgroups that are remembered while a set is built; more than these
 /// are found by reading the hierarchy.
 const REMEMBERED: usize = 65_536;
+
+/// How long another agent waits for what this one has under way.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why an agent ends that another one has replaced.
+const ANOTHER_AGENT: &str = "another agent";
 
 /// What becomes of cgroups that the agent is not told of.
 const UNTIL_RELOAD: &str = "new cgroups go by the policy above them until the next reload";
@@ -93,7 +101,7 @@ pub enum Event<'a> {
     /// The cgroup does not exist: there is nothing to enforce on until it does.
     Waiting {
         /// Its path.
-        cgroup: &'a str,
+        cgroup: &'a CgroupPath,
     },
     /// Another config is in force.
     Reloaded {
@@ -148,11 +156,16 @@ pub fn run(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 
 async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     preflight::may_enforce()?;
+    let hangup = watch(SignalKind::hangup(), "SIGHUP")?;
     let mut daemon = Daemon::prepare(options)?;
     daemon.enforce_now(reporter)?;
-    // From here on a signal ends it in an orderly way; before, the kernel would
-    // have taken everything away.
-    let mut signals = Signals::watch()?;
+    // From here on these end it in an orderly way. Before they end it at once: what
+    // takes long at the start must not make it deaf, and nothing is half there.
+    let mut signals = Signals {
+        interrupt: watch(SignalKind::interrupt(), "SIGINT")?,
+        terminate: watch(SignalKind::terminate(), "SIGTERM")?,
+        hangup,
+    };
     notify(&[NotifyState::Ready]);
     let begun = Instant::now();
     let (by, leaves) = loop {
@@ -169,6 +182,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
 }
 
 /// What the daemon is woken by.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Wake {
     Stop(&'static str),
     Hangup,
@@ -177,6 +191,8 @@ enum Wake {
     Refusals(Result<()>),
     Built(Result<Built>),
     Sweep(Option<Progress>),
+    EarlierSweepOver,
+    Successor(Option<Request>),
     Cgroups(Result<Vec<Change>>),
     SweepDue,
     RetryDue,
@@ -199,9 +215,13 @@ struct Daemon {
     origin: Origin,
     claimants: Claimants,
     pins: Option<PinDirectory>,
-    _ownership: Option<Ownership>,
+    /// Goes before the lock: whoever gets that makes a socket of the same name.
     control: Option<Control>,
+    ownership: Option<Ownership>,
+    /// The agent that steps aside for this one.
     predecessor: Option<Client>,
+    /// Another agent that this one steps aside for.
+    successor: Option<Asked>,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
     watch: Option<Watch>,
@@ -215,6 +235,9 @@ struct Daemon {
     /// being built; whether somebody asked for it.
     reload_waiting: Option<bool>,
     sweep: Option<SweepJob>,
+    /// That of an earlier set, until it has stopped: two at a time would undo what
+    /// the other one does.
+    earlier_sweep: Option<SweepJob>,
     /// Whether another sweep follows the one that goes on.
     sweep_again: bool,
     sweep_due: Option<Instant>,
@@ -247,8 +270,9 @@ impl Daemon {
             warn!("{warning}");
         }
         let hierarchy = Hierarchy::find()?;
+        let unseen = view::missing(Some(&hierarchy));
         let path = hierarchy.path(&options.cgroup)?;
-        let (ownership, predecessor) = own(&path, options.take_over)?;
+        let (owned, predecessor) = own(&path, options.take_over)?;
         let root = hierarchy.lookup(&path)?.unwrap_or(Cgroup { path, id: 0 });
         let kernel = Kernel::running()?;
         debug!(?kernel, "found the kernel's fields");
@@ -270,6 +294,7 @@ impl Daemon {
             pins,
             control: None,
             predecessor,
+            successor: None,
             enforcement: None,
             watch: None,
             events: None,
@@ -278,6 +303,7 @@ impl Daemon {
             reloads: false,
             reload_waiting: None,
             sweep: None,
+            earlier_sweep: None,
             sweep_again: false,
             sweep_due: None,
             sweep_not_before: now,
@@ -295,8 +321,10 @@ impl Daemon {
                 let every = within / 3;
                 (now + every, every)
             }),
-            _ownership: ownership.ok(),
+            ownership: owned.ok(),
         };
+        let pins = daemon.pins.as_ref();
+        daemon.state.pins = pins.map(|pins| pins.path().to_owned());
         match watch {
             Ok(watch) => {
                 daemon.watch = Some(watch);
@@ -304,10 +332,19 @@ impl Daemon {
             }
             Err(error) => daemon.files_unwatched(&error),
         }
-        if daemon._ownership.is_none() {
+        if daemon.predecessor.is_none() && daemon.ownership.is_none() {
             daemon.part_failed("lock", "see the log".to_owned());
         }
-        daemon.listen();
+        for part in &unseen {
+            warn!("{part}");
+        }
+        if !unseen.is_empty() {
+            let unseen: Vec<_> = unseen.iter().map(ToString::to_string).collect();
+            daemon.part_failed("view", unseen.join("; "));
+        }
+        if daemon.predecessor.is_none() {
+            daemon.listen();
+        }
         daemon.follow_cgroups();
         Ok(daemon)
     }
@@ -351,18 +388,9 @@ impl Daemon {
         }
     }
 
-    /// Has cgroups told of that come and go, where that matters.
+    /// Has cgroups told of that come and go.
     fn follow_cgroups(&mut self) {
         const PART: &str = "new cgroups";
-        if !self.claimants.name_cgroups() && self.root.path == "/" {
-            self.events = None;
-            let disabled = Part {
-                status: PartStatus::Disabled,
-                reason: Some("no policy names a cgroup".to_owned()),
-            };
-            self.state.parts.insert(PART.to_owned(), disabled);
-            return;
-        }
         if self.events.is_some() {
             return;
         }
@@ -400,9 +428,14 @@ impl Daemon {
         if let Some(root) = self.hierarchy.lookup(&self.root.path)? {
             self.root = root;
         } else {
+            self.succeed();
             reporter.report(&Event::Waiting {
                 cgroup: &self.root.path,
             });
+            if self.events.is_none() {
+                // Nobody will say when it comes to exist.
+                self.retry_later();
+            }
             return Ok(());
         }
         self.remove_stale_pins();
@@ -421,13 +454,7 @@ impl Daemon {
             None => self.attach()?,
             Some(found) => self.take_up(found)?,
         };
-        if let Some(mut predecessor) = self.predecessor.take() {
-            // It holds nothing any more that is needed.
-            if let Err(error) = predecessor.ask(Request::TakenOver) {
-                warn!("the agent that was there before does not answer: {error}");
-            }
-            self.own_again();
-        }
+        self.succeed();
         for warning in &built.warnings {
             warn!("{warning}");
         }
@@ -447,7 +474,7 @@ impl Daemon {
         self.publish();
         let directory = self.hierarchy.directory(&self.root.path);
         reporter.report(&Event::Started {
-            cgroup: &directory.display().to_string(),
+            cgroup: &printable_path(&directory).to_string(),
             origin: &self.origin,
             assignment: &assignment,
             pinned: self.pins.as_ref(),
@@ -457,29 +484,32 @@ impl Daemon {
         Ok(())
     }
 
+    /// Has the agent that was there before end: it holds nothing any more that is
+    /// needed.
+    fn succeed(&mut self) {
+        if let Some(mut predecessor) = self.predecessor.take() {
+            if let Err(error) = predecessor.ask(Request::TakenOver) {
+                warn!("the agent that was there before does not answer: {error}");
+            }
+            self.own_again(PATIENCE);
+        }
+    }
+
     /// Takes the lock that the agent before has let go of by now.
-    fn own_again(&mut self) {
-        const TRIES: u32 = 50;
-        for _ in 0..TRIES {
-            match Ownership::acquire(&self.root.path) {
-                Ok(ownership) => {
-                    self._ownership = Some(ownership);
-                    self.state.parts.remove("lock");
-                    // The other one has removed the socket.
-                    self.control = None;
-                    self.listen();
-                    return;
-                }
-                Err(ownership::Error::Taken { .. }) => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                Err(error) => {
-                    warn!("{:#}", anyhow::Error::new(error));
-                    return;
-                }
+    fn own_again(&mut self, patience: Duration) {
+        match Ownership::acquire(&self.root.path, patience) {
+            Ok(ownership) => {
+                self.ownership = Some(ownership);
+                self.part("lock", Ok(()));
+                self.listen();
+            }
+            Err(error) => {
+                let error = chain(&error);
+                warn!("{error}");
+                self.part_failed("lock", error);
+                self.retry_later();
             }
         }
-        warn!("the agent that was there before does not end");
     }
 
     /// Attaches to a cgroup that has nothing of ours.
@@ -494,22 +524,26 @@ impl Daemon {
 
     /// Goes on with what an earlier agent has left in force.
     fn take_up(&mut self, found: InForce) -> Result<(Attachment, Built)> {
-        if self.predecessor.is_none() {
-            let pinned = |pins: &PinDirectory| found.is_pinned_in(pins);
-            match &self.pins {
-                None => bail!(
-                    "enforcement on {} is pinned and goes on without an agent: go on with it by \
-                     --pin, or take it off first by `keepalive-agent detach`",
-                    self.root.path
-                ),
-                Some(pins) if !pinned(pins) => bail!(
-                    "enforcement on {} is pinned in another directory than {}: name that one, or \
-                     take it off first by `keepalive-agent detach --pin DIR`",
-                    self.root.path,
-                    pins.path().display()
-                ),
-                Some(_) => {}
+        let owner = found.owner().filter(ownership::runs);
+        if self.predecessor.is_none()
+            && let Some(owner) = owner.filter(|owner| *owner != ownership::own())
+        {
+            // Its lock cannot be seen from here.
+            return Err(ownership::Error::Taken {
+                pid: owner.pid,
+                cgroup: self.root.path.clone(),
             }
+            .into());
+        }
+        if let Some(pinned) = found.pins(self.pins.as_ref())
+            && self.pins.as_ref() != Some(&pinned)
+        {
+            bail!(
+                "enforcement on {} is pinned in {directory} and would not end with this agent: go \
+                 on with it by --pin {directory}, or take it off first by `keepalive-agent detach`",
+                self.root.path,
+                directory = pinned.path().display()
+            );
         }
         let record = match &found.record {
             Ok(record) => record.clone(),
@@ -544,7 +578,7 @@ impl Daemon {
                         built.set.record().set_state(&settled)?;
                     }
                     Err(error) => {
-                        warn!("{error:#}; connections may keep values of earlier policies")
+                        warn!("{error:#}; connections may keep values of earlier policies");
                     }
                 }
                 (attachment, built)
@@ -603,8 +637,14 @@ impl Daemon {
             }
         };
         let asked = async {
-            match &self.control {
+            match &mut self.control {
                 Some(control) => control.asked().await,
+                None => pending().await,
+            }
+        };
+        let earlier_sweep = async {
+            match &mut self.earlier_sweep {
+                Some(sweep) => while sweep.progress().await.is_some() {},
                 None => pending().await,
             }
         };
@@ -624,6 +664,17 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let watchdog = at(self.watchdog.map(|(due, _)| due));
+        if let Some(successor) = &mut self.successor {
+            // Nothing is changed any more.
+            return tokio::select! {
+                biased;
+                _ = signals.interrupt.recv() => Wake::Stop("SIGINT"),
+                _ = signals.terminate.recv() => Wake::Stop("SIGTERM"),
+                () = watchdog => Wake::WatchdogDue,
+                request = successor.next() => Wake::Successor(request),
+            };
+        }
         // In this order: what a person asks for is not done twice, once because the
         // files changed as well.
         tokio::select! {
@@ -632,12 +683,13 @@ impl Daemon {
             _ = signals.terminate.recv() => Wake::Stop("SIGTERM"),
             _ = signals.hangup.recv() => Wake::Hangup,
             asked = asked => Wake::Asked(asked),
-            () = at(self.watchdog.map(|(due, _)| due)) => Wake::WatchdogDue,
+            () = watchdog => Wake::WatchdogDue,
             built = built => Wake::Built(built.unwrap_or_else(|_| {
                 bail!("the thread that builds policy sets failed")
             })),
             changed = files => Wake::FilesChanged(changed),
             progress = sweep => Wake::Sweep(progress),
+            () = earlier_sweep => Wake::EarlierSweepOver,
             refusals = refusals => Wake::Refusals(refusals),
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
@@ -671,8 +723,15 @@ impl Daemon {
                     enforcement.log = None;
                 }
             }
-            Wake::Built(built) => self.on_built(built, reporter),
+            Wake::Built(built) => return self.on_built(built, reporter),
             Wake::Sweep(progress) => self.on_sweep_progress(progress, reporter),
+            Wake::EarlierSweepOver => {
+                self.earlier_sweep = None;
+                if self.sweep_again {
+                    self.sweep();
+                }
+            }
+            Wake::Successor(request) => return self.on_successor(request).await,
             Wake::SweepDue => {
                 self.sweep_due = None;
                 self.sweep();
@@ -683,6 +742,7 @@ impl Daemon {
             }
             Wake::WatchdogDue => {
                 notify(&[NotifyState::Watchdog]);
+                self.look_at_cgroup(reporter);
                 if let Some((due, every)) = &mut self.watchdog {
                     *due = Instant::now() + *every;
                 }
@@ -699,33 +759,59 @@ impl Daemon {
         let mut asked = match asked {
             Ok(asked) => asked,
             Err(error) => {
-                // Such as no descriptors: a loop would not make it better.
                 self.part_failed("control socket", error.to_string());
                 self.control = None;
+                self.retry_later();
                 return None;
             }
         };
+        if asked.request == Request::StepAside {
+            info!("another agent takes over");
+            self.building = None;
+            self.sweep_due = None;
+            self.end_sweep();
+            if let Some(mut sweep) = self.earlier_sweep.take() {
+                // What the other one does, it would undo.
+                let over = async { while sweep.progress().await.is_some() {} };
+                if timeout(PATIENCE, over).await.is_err() {
+                    warn!("the sweep under way does not stop; the other agent does not wait");
+                }
+            }
+        }
         if let Err(error) = asked.answer().await {
             debug!("answering on the control socket: {error}");
+            self.reload(true);
             return None;
         }
         match asked.request {
-            Request::Detach => Some(("a request to detach", Leaves::Nothing)),
-            Request::TakenOver => None,
-            Request::StepAside => {
-                info!("another agent takes over");
-                // Nothing is changed any more from here on.
-                self.building = None;
-                self.sweep = None;
-                if asked.next().await == Some(Request::TakenOver) {
-                    // The answer says that this one is about to end.
-                    let _ = asked.answer().await;
-                    return Some(("another agent", Leaves::AnotherAgent));
-                }
-                warn!("the agent that was about to take over is gone; this one goes on");
-                self.reload(true);
-                None
+            Request::Detach => return Some(("a request to detach", Leaves::Nothing)),
+            Request::StepAside => self.successor = Some(asked),
+            Request::TakenOver => {}
+        }
+        None
+    }
+
+    /// The agent that this one steps aside for has taken over, or is gone.
+    async fn on_successor(&mut self, request: Option<Request>) -> Option<(&'static str, Leaves)> {
+        let successor = self.successor.take();
+        if request == Some(Request::TakenOver) {
+            if let Some(mut successor) = successor {
+                // The answer says that this one is about to end.
+                let _ = successor.answer().await;
             }
+            return Some((ANOTHER_AGENT, Leaves::AnotherAgent));
+        }
+        warn!("the agent that was about to take over is gone; this one goes on");
+        self.reload(true);
+        None
+    }
+
+    /// Has the sweep under way stop, and remembers it until it has.
+    fn end_sweep(&mut self) {
+        if let Some(sweep) = self.sweep.take() {
+            sweep.stop();
+            self.state.sweep.under_way = false;
+            self.earlier_sweep.get_or_insert(sweep);
         }
     }
 
@@ -733,8 +819,7 @@ impl Daemon {
     /// the reading is `demanded`. What is wrong with it is logged and changes
     /// nothing.
     fn reload(&mut self, demanded: bool) {
-        let is_first_pass = self.sweep.is_some() && !self.state.settled;
-        if self.building.is_some() || is_first_pass {
+        if self.building.is_some() || self.is_first_pass() {
             // The sweep needs what was before the set in force.
             self.reload_waiting = Some(demanded || self.reload_waiting == Some(true));
             return;
@@ -747,22 +832,13 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                self.follow_renamed(&config);
+                self.follow_cgroups();
                 for warning in &warnings {
                     warn!("{warning}");
                 }
                 self.build(config, origin, true);
             }
             Err(error) => self.reload_failed(&error, demanded),
-        }
-    }
-
-    /// Has it told of new cgroups before the hierarchy is read for this config.
-    fn follow_renamed(&mut self, config: &Config) {
-        if let Ok(claimants) = target::claimants(config, &self.root) {
-            let before = std::mem::replace(&mut self.claimants, claimants);
-            self.follow_cgroups();
-            self.claimants = before;
         }
     }
 
@@ -829,7 +905,6 @@ impl Daemon {
             notify(&[NotifyState::Ready]);
             return;
         }
-        self.origin = origin.clone();
         self.changes.clear();
         self.reloads = reloads;
         match self.job(config, origin).start() {
@@ -850,8 +925,10 @@ impl Daemon {
     }
 
     fn retry_later(&mut self) {
-        self.retry_due = Some(Instant::now() + self.retry_after);
-        self.retry_after = (self.retry_after * 2).min(LONGEST_RETRY);
+        if self.retry_due.is_none() {
+            self.retry_due = Some(Instant::now() + self.retry_after);
+            self.retry_after = (self.retry_after * 2).min(LONGEST_RETRY);
+        }
     }
 
     /// Tries again what failed for a reason outside the config.
@@ -860,18 +937,28 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
-        let failed = |part: &str| {
-            let part = self.state.parts.get(part);
-            part.is_some_and(|part| part.status == PartStatus::Failed)
-        };
-        if failed("policy set") {
+        if self.has_failed("lock") {
+            self.own_again(Duration::ZERO);
+        } else if self.has_failed("control socket") {
+            self.listen();
+        }
+        if self.has_failed("policy set") {
             self.reload(true);
-        } else if failed("existing connections") {
+        } else if self.has_failed("existing connections") {
             self.sweep();
         }
     }
 
-    fn on_built(&mut self, built: Result<Built>, reporter: &mut dyn Reporter) {
+    fn has_failed(&self, part: &str) -> bool {
+        let part = self.state.parts.get(part);
+        part.is_some_and(|part| part.status == PartStatus::Failed)
+    }
+
+    fn on_built(
+        &mut self,
+        built: Result<Built>,
+        reporter: &mut dyn Reporter,
+    ) -> Option<(&'static str, Leaves)> {
         self.building = None;
         let replaced = built.and_then(|built| {
             let Some(enforcement) = &mut self.enforcement else {
@@ -883,11 +970,14 @@ impl Daemon {
         let built = match replaced {
             Ok(built) => built,
             Err(error) => {
+                if let Some(datapath::Error::Replaced) = error.downcast_ref() {
+                    return self.on_replaced(reporter);
+                }
                 if self.enforcement.is_some() {
                     self.building_failed(&error);
                 }
                 self.look_at_cgroup(reporter);
-                return;
+                return None;
             }
         };
         for warning in built.warnings.iter().filter(|_| self.reloads) {
@@ -898,9 +988,9 @@ impl Daemon {
             enforcement.set = built.set;
         }
         self.config = built.config;
+        self.origin = built.origin;
         self.claimants = built.claimants;
-        // That of the set before ends with it.
-        self.sweep = None;
+        self.end_sweep();
         self.state.settled = false;
         self.retry_after = RETRY;
         self.part("policy set", Ok(()));
@@ -917,6 +1007,33 @@ impl Daemon {
         let changes = std::mem::take(&mut self.changes);
         self.follow_changes(&changes, reporter);
         self.sweep();
+        None
+    }
+
+    /// Another agent has put its set in the place of this one's. If it lives, this
+    /// one is not needed any more; if not, this one goes on from there.
+    fn on_replaced(&mut self, reporter: &mut dyn Reporter) -> Option<(&'static str, Leaves)> {
+        let owner = match InForce::on(self.root.id) {
+            Ok(found) => found.and_then(|found| found.owner()),
+            Err(error) => {
+                warn!("{}", chain(&error));
+                None
+            }
+        };
+        if owner.is_some_and(|owner| owner != ownership::own() && ownership::runs(&owner)) {
+            return Some((ANOTHER_AGENT, Leaves::AnotherAgent));
+        }
+        warn!("another agent has put its policy in force and is gone; this one goes on from there");
+        // Its link is held until the next one is: there is no gap.
+        let before = self.enforcement.take();
+        self.end_sweep();
+        if let Err(error) = self.enforce_now(reporter) {
+            error!("{error:#}; it is tried again");
+            self.enforcement = before;
+            self.part_failed("policy set", format!("{error:#}"));
+            self.retry_later();
+        }
+        None
     }
 
     /// Begins to bring existing connections along.
@@ -926,15 +1043,14 @@ impl Daemon {
         let Some(enforcement) = &self.enforcement else {
             return;
         };
-        if let Some(sweep) = &self.sweep {
-            // Passes of one set follow one another.
-            if self.state.settled {
+        // Sweeps follow one another.
+        self.sweep_again = self.sweep.is_some() || self.earlier_sweep.is_some();
+        if self.sweep_again {
+            if let Some(sweep) = self.sweep.as_ref().filter(|_| self.state.settled) {
                 sweep.stop();
             }
-            self.sweep_again = true;
             return;
         }
-        self.sweep_again = false;
         self.sweep_begun = Instant::now();
         match SweepJob::start(enforcement.set.sweeper(), self.state.settled) {
             Ok(sweep) => {
@@ -968,7 +1084,11 @@ impl Daemon {
                     Some((_, error)) => Err(format!("{error:#}")),
                 };
                 self.part(PART, missed);
+                self.retry_after = RETRY;
                 reporter.report(&Event::Swept(&swept));
+                if self.sweep_again {
+                    self.sweep();
+                }
             }
             Some(Progress::FirstPass(Err(error))) => {
                 warn!("existing connections are not governed: {error:#}");
@@ -996,11 +1116,16 @@ impl Daemon {
         }
     }
 
+    /// Whether connections may still have values of the set before, which the sweep
+    /// under way is about to see to.
+    const fn is_first_pass(&self) -> bool {
+        !self.state.settled && (self.sweep.is_some() || self.earlier_sweep.is_some())
+    }
+
     /// Reads the config again where that has waited for something that is over.
     fn resume_reload(&mut self) {
-        let is_first_pass = self.sweep.is_some() && !self.state.settled;
         if self.building.is_none()
-            && !is_first_pass
+            && !self.is_first_pass()
             && let Some(demanded) = self.reload_waiting.take()
         {
             self.reload(demanded);
@@ -1046,8 +1171,8 @@ impl Daemon {
 
     /// Builds the set in force anew, for the cgroups that exist now.
     fn build_again(&mut self) {
-        if self.building.is_some() || (self.sweep.is_some() && !self.state.settled) {
-            self.reload_waiting.get_or_insert(true);
+        if self.building.is_some() || self.is_first_pass() {
+            self.reload_waiting = Some(true);
             return;
         }
         self.build(self.config.clone(), self.origin.clone(), false);
@@ -1058,14 +1183,14 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
-        let policies = self.claimants.of(&cgroup.path);
+        let policies = self.claimants.claim_of(&cgroup.path);
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
             return;
         };
         match enforcement.set.add_cgroup(cgroup, &policies) {
             Ok(false) => {}
             Ok(true) => {
-                debug!(cgroup = cgroup.path, "a new cgroup has its policy");
+                debug!(cgroup = %cgroup.path, "a new cgroup has its policy");
                 // One without processes cannot have had connections.
                 if self.hierarchy.has_processes(cgroup) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
@@ -1083,9 +1208,7 @@ impl Daemon {
                 }
                 self.part_failed("policy set", error.clone());
                 self.last_reported_error = Some(error);
-                if self.retry_due.is_none() {
-                    self.retry_later();
-                }
+                self.retry_later();
             }
         }
     }
@@ -1104,26 +1227,41 @@ impl Daemon {
         }
     }
 
-    /// Finds out whether the cgroup that the program is attached to is gone.
+    /// Finds out whether the cgroup that the program is attached to is gone, or
+    /// the program was taken off it.
     fn look_at_cgroup(&mut self, reporter: &mut dyn Reporter) {
+        let found = self.hierarchy.lookup(&self.root.path);
+        // The link lets go of a removed cgroup some time later.
+        let exists = found.is_ok_and(|found| found.as_ref() == Some(&self.root));
         let gone = self
             .enforcement
-            .take_if(|enforcement| !enforcement.attachment.holds());
+            .take_if(|enforcement| !exists || !enforcement.attachment.holds());
         let Some(gone) = gone else {
             return;
         };
         self.building = None;
-        self.sweep = None;
+        self.end_sweep();
+        self.sweep_again = false;
         self.sweep_due = None;
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
         if let Err(error) = gone.attachment.discard() {
             warn!("{}", chain(&error));
         }
-        self.part_failed("new connections", "the cgroup does not exist".to_owned());
+        if exists {
+            warn!(
+                "somebody has taken the program off cgroup {}; it is attached again",
+                self.root.path
+            );
+            self.look_for_cgroup(reporter);
+            return;
+        }
         reporter.report(&Event::Waiting {
             cgroup: &self.root.path,
         });
+        if self.events.is_none() {
+            self.retry_later();
+        }
         self.look_for_cgroup(reporter);
     }
 
@@ -1140,7 +1278,11 @@ impl Daemon {
                     self.retry_later();
                 }
             }
-            Ok(None) => {}
+            Ok(None) => {
+                if self.events.is_none() {
+                    self.retry_later();
+                }
+            }
             Err(error) => {
                 warn!("looking for cgroup {}: {error}", self.root.path);
                 self.retry_later();
@@ -1177,22 +1319,13 @@ impl Daemon {
             self.published = State::default();
             return;
         };
-        if self.state == self.published && self.is_published_in(enforcement) {
+        if self.state == self.published && is_published_in(enforcement) {
             return;
         }
         match enforcement.set.record().set_state(&self.state) {
             Ok(()) => self.published = self.state.clone(),
             Err(error) => debug!("{}", chain(&error)),
         }
-    }
-
-    /// Whether the set in force is the one that the state was written to.
-    fn is_published_in(&self, enforcement: &Enforcement) -> bool {
-        enforcement
-            .set
-            .record()
-            .state()
-            .is_ok_and(|state| state.owner.is_some())
     }
 
     fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {
@@ -1216,10 +1349,10 @@ impl Daemon {
                 debug!("{}", chain(&error));
             }
         }
-        if leaves == Leaves::Nothing {
-            if let Err(error) = enforcement.attachment.detach() {
-                error!("{}", chain(&error));
-            }
+        if leaves == Leaves::Nothing
+            && let Err(error) = enforcement.attachment.detach()
+        {
+            error!("{}", chain(&error));
         }
         reporter.report(&Event::Stopped {
             by,
@@ -1233,10 +1366,12 @@ impl Daemon {
 /// Takes a cgroup, from a running agent if that is wanted. An error where it
 /// cannot be told whether another one is there.
 fn own(
-    cgroup: &str,
+    cgroup: &CgroupPath,
     take_over: bool,
 ) -> Result<(Result<Ownership, ownership::Error>, Option<Client>)> {
-    match Ownership::acquire(cgroup) {
+    /// Somebody who looks whether an agent is there holds the lock for a moment.
+    const PATIENCE: Duration = Duration::from_millis(200);
+    match Ownership::acquire(cgroup, PATIENCE) {
         Ok(ownership) => Ok((Ok(ownership), None)),
         Err(taken @ ownership::Error::Taken { .. }) if take_over => {
             let mut predecessor =
@@ -1257,6 +1392,12 @@ fn own(
             }
         }
     }
+}
+
+/// Whether the set in force is the one that the state was written to.
+fn is_published_in(enforcement: &Enforcement) -> bool {
+    let state = enforcement.set.record().state();
+    state.is_ok_and(|state| state.owner.is_some())
 }
 
 fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {
@@ -1311,13 +1452,6 @@ struct Signals {
     hangup: Signal,
 }
 
-impl Signals {
-    fn watch() -> Result<Self> {
-        let watch = |kind, name| signal(kind).with_context(|| format!("watching for {name}"));
-        Ok(Self {
-            interrupt: watch(SignalKind::interrupt(), "SIGINT")?,
-            terminate: watch(SignalKind::terminate(), "SIGTERM")?,
-            hangup: watch(SignalKind::hangup(), "SIGHUP")?,
-        })
-    }
+fn watch(kind: SignalKind, name: &str) -> Result<Signal> {
+    signal(kind).with_context(|| format!("watching for {name}"))
 }

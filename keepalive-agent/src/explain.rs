@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{
     assignment::Claimants,
-    hierarchy::upward,
+    hierarchy::CgroupPath,
     paths::{self, IdleTimeout},
     rules::{Mismatch, Rules, most_exact},
     sockets::source::{Settings, Sysctls, settings},
@@ -28,7 +28,7 @@ pub struct Walk {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Visited {
     /// Its path.
-    pub path: String,
+    pub path: CgroupPath,
     /// The policies that claim it, by index, and what was decided about them.
     pub policies: Vec<(usize, Verdict)>,
 }
@@ -50,11 +50,13 @@ pub enum Verdict {
 /// Walks upward as the kernel does. Without a remote end, policies that are for
 /// some only are passed by.
 #[must_use]
-pub fn walk(claimants: &Claimants, path: &str, remote: Option<SocketAddr>) -> Walk {
+pub fn walk(claimants: &Claimants, path: &CgroupPath, remote: Option<SocketAddr>) -> Walk {
     let mut cgroups = Vec::new();
     let mut nearest = None;
-    for (distance, path) in (0..).zip(upward(path)) {
-        let claiming = claimants.of(path);
+    let in_reach = claimants.is_in_reach(path);
+    for (distance, path) in (0..).zip(path.upward()) {
+        let path = CgroupPath::from(path);
+        let claiming = claimants.of(&path);
         if nearest.is_none() && !claiming.is_empty() {
             nearest = Some(distance);
         }
@@ -79,7 +81,7 @@ pub fn walk(claimants: &Claimants, path: &str, remote: Option<SocketAddr>) -> Wa
         };
         let policies = claiming.iter().enumerate();
         cgroups.push(Visited {
-            path: path.to_owned(),
+            path,
             policies: policies
                 .map(|(position, index)| (*index, verdict(position, *index)))
                 .collect(),
@@ -91,7 +93,7 @@ pub fn walk(claimants: &Claimants, path: &str, remote: Option<SocketAddr>) -> Wa
             };
         }
         // The kernel gives up where the nearest claim is too far away.
-        if nearest.is_none() && distance + 1 >= MAX_DEPTH {
+        if nearest.is_none() && distance + 1 >= MAX_DEPTH && !in_reach {
             break;
         }
     }
@@ -177,7 +179,7 @@ mod tests {
     fn claimants(text: &str) -> Claimants {
         let (config, _) = Config::parse("test.toml".as_ref(), text).unwrap();
         let root = Cgroup {
-            path: "/".to_owned(),
+            path: CgroupPath::root(),
             id: 1,
         };
         Claimants::new(&config, &root).unwrap()
@@ -192,10 +194,14 @@ mod tests {
              [[policy]]\nname = 'c'\ncgroup = '/a'\nport = 443\n",
         );
         let visited = |path: &str, policies: &[(usize, Verdict)]| Visited {
-            path: path.to_owned(),
+            path: path.into(),
             policies: policies.to_vec(),
         };
-        let walked = walk(&claimants, "/a/x", Some("10.1.2.3:80".parse().unwrap()));
+        let walked = walk(
+            &claimants,
+            &"/a/x".into(),
+            Some("10.1.2.3:80".parse().unwrap()),
+        );
         assert_eq!(
             walked,
             Walk {
@@ -213,7 +219,7 @@ mod tests {
                 claimed: Some(2),
             }
         );
-        let walked = walk(&claimants, "/a", None);
+        let walked = walk(&claimants, &"/a".into(), None);
         assert_eq!(
             walked,
             Walk {
@@ -236,9 +242,9 @@ mod tests {
     #[test]
     fn a_policy_too_far_up_is_not_found() {
         let claimants = claimants("[default]\n");
-        for (depth, claimed) in [(31, Some(0)), (32, None)] {
+        for (depth, claimed) in [(31, Some(0)), (127, Some(0)), (128, None)] {
             assert_eq!(
-                walk(&claimants, &"/x".repeat(depth), None).claimed,
+                walk(&claimants, &"/x".repeat(depth).as_str().into(), None).claimed,
                 claimed,
                 "{depth}"
             );

@@ -1,61 +1,77 @@
 //! The cgroup v2 hierarchy: where it is mounted, and the ids of its cgroups.
 
+mod path;
+
 use std::{
-    ffi::OsStr,
     fs::{self, File, Metadata},
     io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Component, Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
+use rustix::fs::statfs;
 use serde::{Deserialize, Serialize};
+
+pub use path::CgroupPath;
+
+use crate::{
+    mountinfo::{self, Mount},
+    names::{printable, printable_path},
+};
 
 /// A mounted cgroup v2 hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     mount: PathBuf,
+    is_whole: bool,
+    is_read_only: bool,
 }
+
+/// `CGROUP2_SUPER_MAGIC` in include/uapi/linux/magic.h.
+const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
+
+/// The id of the root of the hierarchy (`kernfs_create_root()` in
+/// fs/kernfs/dir.c). A process in a cgroup namespace of its own finds another
+/// cgroup at the root of what it mounts.
+const ROOT: u64 = 1;
 
 /// A cgroup that exists.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Cgroup {
-    /// Its path from the root of the hierarchy, such as `/system.slice`; the
-    /// root is `/`.
-    pub path: String,
+    /// Its path from the root of the hierarchy.
+    pub path: CgroupPath,
     /// What the kernel knows it by: the inode number of its directory.
     pub id: u64,
 }
 
 impl Hierarchy {
-    /// Finds it in /proc/self/mountinfo: on hybrid hosts it is not at
-    /// /sys/fs/cgroup.
+    /// Finds it among the mounts of this process: on hybrid hosts it is not at
+    /// /sys/fs/cgroup, and what is mounted may be hidden, or a part only.
     ///
     /// # Errors
     ///
-    /// When no cgroup v2 hierarchy is mounted.
+    /// When no cgroup v2 hierarchy can be reached, and why not.
     pub fn find() -> Result<Self> {
-        let path = "/proc/self/mountinfo";
-        let mountinfo = fs::read(path).with_context(|| format!("reading {path}"))?;
-        Self::in_mountinfo(&mountinfo).context(
-            "no cgroup v2 hierarchy is mounted, so there is nothing to attach the program to: \
-             mount one with `mount -t cgroup2 none /sys/fs/cgroup`, \
-             or boot with systemd.unified_cgroup_hierarchy=1",
-        )
+        let path = mountinfo::PATH;
+        let text = fs::read(path).with_context(|| format!("reading {path}: is /proc mounted?"))?;
+        let mounts: Vec<_> = mountinfo::parse(&text)
+            .filter(|mount| mount.kind == b"cgroup2")
+            .collect();
+        Ok(choose(&mounts, root_at)?)
     }
 
-    /// The first mount of the whole hierarchy (as far as this process may see it).
-    fn in_mountinfo(mountinfo: &[u8]) -> Option<Self> {
-        mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
-            let mut fields = line.split(|&byte| byte == b' ');
-            let root = fields.nth(3)?;
-            let mount = fields.next()?;
-            // Optional fields end with a lone dash; the type comes next.
-            let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-            (kind == b"cgroup2" && root == b"/").then(|| Self {
-                mount: PathBuf::from(OsStr::from_bytes(&unescape(mount))),
-            })
-        })
+    /// Whether all of it can be seen, not only what is in a cgroup namespace.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
+    /// Whether no cgroup can be made where it is mounted. Programs can be attached
+    /// all the same.
+    #[must_use]
+    pub const fn is_read_only(&self) -> bool {
+        self.is_read_only
     }
 
     /// Where it is mounted.
@@ -66,10 +82,10 @@ impl Hierarchy {
 
     /// The directory of a cgroup, given by its path from the root.
     #[must_use]
-    pub fn directory(&self, path: &str) -> PathBuf {
-        match path.trim_matches('/') {
-            "" => self.mount.clone(),
-            below => self.mount.join(below),
+    pub fn directory(&self, path: &CgroupPath) -> PathBuf {
+        match path.depth() {
+            0 => self.mount.clone(),
+            _ => self.mount.join(path.relative()),
         }
     }
 
@@ -86,7 +102,7 @@ impl Hierarchy {
             .with_context(|| {
                 format!(
                     "cgroup {path} (directory {}) cannot be used",
-                    self.directory(&path).display()
+                    printable_path(&self.directory(&path))
                 )
             })
     }
@@ -97,18 +113,20 @@ impl Hierarchy {
     /// # Errors
     ///
     /// When no cgroup can have this path.
-    pub fn path(&self, path: &Path) -> Result<String> {
+    pub fn path(&self, path: &Path) -> Result<CgroupPath> {
         let below = path.strip_prefix(&self.mount).unwrap_or(path);
         if path.is_relative() || below.components().any(|part| part == Component::ParentDir) {
             bail!(
                 "a cgroup path starts with `/`, the root of the hierarchy, and has no `..`: {}",
-                path.display()
+                printable_path(path)
             );
         }
-        let Some(below) = below.to_str() else {
-            bail!("the cgroup path {} is not UTF-8", path.display());
-        };
-        Ok(format!("/{}", below.trim_matches('/')))
+        // Slashes in a row, and a dot between them, are one.
+        let names = below.components().filter_map(|part| match part {
+            Component::Normal(name) => Some(name.as_bytes()),
+            _ => None,
+        });
+        Ok(names.fold(CgroupPath::root(), |path, name| path.join(name)))
     }
 
     /// The cgroup with this path from the root, if it exists.
@@ -116,10 +134,10 @@ impl Hierarchy {
     /// # Errors
     ///
     /// When that cannot be found out.
-    pub fn lookup(&self, path: &str) -> io::Result<Option<Cgroup>> {
+    pub fn lookup(&self, path: &CgroupPath) -> io::Result<Option<Cgroup>> {
         match fs::metadata(self.directory(path)) {
             Ok(metadata) if metadata.is_dir() => Ok(Some(Cgroup {
-                path: path.to_owned(),
+                path: path.clone(),
                 id: id(&metadata),
             })),
             Ok(_) => Ok(None),
@@ -135,13 +153,30 @@ impl Hierarchy {
     ///
     /// When a directory of the hierarchy cannot be read.
     pub fn walk(&self, top: &Cgroup) -> io::Result<Vec<Cgroup>> {
+        let mut found = Vec::new();
+        self.descend(top, (), |cgroup, ()| found.push(cgroup.clone()))?;
+        Ok(found)
+    }
+
+    /// Visits the cgroup and everything below it, parents before children, with
+    /// what the visit of the parent returned; `above` for the first. What
+    /// vanishes meanwhile is left out.
+    ///
+    /// # Errors
+    ///
+    /// When a directory of the hierarchy cannot be read.
+    pub fn descend<S>(
+        &self,
+        top: &Cgroup,
+        above: S,
+        mut visit: impl FnMut(&Cgroup, &S) -> S,
+    ) -> io::Result<()> {
         /// A directory without directories in it has two links, its name and
         /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
         /// one takes much longer: it is full of files.
         const NONE_BELOW: u64 = 2;
-        let mut found = vec![top.clone()];
-        let mut unread = vec![top.path.clone()];
-        while let Some(parent) = unread.pop() {
+        let mut unread = vec![(top.path.clone(), visit(top, &above))];
+        while let Some((parent, above)) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,
                 Err(error) if is_absent(&error) => continue,
@@ -152,26 +187,23 @@ impl Hierarchy {
                 if !entry.file_type()?.is_dir() {
                     continue;
                 }
-                // systemd, runc and Kubernetes write ASCII; another name could
-                // not stand in a config either.
-                let Ok(name) = entry.file_name().into_string() else {
-                    continue;
-                };
                 match entry.metadata() {
                     Ok(metadata) => {
-                        let path = format!("{}/{name}", parent.trim_end_matches('/'));
+                        let cgroup = Cgroup {
+                            path: parent.join(entry.file_name().as_bytes()),
+                            id: id(&metadata),
+                        };
+                        let visited = visit(&cgroup, &above);
                         if metadata.nlink() != NONE_BELOW {
-                            unread.push(path.clone());
+                            unread.push((cgroup.path, visited));
                         }
-                        let id = id(&metadata);
-                        found.push(Cgroup { path, id });
                     }
                     Err(error) if is_absent(&error) => {}
                     Err(error) => return Err(error),
                 }
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Whether any process is in a cgroup or below it. Where that cannot be found
@@ -190,33 +222,17 @@ impl Hierarchy {
     /// When its directory cannot be opened.
     pub fn open(&self, cgroup: &Cgroup) -> Result<File> {
         let directory = self.directory(&cgroup.path);
-        File::open(&directory).with_context(|| format!("opening cgroup {}", directory.display()))
+        File::open(&directory)
+            .with_context(|| format!("opening cgroup {}", printable_path(&directory)))
     }
 }
 
 impl Cgroup {
     /// Whether `path` is this cgroup or below it.
     #[must_use]
-    pub fn contains(&self, path: &str) -> bool {
-        let own = self.path.trim_end_matches('/');
-        path.strip_prefix(own)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    pub fn contains(&self, path: &CgroupPath) -> bool {
+        self.path.contains(path)
     }
-}
-
-/// The path above another; none above the root.
-#[must_use]
-pub fn parent(path: &str) -> Option<&str> {
-    match path.rsplit_once('/')? {
-        ("", "") => None,
-        ("", _) => Some("/"),
-        (parent, _) => Some(parent),
-    }
-}
-
-/// A path and the ones above it, up to the root.
-pub fn upward(path: &str) -> impl Iterator<Item = &str> {
-    std::iter::successors(Some(path), |path| parent(path))
 }
 
 /// The id of a cgroup is the inode number of its directory on 64-bit kernels
@@ -233,68 +249,168 @@ fn is_absent(error: &io::Error) -> bool {
     ) || error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
-/// Undoes the octal escapes of space, tab, newline and backslash in mountinfo.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, tail)) = rest.split_first() {
-        let escaped = (first == b'\\')
-            .then(|| tail.get(..3))
-            .flatten()
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        if let Some(byte) = escaped {
-            out.push(byte);
-            rest = &tail[3..];
-        } else {
-            out.push(first);
-            rest = tail;
+/// The inode number of the directory at a mount point, if it is the one of a cgroup
+/// v2 hierarchy: something else can be mounted over it, or over what it is in.
+fn root_at(point: &Path) -> io::Result<Option<u64>> {
+    let is_cgroup2 = statfs(point)?.f_type == CGROUP2_SUPER_MAGIC;
+    Ok(is_cgroup2
+        .then(|| fs::metadata(point))
+        .transpose()?
+        .map(|metadata| id(&metadata)))
+}
+
+/// Why no hierarchy can be used.
+#[derive(Debug, thiserror::Error)]
+enum Unreachable {
+    #[error("no cgroup v2 hierarchy is mounted, so there is nothing to attach the program to")]
+    NotMounted,
+    #[error(
+        "the cgroup v2 hierarchy is mounted at {}, but something else is mounted over it",
+        printable_path(.0)
+    )]
+    Hidden(PathBuf),
+    #[error(
+        "of the cgroup v2 hierarchy only a part can be seen ({}, at {})",
+        printable(.0),
+        printable_path(.1)
+    )]
+    Part(Vec<u8>, PathBuf),
+    #[error("the cgroup v2 hierarchy at {} cannot be looked at: {}", printable_path(.0), .1)]
+    NotPermitted(PathBuf, io::Error),
+}
+
+/// The mount to use, by what the root of each is.
+fn choose(
+    mounts: &[Mount],
+    root_at: impl Fn(&Path) -> io::Result<Option<u64>>,
+) -> Result<Hierarchy> {
+    // In another place than /sys/fs/cgroup, where it would hide the controllers of
+    // version 1.
+    const CURE: &str = "mount another one in a place of its own, \
+                        `mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2`; \
+                        in a container, mount the host's /sys/fs/cgroup";
+    let mut found: Option<Hierarchy> = None;
+    let mut reason = Unreachable::NotMounted;
+    for mount in mounts {
+        let point = || mount.point.clone();
+        let hierarchy = match root_at(&mount.point) {
+            Ok(Some(root)) if root == ROOT || mount.root == b"/" => Hierarchy {
+                mount: point(),
+                is_whole: root == ROOT,
+                is_read_only: mount.is_read_only,
+            },
+            Ok(Some(_)) => {
+                reason = Unreachable::Part(mount.root.clone(), point());
+                continue;
+            }
+            Ok(None) => {
+                reason = Unreachable::Hidden(point());
+                continue;
+            }
+            Err(error) if is_absent(&error) => {
+                reason = Unreachable::Hidden(point());
+                continue;
+            }
+            Err(error) => {
+                reason = Unreachable::NotPermitted(point(), error);
+                continue;
+            }
+        };
+        let rank = |found: &Hierarchy| (found.is_whole, !found.is_read_only);
+        if found
+            .as_ref()
+            .is_none_or(|best| rank(&hierarchy) > rank(best))
+        {
+            found = Some(hierarchy);
         }
     }
-    out
+    found.ok_or_else(|| anyhow!("{reason}: {CURE}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn mount_in(mountinfo: &str) -> Option<PathBuf> {
-        Hierarchy::in_mountinfo(mountinfo.as_bytes()).map(|found| found.mount)
+    /// What is chosen of these mounts, where the roots at their places are these.
+    fn chosen(mountinfo: &str, roots: &[(&str, Option<u64>)]) -> Result<Hierarchy> {
+        let mounts: Vec<_> = mountinfo::parse(mountinfo.as_bytes())
+            .filter(|mount| mount.kind == b"cgroup2")
+            .collect();
+        choose(&mounts, |point| {
+            let root = roots.iter().find(|(path, _)| Path::new(path) == point);
+            root.map(|(_, root)| *root)
+                .ok_or_else(|| io::ErrorKind::NotFound.into())
+        })
     }
+
+    fn at(mount: &str, is_whole: bool, is_read_only: bool) -> Hierarchy {
+        Hierarchy {
+            mount: mount.into(),
+            is_whole,
+            is_read_only,
+        }
+    }
+
+    const WHOLE: Option<u64> = Some(1);
 
     #[test]
     fn finds_the_hierarchy_on_unified_and_hybrid_hosts() {
         let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(mount_in(unified), Some("/sys/fs/cgroup".into()));
+        let found = chosen(unified, &[("/sys/fs/cgroup", WHOLE)]).unwrap();
+        assert_eq!(found, at("/sys/fs/cgroup", true, false));
         let hybrid = "\
             25 23 0:22 / /sys/fs/cgroup rw shared:4 - tmpfs tmpfs rw,mode=755\n\
             33 25 0:30 / /sys/fs/cgroup/cpu rw shared:5 - cgroup cgroup rw,cpu\n\
-            34 25 0:31 / /sys/fs/cgroup/unified rw shared:6 master:2 - cgroup2 cgroup2 rw\n";
-        assert_eq!(mount_in(hybrid), Some("/sys/fs/cgroup/unified".into()));
+            34 25 0:31 / /sys/fs/cgroup/unified ro shared:6 master:2 - cgroup2 cgroup2 rw\n";
+        let found = chosen(hybrid, &[("/sys/fs/cgroup/unified", WHOLE)]).unwrap();
+        assert_eq!(found, at("/sys/fs/cgroup/unified", true, true));
     }
 
     #[test]
-    fn passes_over_a_mount_of_a_part_and_reads_escapes() {
+    fn the_best_mount_is_chosen() {
         let mounts = "\
-            40 25 0:31 /part /mnt/part rw - cgroup2 cgroup2 rw\n\
-            41 25 0:31 / /mnt/with\\040space rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(mount_in(mounts), Some("/mnt/with space".into()));
-        assert_eq!(mount_in("25 23 0:22 / /tmp rw - tmpfs tmpfs rw\n"), None);
-        assert_eq!(mount_in("nonsense\n\n"), None);
+            1 0 0:31 /part /part rw - cgroup2 none rw\n\
+            2 0 0:31 / /own rw - cgroup2 none rw\n\
+            3 0 0:31 / /hidden rw - cgroup2 none rw\n\
+            4 0 0:31 / /read-only ro - cgroup2 none rw\n\
+            5 0 0:31 /../.. /host rw - cgroup2 none rw\n\
+            6 0 0:31 / /second rw - cgroup2 none rw\n";
+        let (part, own) = (("/part", Some(7)), ("/own", Some(9)));
+        let read_only = ("/read-only", WHOLE);
+        let rest = [("/host", WHOLE), ("/second", WHOLE)];
+        for (roots, expected) in [
+            (
+                [&[part, own, read_only], &rest[..]].concat(),
+                at("/host", true, false),
+            ),
+            (vec![part, own, read_only], at("/read-only", true, true)),
+            (vec![part, own], at("/own", false, false)),
+        ] {
+            assert_eq!(chosen(mounts, &roots).unwrap(), expected);
+        }
     }
 
     #[test]
-    fn a_cgroup_contains_itself_and_what_is_below() {
-        let cgroup = |path: &str| Cgroup {
-            path: path.to_owned(),
-            id: 1,
-        };
-        assert!(cgroup("/").contains("/"));
-        assert!(cgroup("/").contains("/a/b"));
-        assert!(cgroup("/a").contains("/a"));
-        assert!(cgroup("/a").contains("/a/b"));
-        assert!(!cgroup("/a").contains("/ab"));
-        assert!(!cgroup("/a").contains("/"));
+    fn what_stands_in_the_way_is_named_and_no_advice_hides_controllers() {
+        let mounts = "1 0 0:31 / /a rw - cgroup2 none rw\n";
+        for (mountinfo, roots, expected) in [
+            (
+                "1 0 0:22 / /tmp rw - tmpfs tmpfs rw\n",
+                &[][..],
+                "no cgroup v2 hierarchy is mounted",
+            ),
+            (mounts, &[], "something else is mounted over it"),
+            (mounts, &[("/a", None)], "something else is mounted over it"),
+            (
+                "1 0 0:31 /p /a rw - cgroup2 none rw\n",
+                &[("/a", Some(5))],
+                "only a part can be seen (/p, at /a)",
+            ),
+        ] {
+            let error = chosen(mountinfo, roots).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            assert!(!error.contains("none /sys/fs/cgroup"), "{error}");
+        }
     }
 
     #[test]
@@ -305,13 +421,15 @@ mod tests {
         fs::write(directory.path().join("a/cgroup.procs"), "").unwrap();
         let hierarchy = Hierarchy {
             mount: directory.path().to_owned(),
+            is_whole: true,
+            is_read_only: false,
         };
         let root = hierarchy.existing(Path::new("/")).unwrap();
         let mut paths: Vec<_> = hierarchy
             .walk(&root)
             .unwrap()
             .into_iter()
-            .map(|cgroup| cgroup.path)
+            .map(|cgroup| cgroup.path.to_string())
             .collect();
         let position = |path: &str| paths.iter().position(|found| found == path).unwrap();
         assert!(position("/a") < position("/a/b") && position("/a/b") < position("/a/b/c"));

@@ -5,8 +5,8 @@
 //! container before it makes the container's cgroup, so the first connection can
 //! already be told whose it is.
 
+mod container_names;
 mod location;
-mod names;
 mod root_file;
 mod selector;
 mod wanted;
@@ -17,8 +17,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use crate::names::printable;
+pub use container_names::{ContainerNames, Runtime};
 pub use location::{ContainerId, Location};
-pub use names::{Names, Runtime};
 pub use selector::{Attribute, NamePattern, Selector};
 pub use wanted::Wanted;
 
@@ -38,7 +39,7 @@ pub struct Identity {
     /// The pod's uid in Kubernetes.
     pub pod_uid: Option<String>,
     /// What else the container is called.
-    pub names: Arc<Names>,
+    pub names: Arc<ContainerNames>,
 }
 
 impl Identity {
@@ -52,7 +53,7 @@ impl Identity {
     fn new(
         location: &Location<'_>,
         container: Option<&ContainerId<'_>>,
-        names: Arc<Names>,
+        names: Arc<ContainerNames>,
     ) -> Self {
         Self {
             unit: location.unit.map(str::to_owned),
@@ -84,27 +85,27 @@ impl Identity {
 }
 
 /// In short: `shop/web-0/app`, `docker:web`, `docker:3f2a9c1b7d42`,
-/// `redis.service`. Names are as whoever chose them wrote them: not harmless on a
+/// `redis.service`. ContainerNames are as whoever chose them wrote them: not harmless on a
 /// terminal.
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Names {
-            name,
-            namespace,
-            pod,
-            ..
-        } = &*self.names;
+        let names = &*self.names;
+        let [name, namespace, pod, unit] = [&names.name, &names.namespace, &names.pod, &self.unit]
+            .map(|name| {
+                let name = name.as_deref()?;
+                Some(printable(name))
+            });
         if let (Some(namespace), Some(pod)) = (namespace, pod) {
             write!(f, "{namespace}/{pod}")?;
             return name.iter().try_for_each(|name| write!(f, "/{name}"));
         }
-        if let Some(name) = name.as_deref().or(self.short_container()) {
+        if let Some(name) = name.or(self.short_container().map(printable)) {
             let runtime = self.runtime.map_or("container", Runtime::name);
             return write!(f, "{runtime}:{name}");
         }
-        match (&self.pod_uid, &self.unit) {
-            (Some(uid), _) => write!(f, "pod:{uid}"),
-            (None, Some(unit)) => f.write_str(unit),
+        match (&self.pod_uid, unit) {
+            (Some(uid), _) => write!(f, "pod:{}", printable(uid)),
+            (None, Some(unit)) => write!(f, "{unit}"),
             (None, None) => Ok(()),
         }
     }
@@ -114,8 +115,8 @@ impl fmt::Display for Identity {
 /// once, and kept until its cgroup is forgotten.
 #[derive(Debug, Default)]
 pub struct Identities {
-    files: names::Files,
-    known: Mutex<HashMap<String, Arc<Names>>>,
+    files: container_names::Files,
+    known: Mutex<HashMap<String, Arc<ContainerNames>>>,
 }
 
 impl Identities {
@@ -144,7 +145,7 @@ impl Identities {
         }
     }
 
-    fn names(&self, container: &ContainerId<'_>) -> Option<Arc<Names>> {
+    fn names(&self, container: &ContainerId<'_>) -> Option<Arc<ContainerNames>> {
         // Whoever runs it could have written anything.
         if container.is_rootless {
             return None;
@@ -158,7 +159,7 @@ impl Identities {
         Some(names)
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<Names>>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<ContainerNames>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

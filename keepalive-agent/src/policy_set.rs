@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::{
     assignment::Assignment,
-    hierarchy::{Cgroup, parent, upward},
+    hierarchy::{Cgroup, CgroupPath},
     rules::{
         Rules,
         compiled::{PortTable, Verdict, compile},
@@ -49,7 +49,7 @@ pub enum Error {
     )]
     TooManySteps {
         /// The lowest of them.
-        cgroup: String,
+        cgroup: CgroupPath,
     },
 }
 
@@ -65,9 +65,9 @@ pub struct PolicySet {
     /// Policies by index → the number of their compiled rules.
     compiled: HashMap<Vec<usize>, u32>,
     /// Path → what it claimed itself in the set before.
-    before: BTreeMap<String, OwnClaim>,
+    before: BTreeMap<CgroupPath, OwnClaim>,
     /// Path → what it claims itself.
-    now: BTreeMap<String, OwnClaim>,
+    now: BTreeMap<CgroupPath, OwnClaim>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,11 +153,7 @@ impl PolicySet {
             slots: self.policies.end(),
             steps: self.steps.end(),
             remotes: self.rules.from(0).map(|(_, table)| table.len()).sum(),
-            ports: self
-                .ports
-                .from(0)
-                .map(|(_, table)| table.iter().count())
-                .sum(),
+            ports: self.ports.from(0).map(|(_, table)| table.len()).sum(),
             cgroups: self.claims().count(),
         }
     }
@@ -238,7 +234,7 @@ impl PolicySet {
 
     /// Where the sockets of a cgroup find their policy: now, and before.
     #[must_use]
-    pub fn claim(&self, path: &str) -> Claim {
+    pub fn claim(&self, path: &CgroupPath) -> Claim {
         Claim {
             now: nearest(&self.now, path),
             before: nearest(&self.before, path),
@@ -258,7 +254,10 @@ impl PolicySet {
         policies: &[usize],
     ) -> Result<Option<NewClaim>, Error> {
         let mark = self.mark();
-        let above = parent(&made.path).map_or(Target::UNCLAIMED, |above| nearest(&self.now, above));
+        let above = made
+            .path
+            .parent()
+            .map_or(Target::UNCLAIMED, |above| nearest(&self.now, &above));
         let assigned = std::mem::take(&mut self.assigned);
         let target = self.target(&assigned, &made.path, policies, above);
         self.assigned = assigned;
@@ -323,7 +322,7 @@ impl PolicySet {
     fn place(
         &mut self,
         assignment: &Assignment,
-    ) -> Result<(Vec<(u32, Rules)>, BTreeMap<String, OwnClaim>), Error> {
+    ) -> Result<(Vec<(u32, Rules)>, BTreeMap<CgroupPath, OwnClaim>), Error> {
         let mut assigned = Vec::with_capacity(assignment.policies.len());
         for policy in &assignment.policies {
             let counted = CountedPolicy {
@@ -338,7 +337,9 @@ impl PolicySet {
         let mut now = BTreeMap::new();
         for claim in claims {
             let Cgroup { path, id } = &claim.cgroup;
-            let above = parent(path).map_or(Target::UNCLAIMED, |above| nearest(&now, above));
+            let above = path
+                .parent()
+                .map_or(Target::UNCLAIMED, |above| nearest(&now, &above));
             let target = self.target(&assigned, path, &claim.policies, above)?;
             now.insert(path.clone(), OwnClaim { id: *id, target });
         }
@@ -350,7 +351,7 @@ impl PolicySet {
     fn target(
         &mut self,
         assigned: &[(u32, Rules)],
-        path: &str,
+        path: &CgroupPath,
         policies: &[usize],
         above: Target,
     ) -> Result<Target, Error> {
@@ -366,21 +367,19 @@ impl PolicySet {
             return Ok(otherwise);
         }
         let indices: Vec<_> = with_rules.iter().map(|(index, _)| *index).collect();
-        let rules = match self.compiled.get(&indices) {
-            Some(rules) => *rules,
-            None => {
-                let claimants: Vec<_> = with_rules
-                    .iter()
-                    .map(|(_, (slot, rules))| (*slot, rules))
-                    .collect();
-                let rules = self.compile(&claimants);
-                self.compiled.insert(indices, rules);
-                rules
-            }
-        };
+        let known = self.compiled.get(&indices).copied();
+        let rules = known.unwrap_or_else(|| {
+            let claimants: Vec<_> = with_rules
+                .iter()
+                .map(|(_, (slot, rules))| (*slot, rules))
+                .collect();
+            let rules = self.compile(&claimants);
+            self.compiled.insert(indices, rules);
+            rules
+        });
         if self.steps_from(otherwise) >= MAX_STEPS {
             return Err(Error::TooManySteps {
-                cgroup: path.to_owned(),
+                cgroup: path.clone(),
             });
         }
         Ok(Target::step(
@@ -404,8 +403,8 @@ impl PolicySet {
 
 /// Where the sockets of a cgroup find their policy: by its own claim or by the
 /// nearest above.
-fn nearest(claims: &BTreeMap<String, OwnClaim>, path: &str) -> Target {
-    upward(path)
+fn nearest(claims: &BTreeMap<CgroupPath, OwnClaim>, path: &CgroupPath) -> Target {
+    path.upward()
         .find_map(|path| claims.get(path))
         .map_or(Target::UNCLAIMED, |claim| claim.target)
 }

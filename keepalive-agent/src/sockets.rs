@@ -233,8 +233,8 @@ impl Pass<'_> {
             if !listing.filter.wants_record(record) {
                 return Ok(());
             }
-            let (cgroup, policy) = cgroups.get(record.cgroup, record.remote())?.unzip();
-            let mut connection = Connection::new(netns, &sysctls, record, cgroup, policy.flatten());
+            let (cgroup, policy) = cgroups.get(record)?;
+            let mut connection = Connection::new(netns, &sysctls, record, cgroup, policy);
             if !listing.filter.wants(&connection) {
                 return Ok(());
             }

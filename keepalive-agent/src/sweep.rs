@@ -36,6 +36,10 @@ const ANSWER: Duration = Duration::from_secs(1);
 /// and what has been silent for too long meanwhile.
 const ROUNDS: u32 = 3;
 
+/// Numbers of connections by the [class](keepalive_common::sweep::class) of their
+/// idle time.
+type ByClass = [u64; CLASSES as usize];
+
 /// What came of a pass over all namespaces.
 #[derive(Debug, Default)]
 pub struct Swept {
@@ -45,7 +49,7 @@ pub struct Swept {
     pub seen: u64,
     /// Connections that a change is still waiting for, by the class of their idle
     /// time.
-    pub waiting_by_class: [u64; CLASSES],
+    pub waiting_by_class: ByClass,
     /// Namespaces that could not be swept, by name, and why.
     pub missed: Vec<(String, Error)>,
 }
@@ -230,7 +234,7 @@ impl Passes {
 
     /// Lets the waiting connections probe, those with short idle times first, each
     /// class at a pace of its own.
-    fn probe(&self, waiting: &[u64; CLASSES]) {
+    fn probe(&self, waiting: &ByClass) {
         for (class, waiting) in (0..).zip(waiting) {
             if *waiting == 0 {
                 continue;

@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use rustix::{
     fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
     io::Errno,
@@ -31,7 +31,10 @@ use rustix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::config::{Sources, is_drop_in_name};
+use crate::{
+    config::{Sources, is_drop_in_name},
+    names::printable_path,
+};
 
 /// How long nothing may change before a change is told: an editor makes several
 /// at once.
@@ -256,8 +259,16 @@ struct Watched {
 impl Armed {
     fn new(sources: &Sources) -> Result<Self> {
         let way = Way::to(sources);
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)
-            .context("making an inotify instance (fs.inotify.max_user_instances)")?;
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(
+            |error| match error {
+                Errno::MFILE => anyhow!(
+                    "making an inotify instance: all that this user may have are in use, or all \
+                     descriptors of this process; `sysctl fs.inotify.max_user_instances` shows how \
+                     many, `sysctl -w` raises it"
+                ),
+                error => anyhow::Error::new(error).context("making an inotify instance"),
+            },
+        )?;
         let mut watched = HashMap::<_, Watched>::new();
         let mut is_outdated = false;
         for (path, want) in &way.wants {
@@ -281,7 +292,7 @@ impl Armed {
                         _ => "",
                     };
                     return Err(error)
-                        .with_context(|| format!("watching {}{limit}", path.display()));
+                        .with_context(|| format!("watching {}{limit}", printable_path(path)));
                 }
             }
         }

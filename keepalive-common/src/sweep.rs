@@ -10,15 +10,15 @@ use crate::{plan::Options, slot::Claim};
 
 /// Idle times are told apart by their power of two, so that a policy with short
 /// ones does not set the pace for all.
-pub const CLASSES: usize = 16;
+pub const CLASSES: u32 = 16;
 
 /// The class of an idle time in seconds: from 2 to the power of this number on,
 /// and below the next power.
 #[must_use]
 #[inline(always)]
 pub const fn class(idle: u32) -> u32 {
-    // Never 32, and never more than 14 for an idle time that the kernel accepts.
-    (31 - (idle | 1).leading_zeros()) & (CLASSES as u32 - 1)
+    // Never more than 14 for an idle time that the kernel accepts.
+    (idle | 1).ilog2() & (CLASSES - 1)
 }
 
 /// What a pass is to do, and what it has done so far.
@@ -42,7 +42,7 @@ pub struct Pass {
     pub seen: u64,
     /// Connections that a change is still waiting for, by the class of the idle
     /// time that they are to get.
-    pub waiting: [u64; CLASSES],
+    pub waiting: [u64; CLASSES as usize],
     /// Id of the cgroup of the last connection; 0 where there is none.
     pub cgroup: u64,
     /// What claims its sockets.
@@ -225,7 +225,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<Pass>(),
-            6 * 4 + (2 + CLASSES) * 8 + size_of::<Claim>()
+            6 * 4 + (2 + CLASSES as usize) * 8 + size_of::<Claim>()
         );
     }
 }

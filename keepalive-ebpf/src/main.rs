@@ -24,11 +24,12 @@ use keepalive_common::cgroup_event::Kind;
 use crate::kernel::{FileIterator, TcpIterator};
 
 /// The kernel lets only programs with a GPL-compatible licence call the helpers
-/// that read kernel memory.
+/// that read kernel memory. This is one of the texts that it takes for such
+/// (include/linux/license.h).
 #[used]
 #[unsafe(link_section = "license")]
 #[unsafe(export_name = "_license")]
-static LICENSE: [u8; 4] = *b"GPL\0";
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// Lets the kernel go on. Anything else would overrule what other programs on
 /// the hook reply.

@@ -1,3 +1,4 @@
+use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -30,16 +31,18 @@ impl Cgroup {
         let root = hierarchy()?;
         SWEEP.call_once(|| remove_abandoned(&root));
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self::make(&root, "", &format!("kat-{}-{n}", std::process::id()))
+        let name = format!("kat-{}-{n}", std::process::id());
+        Self::make(&root, "", name.as_ref())
     }
 
-    /// Makes a cgroup below this one.
+    /// Makes a cgroup below this one. A configuration can only name it where its
+    /// name is UTF-8; [`Cgroup::path`] is not its path elsewhere.
     ///
     /// # Errors
     ///
     /// It exists already, or this cgroup is gone.
-    pub fn child(&self, name: &str) -> Result<Self> {
-        Self::make(&self.directory, &self.path, name)
+    pub fn child(&self, name: impl AsRef<OsStr>) -> Result<Self> {
+        Self::make(&self.directory, &self.path, name.as_ref())
     }
 
     /// Makes a cgroup some levels below this one, and those between them that do
@@ -67,13 +70,13 @@ impl Cgroup {
         Ok(fs::metadata(&self.directory)?.ino())
     }
 
-    fn make(parent: &Path, parent_path: &str, name: &str) -> Result<Self> {
+    fn make(parent: &Path, parent_path: &str, name: &OsStr) -> Result<Self> {
         let directory = parent.join(name);
         fs::create_dir(&directory)
             .with_context(|| format!("cannot make the cgroup {}", directory.display()))?;
         Ok(Self {
             directory,
-            path: format!("{parent_path}/{name}"),
+            path: format!("{parent_path}/{}", name.display()),
         })
     }
 

@@ -10,7 +10,6 @@ mod churn;
 mod hook;
 mod peer;
 mod place;
-mod plot;
 mod reaction;
 mod report;
 mod server;
@@ -27,7 +26,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::{build, exec, workspace};
+use crate::{bpf, build, exec, workspace};
 use place::Place;
 use report::Report;
 
@@ -46,10 +45,6 @@ pub(crate) struct Options {
     /// Also write all samples to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-
-    /// Also draw plots into this directory, as SVG
-    #[arg(long, value_name = "DIR")]
-    plots: Option<PathBuf>,
 
     /// Samples of each case
     #[arg(long, value_name = "COUNT", default_value = "25", value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -138,7 +133,7 @@ fn order(round: usize, cases: usize) -> (usize, usize) {
 
 pub(crate) fn main(options: &Options) -> Result<()> {
     let place = Place::prepare()?;
-    build::bench_object()?;
+    bpf::build_bench_object()?;
     let agent = if let Some(agent) = &options.agent {
         absolute(agent)?
     } else {
@@ -170,26 +165,14 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     if let Some(file) = &options.json {
         let mut all = bench.report.json();
         all["machine"] = machine;
-        write(file, &format!("{all:#}\n"))?;
-    }
-    if let Some(directory) = &options.plots {
-        fs::create_dir_all(directory)
-            .with_context(|| format!("cannot create {}", directory.display()))?;
-        for table in &bench.report.tables {
-            if let Some(svg) = plot::draw(table) {
-                write(&directory.join(format!("{}.svg", table.id)), &svg)?;
-            }
-        }
+        fs::write(file, format!("{all:#}\n"))
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     Ok(())
 }
 
 fn absolute(file: &Path) -> Result<PathBuf> {
     fs::canonicalize(file).with_context(|| format!("cannot find {}", file.display()))
-}
-
-fn write(file: &Path, text: &str) -> Result<()> {
-    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// What the figures are worth depends on it.

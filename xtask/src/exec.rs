@@ -143,6 +143,10 @@ fn quote(word: &OsStr) -> String {
     if !word.is_empty() && word.chars().all(plain) {
         return word.into_owned();
     }
+    if word.contains('\x1f') {
+        // What separates flags in CARGO_ENCODED_RUSTFLAGS.
+        return format!("$'{}'", word.replace('\x1f', r"\x1f"));
+    }
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 

@@ -1,11 +1,13 @@
 //! `cargo xtask`: the one entry for building, running and testing keepalive.
 #![forbid(unsafe_code)]
 
+mod apt;
 mod bench;
+mod bpf;
 mod build;
+mod dist;
 mod exec;
 mod run;
-mod setup;
 mod test;
 mod vm;
 mod workspace;
@@ -24,19 +26,21 @@ struct Options {
 
 #[derive(Subcommand)]
 enum Verb {
-    Setup(setup::Options),
     Build(build::Options),
+    Bpf(bpf::Options),
     Run(run::Options),
     Test(test::Options),
+    Dist(dist::Options),
     Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Options::parse().verb {
-        Verb::Setup(options) => setup::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Build(options) => build::main(&options).map(|()| ExitCode::SUCCESS),
+        Verb::Bpf(options) => bpf::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Run(options) => run::main(&options).map(|never| match never {}),
         Verb::Test(options) => Ok(test::main(&options)),
+        Verb::Dist(options) => dist::main(&options).map(|()| ExitCode::SUCCESS),
         Verb::Bench(options) => bench::main(&options).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every check there is, and a summary.
 
+mod programs;
 mod report;
 
 use std::{
@@ -11,25 +12,33 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{build, exec, vm, workspace};
+use crate::{apt, bpf, build, dist, exec, vm, workspace};
 use report::{Counts, Outcome, Report, Step};
 
-/// Check formatting, lints, documentation and dependencies, run the tests, and
-/// as root the live tests
+/// Check formatting, lints, documentation, dependencies and the BPF object, and
+/// run the tests, the live ones among them
+///
+/// Installs with apt what the tests need and says so. A test whose program is
+/// missing all the same is skipped and named at the end; where CI is set, that
+/// is a failure.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 5.10 7\n\nThe live tests use this machine's kernel. `cargo xtask setup --tests` installs the programs they need; a test whose program is missing is skipped and says so."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
 )]
 pub(crate) struct Options {
-    /// Leave out what needs root and a BPF toolchain
+    /// Install nothing; what is missing is skipped
+    #[arg(long)]
+    no_install: bool,
+
+    /// Leave out what needs root or a BPF toolchain; installs nothing either
     #[arg(long)]
     no_live: bool,
 
     /// Run only the tests whose name contains this, and none of the checks
     filter: Option<String>,
 
-    /// Run the live tests on these kernels instead, in virtual machines: 5.10,
-    /// 6.1, 6.12, 7, or all of them
+    /// Run the live tests on these kernels instead, in virtual machines: 6.1,
+    /// 6.12, 7, or all of them
     #[arg(
         long,
         value_name = "KERNEL",
@@ -39,9 +48,10 @@ pub(crate) struct Options {
     )]
     vm: Option<Vec<vm::kernels::Series>>,
 
-    /// Write what came of it to docs/kernels.md
-    #[arg(long, requires = "vm")]
-    write_docs: bool,
+    /// Install, upgrade and purge the .deb instead, on Debians of their own:
+    /// bookworm, or the suites named
+    #[arg(long, value_name = "SUITE", num_args = 0.., conflicts_with_all = ["no_live", "vm"])]
+    packages: Option<Vec<String>>,
 
     /// Write the kernels' types that the agent's unit tests resolve
     #[arg(long, requires = "vm")]
@@ -54,20 +64,24 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
-        if report.add(step("BPF object", |_| build::object())) {
-            let writes = vm::Writes {
-                docs: options.write_docs,
-                types: options.write_types,
-            };
-            virtual_machines(kernels, filter, writes, &mut report);
+        if report.add(step("build", |_| build::build())) {
+            virtual_machines(kernels, filter, options.write_types, &mut report);
         }
         return report.finish();
     }
+    if let Some(suites) = &options.packages {
+        packages(suites, options.no_install, &mut report);
+        return report.finish();
+    }
+    if !options.no_install && !options.no_live {
+        programs::install_missing();
+    }
     if filter.is_none() {
         report.add(formatting());
+        if !options.no_live {
+            report.add(bpf_object(options.no_install));
+        }
     }
-    // Before what compiles the agent: its build script embeds the object, and
-    // would have everything compiled once more.
     let built = options.no_live || report.add(step("build", |_| build::build()));
     if filter.is_none() {
         report.add(lints());
@@ -92,6 +106,45 @@ pub(crate) fn main(options: &Options) -> ExitCode {
         ));
     }
     report.finish()
+}
+
+/// What becomes of a machine on which the .deb is installed, upgraded, purged.
+fn packages(suites: &[String], no_install: bool, report: &mut Report) {
+    if !no_install && let Err(error) = apt::install(&["debootstrap", "systemd-container"]) {
+        exec::warn(&format!("{error:#}"));
+    }
+    let mut packages = None;
+    report.add(step("packages", |_| {
+        let dist = dist::build()?;
+        // The same agent: there is no release before this one yet.
+        let before = dist::deb(&dist, "0.1.0~before")?;
+        let current = dist::deb(&dist, env!("CARGO_PKG_VERSION"))?;
+        packages = Some((dist.join(before), dist.join(current)));
+        Ok(())
+    }));
+    let Some((before, current)) = packages else {
+        return;
+    };
+    let default = ["bookworm".to_owned()];
+    let suites = if suites.is_empty() { &default } else { suites };
+    for suite in suites {
+        report.add(step("installation", |_| {
+            exec::run(
+                workspace::as_root(workspace::root().join("packaging/test-install.sh"))
+                    .arg(suite)
+                    .args([&before, &current])
+                    .arg(workspace::target_dir().join("debian")),
+            )
+        }));
+    }
+}
+
+/// Whether the shipped object is what its sources come to.
+fn bpf_object(no_install: bool) -> Step {
+    if no_install && let Err(reason) = bpf::find_toolchain() {
+        return Step::skipped("BPF object", &format!("not rebuilt: {reason}"));
+    }
+    step("BPF object", |_| bpf::check()).remedy("run: cargo xtask bpf")
 }
 
 fn formatting() -> Step {
@@ -172,10 +225,10 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
 fn virtual_machines(
     kernels: &[vm::kernels::Series],
     filter: Option<&str>,
-    writes: vm::Writes,
+    writes_types: bool,
     report: &mut Report,
 ) {
-    match vm::test(kernels, filter, writes) {
+    match vm::test(kernels, filter, writes_types) {
         Ok(summaries) => {
             for summary in summaries {
                 report.add(Step {

@@ -5,9 +5,8 @@ mod apt;
 mod btf;
 mod emulator;
 mod image;
+mod judge;
 pub(crate) mod kernels;
-mod support;
-mod table;
 mod transcript;
 
 use std::{
@@ -27,9 +26,8 @@ use crate::{exec, workspace};
 use apt::{Apt, Mirrors};
 use emulator::Emulator;
 use image::Archive;
+use judge::{Outcome, Program, Verdict};
 use kernels::{Kernel, Series};
-use support::{Program, Verdict};
-use table::Outcome;
 use transcript::Transcript;
 
 /// What the guest does first, and from then on.
@@ -71,35 +69,22 @@ pub(crate) struct Summary {
     pub(crate) step: &'static str,
     pub(crate) passed: usize,
     pub(crate) failed: usize,
-    /// Not supported by this kernel, or by guests.
+    /// Not run in guests.
     pub(crate) left_out: usize,
     pub(crate) took: Duration,
     /// The version that was booted.
     pub(crate) version: String,
 }
 
-/// What a run leaves in the sources, if it is asked to.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Writes {
-    /// docs/kernels.md.
-    pub(crate) docs: bool,
-    /// The kernels' types, for the unit tests of the agent.
-    pub(crate) types: bool,
-}
-
-/// Builds, boots the kernels, prints the table.
+/// Builds, boots the kernels, prints what failed. Writes the kernels' types into
+/// the sources, for the unit tests of the agent, if it is asked to.
 pub(crate) fn test(
     kernels: &[Series],
     filter: Option<&str>,
-    writes: Writes,
+    writes_types: bool,
 ) -> Result<Vec<Summary>> {
     let all: Vec<_> = kernels::ALL.into_iter().collect();
     let kernels = if kernels.is_empty() { &all } else { kernels };
-    let whole = filter.is_none() && kernels.len() == all.len();
-    ensure!(
-        whole || !writes.docs,
-        "docs/kernels.md tells of whole runs: name neither kernels nor a filter"
-    );
     let cache = workspace::target_dir().join("vm");
     let _alone = alone_in(&cache)?;
     let mirrors = Mirrors::of_this_machine()?;
@@ -108,10 +93,10 @@ pub(crate) fn test(
     let built = Built::build(filter)?;
     if filter.is_none() {
         let programs: Vec<_> = built.programs().collect();
-        let unknown = support::unknown(&programs);
+        let unknown = judge::unknown(&programs);
         ensure!(
             unknown.is_empty(),
-            "the support table names tests that do not exist: {}",
+            "vm/left_out.txt names tests that do not exist: {}",
             unknown.join(", ")
         );
     }
@@ -129,19 +114,13 @@ pub(crate) fn test(
             emulator: &emulator,
             base: &base,
             built: &built,
-            whole,
-            writes_types: writes.types,
+            writes_types,
         }
         .run(&cache)
         .with_context(|| format!("booting {} {}", series.name, kernel.version))
     });
-    println!("\n{}", table::text(&outcomes));
-    if writes.docs {
-        let document = workspace::root().join("docs/kernels.md");
-        let text = table::markdown(&outcomes, &emulator.version, &commit());
-        fs::write(&document, text)
-            .with_context(|| format!("cannot write {}", document.display()))?;
-        exec::say(&format!("wrote {}", document.display()));
+    for failure in outcomes.iter().flat_map(Outcome::failures) {
+        println!("{failure}");
     }
     Ok(kernels.iter().zip(&outcomes).map(summary).collect())
 }
@@ -286,8 +265,8 @@ impl Built {
             let limit = PROGRAM_LIMIT.as_secs().to_string();
             let mut words = vec![&*program.name, &limit, "--test-threads", TEST_THREADS];
             for test in &program.tests {
-                let title = support::title(&program.name, test);
-                if support::not_in_guests(&title).is_some() {
+                let title = judge::title(&program.name, test);
+                if judge::left_out().any(|left_out| left_out == title) {
                     words.extend(["--skip", test]);
                 }
             }
@@ -424,8 +403,6 @@ struct Guest<'a> {
     emulator: &'a Emulator,
     base: &'a Base,
     built: &'a Built,
-    /// Whether all tests run.
-    whole: bool,
     writes_types: bool,
 }
 
@@ -458,12 +435,8 @@ impl Guest<'_> {
         fs::remove_file(&initramfs)?;
         let transcript = Transcript::parse(&boot.transcript);
         let programs: Vec<_> = self.built.programs().collect();
-        let verdicts = support::judge(*series, &programs, &transcript);
-        let mut faults =
-            support::faults(programs.len(), &transcript, &boot.console, boot.timed_out);
-        if self.whole {
-            faults.extend(support::not_missed(*series, &verdicts));
-        }
+        let verdicts = judge::judge(&programs, &transcript);
+        let faults = judge::faults(programs.len(), &transcript, &boot.console, boot.timed_out);
         if self.writes_types {
             write_types(series.name, &boot.types)?;
         }
@@ -477,7 +450,6 @@ impl Guest<'_> {
             version: version.clone(),
             verdicts,
             faults,
-            check: transcript.check,
             took: boot.took,
         })
     }
@@ -512,14 +484,6 @@ fn write_types(series: &str, types: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", fixture.display()))?;
     exec::say(&format!("wrote {}", fixture.display()));
     Ok(())
-}
-
-/// The commit that is tested, for the document.
-fn commit() -> String {
-    let described = exec::output(
-        workspace::at_root(&mut Command::new("git")).args(["describe", "--always", "--dirty"]),
-    );
-    described.map_or_else(|_| "unknown".to_owned(), |commit| commit.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -25,15 +25,18 @@ pub(crate) fn target_dir() -> PathBuf {
     std::path::absolute(&dir).unwrap_or_else(|_| PathBuf::from(dir))
 }
 
-/// The BPF object that the agent's build script embeds. Its place is fixed, so
-/// that a plain `cargo build` finds it too.
-pub(crate) fn bpf_object() -> PathBuf {
-    root().join("target/bpf/keepalive.bpf.o")
+/// Cargo's own directory: its registry, and the programs it installed.
+pub(crate) fn cargo_home() -> Option<PathBuf> {
+    env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(env::home_dir()?.join(".cargo")))
 }
 
-/// The BPF programs that the benchmark compares with.
-pub(crate) fn bench_object() -> PathBuf {
-    root().join("target/bpf/bench.bpf.o")
+/// A binary of the BPF crate, as its build leaves it.
+pub(crate) fn bpf_binary(name: &str) -> PathBuf {
+    target_dir()
+        .join("bpf-build/bpfel-unknown-none/release")
+        .join(name)
 }
 
 /// The agent, as `cargo xtask build` leaves it.

@@ -11,11 +11,14 @@ use crate::{
     assignment::Claimants,
     config::Diagnostics,
     daemon::target,
+    hierarchy::Hierarchy,
     kernel::{
         self,
         layout::{self, Kernel},
         preflight,
     },
+    names::printable_path,
+    view,
 };
 
 #[derive(Args, Debug)]
@@ -154,6 +157,7 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
 /// reported as not tried.
 fn kernel_findings(target: &Target) -> Vec<Finding> {
     const HIERARCHY: &str = "cgroup v2";
+    const VIEW: &str = "view";
     const CAPABILITIES: &str = "capabilities";
     const TYPES: &str = "kernel types (BTF)";
     const PROGRAM: &str = "new connections";
@@ -164,9 +168,15 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     let mut findings = Vec::new();
     let root = target.root();
     findings.push(match &root {
-        Ok((hierarchy, root)) => Finding::yes(HIERARCHY, hierarchy.directory(&root.path).display()),
+        Ok((hierarchy, root)) => {
+            Finding::yes(HIERARCHY, printable_path(&hierarchy.directory(&root.path)))
+        }
         Err(error) => Finding::no(HIERARCHY, format_args!("{error:#}")),
     });
+    findings.push(view_of(
+        VIEW,
+        root.as_ref().ok().map(|(hierarchy, _)| hierarchy),
+    ));
     let capable = preflight::may_enforce();
     findings.push(match &capable {
         Ok(()) => Finding::yes(CAPABILITIES, "may load and attach programs"),
@@ -190,7 +200,13 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         }
         return findings;
     };
-    let cgroups = new_cgroups(CGROUPS, trial::new_cgroup(&kernel, &hierarchy, &root));
+    let needs_cgroup = "not tried: where the hierarchy is mounted read-only, no cgroup can be made \
+                        for a trial; enforcing takes none";
+    let cgroups = if hierarchy.is_read_only() {
+        Finding::inconclusive(CGROUPS, needs_cgroup).not_needed()
+    } else {
+        new_cgroups(CGROUPS, trial::new_cgroup(&kernel, &hierarchy, &root))
+    };
     let set = match trial::build(&kernel, &root) {
         Ok(set) => set,
         Err(error) => {
@@ -208,6 +224,11 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Err(error) => Finding::no(SWEEP, format_args!("{:#}", anyhow::Error::new(error))),
     });
     drop(set);
+    if hierarchy.is_read_only() {
+        findings.push(Finding::inconclusive(EFFECT, needs_cgroup).not_needed());
+        findings.push(cgroups);
+        return findings;
+    }
     findings.push(match trial::parent(&kernel, &hierarchy, &root) {
         Ok(()) => Finding::yes(EFFECT, "on both ends of a trial connection over loopback"),
         Err(trial::Failure::NoEffect(what)) => Finding::no(EFFECT, what),
@@ -217,6 +238,23 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     });
     findings.push(cgroups);
     findings
+}
+
+/// Whether all of the node can be seen. What cannot is not governed, or not
+/// reported; the rest is.
+fn view_of(feature: &'static str, hierarchy: Option<&Hierarchy>) -> Finding {
+    let missing = view::missing(hierarchy);
+    let finding = match &missing[..] {
+        [] => Finding::yes(feature, "the whole machine"),
+        missing => {
+            let lines: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            Finding::no(
+                feature,
+                format_args!("a part, see below\n{}", lines.join("\n")),
+            )
+        }
+    };
+    finding.not_needed()
 }
 
 /// Whether the kernel tells of new cgroups. An agent does without, with less.

@@ -18,7 +18,7 @@ use crate::{
         ownership::{self, Ownership},
     },
     datapath::{self, InForce, PinDirectory},
-    hierarchy::Hierarchy,
+    hierarchy::{CgroupPath, Hierarchy},
     kernel::preflight,
 };
 
@@ -50,35 +50,28 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     };
     let pins = PinDirectory::open(&arguments.pin)?;
     let mut detached = 0;
+    let mut directories = Vec::new();
     let mut failed = Vec::new();
     for found in datapath::in_force()? {
         let path = path_of(&found);
         if only.is_some() && path != only {
             continue;
         }
-        let name = path.unwrap_or_else(|| format!("cgroup {}", found.cgroup));
-        match take_off(found, &name, pins.as_ref()) {
+        let name = path
+            .as_ref()
+            .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);
+        let pinned = found.pins(pins.as_ref());
+        match take_off(found, path.as_ref(), pinned.as_ref()) {
             Ok(()) => {
                 detached += 1;
                 output::text(format_args!("detached from {name}\n"))?;
             }
             Err(error) => failed.push(error.context(format!("detaching from {name}"))),
         }
+        directories.extend(pinned);
     }
-    if let Some(pins) = &pins {
-        pins.remove_stale()?;
-        // Only if it is empty.
-        match fs::remove_dir(pins.path()) {
-            Err(error)
-                if !matches!(
-                    error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
-                ) =>
-            {
-                return Err(error).with_context(|| format!("removing {}", pins.path().display()));
-            }
-            _ => {}
-        }
+    for pins in pins.iter().chain(&directories) {
+        remove_directory(pins)?;
     }
     if let Some(error) = failed.into_iter().next() {
         return Err(error);
@@ -91,24 +84,38 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn path_of(found: &InForce) -> Option<String> {
+fn path_of(found: &InForce) -> Option<CgroupPath> {
     let record = found.record.as_ref().ok()?;
     Some(record.description.root.path.clone())
 }
 
-fn take_off(found: InForce, path: &str, pins: Option<&PinDirectory>) -> Result<()> {
-    let owner = match &found.record {
-        Ok(record) => record.state()?.owner,
-        Err(_) => None,
-    };
-    if let Some(owner) = owner.filter(|owner| ownership::lives(owner, path)) {
+/// Removes what is left of pins, and their directory if nothing else is in it.
+fn remove_directory(pins: &PinDirectory) -> Result<()> {
+    let removing = || format!("removing {}", pins.path().display());
+    let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    if let Err(error) = fs::symlink_metadata(pins.path())
+        && is_gone(&error)
+    {
+        return Ok(());
+    }
+    pins.remove_stale()?;
+    match fs::remove_dir(pins.path()) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty || is_gone(&error) => Ok(()),
+        other => other.with_context(removing),
+    }
+}
+
+fn take_off(found: InForce, path: Option<&CgroupPath>, pins: Option<&PinDirectory>) -> Result<()> {
+    if let (Some(owner), Some(path)) = (found.owner(), path)
+        && ownership::lives(&owner, path)
+    {
         end_agent(owner.pid, path)?;
     }
     Ok(found.detach(pins)?)
 }
 
 /// Has a running agent end and waits until it has.
-fn end_agent(pid: u32, path: &str) -> Result<()> {
+fn end_agent(pid: u32, path: &CgroupPath) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(5);
     let asking = || format!("asking agent {pid} to end: stop it first");
     let mut client = Client::connect(path).with_context(asking)?;

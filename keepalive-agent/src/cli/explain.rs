@@ -22,7 +22,7 @@ use crate::{
     duration,
     enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
@@ -106,7 +106,7 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 
 /// What is to be explained.
 struct Subject {
-    cgroup: String,
+    cgroup: CgroupPath,
     /// What the cgroup is.
     identity: Identity,
     remote: Option<SocketAddr>,
@@ -137,7 +137,7 @@ impl Subject {
                 let cgroup = cgroup_of_wanted(&arguments.whose, hierarchy)?;
                 (cgroup, Sysctls::here()?)
             }
-            (None, None) => ("/".to_owned(), Sysctls::here()?),
+            (None, None) => (CgroupPath::root(), Sysctls::here()?),
         };
         Ok(Self {
             identity: Identities::default().of(cgroup.as_bytes()),
@@ -226,7 +226,7 @@ impl Subject {
 }
 
 /// The outermost cgroup of the unit, container or pod that is asked for.
-fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<String> {
+fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<CgroupPath> {
     let wanted = whose.wanted();
     let identities = Identities::default();
     let root = hierarchy.existing("/".as_ref())?;
@@ -255,13 +255,15 @@ fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<String> {
 }
 
 /// The cgroup of a process in the v2 hierarchy.
-fn cgroup_of(pid: u32) -> Result<String> {
+fn cgroup_of(pid: u32) -> Result<CgroupPath> {
     let file = format!("/proc/{pid}/cgroup");
-    let text = fs::read_to_string(&file)
-        .with_context(|| format!("reading {file}: is there a process {pid}?"))?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    let text =
+        fs::read(&file).with_context(|| format!("reading {file}: is there a process {pid}?"))?;
+    // Names may have any bytes but line breaks.
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let path = lines.find_map(|line| line.strip_prefix(b"0::"));
     let path = path.with_context(|| format!("{file} names no cgroup of the v2 hierarchy"))?;
-    Ok(path.strip_suffix(" (deleted)").unwrap_or(path).to_owned())
+    Ok(path.strip_suffix(b" (deleted)").unwrap_or(path).into())
 }
 
 /// The sysctls of the network namespace of a process.
@@ -296,7 +298,7 @@ impl Enforced {
         let files = &arguments.files;
         let named = files.config.is_some() || !files.drop_in_dir.is_empty();
         let mut running = if named { Vec::new() } else { enforcing()? };
-        running.sort_by_key(|agent| agent.root.path.trim_end_matches('/').len());
+        running.sort_by_key(|agent| agent.root.path.depth());
         let merged = files.sources().read();
         if running.is_empty() {
             let merged = merged?;
@@ -621,7 +623,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
 /// An explanation as JSON. The names are documented in docs/explain.md and stay.
 #[derive(Serialize)]
 struct Record<'a> {
-    cgroup: &'a str,
+    cgroup: &'a CgroupPath,
     #[serde(flatten)]
     identity: IdentityRecord<'a>,
     pid: Option<u32>,
@@ -639,7 +641,7 @@ struct Record<'a> {
 
 #[derive(Serialize)]
 struct VisitedRecord<'a> {
-    cgroup: &'a str,
+    cgroup: &'a CgroupPath,
     policies: Vec<VerdictRecord<'a>>,
 }
 

@@ -10,14 +10,17 @@ use keepalive_common::policy::{Keepalive, Policy, Range};
 use serde::Serialize;
 use tabwriter::TabWriter;
 
-use crate::duration;
+use crate::{
+    duration,
+    names::{PrintableLines, printable, write_json},
+};
 
 const PRINTING: &str = "printing to standard output";
 
-/// Prints text as it is. Unlike `println!` it does not panic when nobody reads.
+/// Prints lines of text. Unlike `println!` it does not panic when nobody reads.
 pub(super) fn text(text: impl Display) -> Result<()> {
     let mut out = io::stdout().lock();
-    write!(out, "{text}")?;
+    write!(out, "{}", PrintableLines(&text.to_string()))?;
     out.flush().context(PRINTING)
 }
 
@@ -36,7 +39,7 @@ pub(super) fn table_text<const COLUMNS: usize>(
 ) -> String {
     let mut lines = header.join("\t") + "\n";
     for row in rows {
-        lines += &row.join("\t");
+        lines += &row.map(|cell| printable(&cell).to_string()).join("\t");
         lines.push('\n');
     }
     let mut out = TabWriter::new(Vec::new()).padding(2);
@@ -49,8 +52,7 @@ pub(super) fn table_text<const COLUMNS: usize>(
 /// Prints one JSON object on a line of its own.
 pub(super) fn json(record: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
-    serde_json::to_writer(&mut out, record)?;
-    writeln!(out)?;
+    write_json(record, &mut out).context(PRINTING)?;
     out.flush().context(PRINTING)
 }
 

@@ -25,6 +25,7 @@ use crate::{
     datapath,
     enforcing::{Enforcing, enforcing},
     identity::{Attribute, NamePattern, Selector},
+    names::printable_path,
     rules::{Ports, Remote, Rules},
 };
 use drop_in::{DropIn, Key};
@@ -230,7 +231,7 @@ impl Place {
             (None, None) => Ok((RUNTIME_DIRECTORY.into(), drop_in::RUNTIME)),
             (None, Some(file)) => bail!(
                 "with --config only {} is read: name a directory of drop-ins with --drop-in-dir",
-                file.display()
+                printable_path(file)
             ),
         }
     }
@@ -277,7 +278,7 @@ fn set(arguments: &Set) -> Result<()> {
     let (_, origins) = written.context("another file takes this drop-in out")?;
     let agents = Agents::find();
     drop_in.write(&text)?;
-    output::text(format_args!("wrote {}\n", drop_in.path().display()))?;
+    output::text(format_args!("wrote {}\n", printable_path(drop_in.path())))?;
     for key in keys.keys() {
         let from = key.origin(origins);
         if let Some(other) = from.filter(|place| *place.file != *drop_in.path()) {
@@ -318,7 +319,7 @@ fn unset(arguments: &Unset) -> Result<()> {
         if read_by_default && permanent.keys()?.is_some() {
             bail!(
                 "policy {name} is set in {}: remove it with --permanent",
-                permanent.path().display()
+                printable_path(permanent.path())
             );
         }
         let before = before.context("nothing is changed, because something is wrong already")?;
@@ -334,14 +335,14 @@ fn unset(arguments: &Unset) -> Result<()> {
         match (&before, without) {
             (Ok(_), Err(errors)) => {
                 return Err(errors).with_context(|| {
-                    let path = drop_in.path().display();
+                    let path = printable_path(drop_in.path());
                     format!("nothing is changed: without {path} the config would be wrong")
                 });
             }
             (_, without) => after = without.ok(),
         }
         drop_in.remove()?;
-        output::text(format_args!("removed {}\n", drop_in.path().display()))?;
+        output::text(format_args!("removed {}\n", printable_path(drop_in.path())))?;
     }
     let Some(after) = after else {
         warn!("something else is wrong in the config; see `keepalive-agent policy show`");
@@ -524,7 +525,7 @@ fn files(merged: &Merged) -> String {
     let main = merged.main.iter();
     let files: Vec<_> = main
         .chain(&merged.drop_ins)
-        .map(|file| file.display().to_string())
+        .map(|file| printable_path(file).to_string())
         .collect();
     if files.is_empty() {
         "the built-in policy".to_owned()

@@ -16,7 +16,10 @@ use crate::{
     config::DEFAULT_FILE,
     daemon::{self, Leaves, Reporter},
     datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord},
-    duration, kernel,
+    duration,
+    hierarchy::CgroupPath,
+    kernel,
+    names::{path_to_json, printable_path},
     sweep::Swept,
     unblocked::Stream,
 };
@@ -30,11 +33,11 @@ pub(super) struct Report {
 impl Reporter for Report {
     fn report(&mut self, event: &daemon::Event<'_>) {
         let text = if self.json {
-            record_of(event).map(|record| line(&record))
+            line(&record_of(event))
         } else {
-            Some(text_of(event))
+            text_of(event)
         };
-        Stream::Output.send(text.unwrap_or_default().as_bytes());
+        Stream::Output.send(text.as_bytes());
         if matches!(event, daemon::Event::Stopped { .. }) {
             // It is the last one: give a slow reader a moment.
             Stream::Output.finish(Duration::from_millis(500));
@@ -64,7 +67,7 @@ enum Record<'a> {
         policies: Vec<PolicyRecord<'a>>,
     },
     Waiting {
-        cgroup: &'a str,
+        cgroup: &'a CgroupPath,
     },
     Reloaded {
         policies: Vec<PolicyRecord<'a>>,
@@ -209,7 +212,7 @@ fn policy_table(assignment: &Assignment) -> String {
             some_of(assignment.paths_of(index)),
             match remotes.len() {
                 0 => "all".to_owned(),
-                _ => some_of(remotes.iter().map(String::as_str)),
+                _ => some_of(remotes.iter()),
             },
         ]
     });
@@ -220,17 +223,17 @@ fn policy_table(assignment: &Assignment) -> String {
 pub(super) fn origin(origin: &Origin) -> String {
     let main = match &origin.main {
         None => format!("built in ({DEFAULT_FILE} does not exist)"),
-        Some(file) => file.display().to_string(),
+        Some(file) => printable_path(file).to_string(),
     };
     match &origin.drop_ins[..] {
         [] => main,
-        [one] => format!("{main} and {}", one.display()),
+        [one] => format!("{main} and {}", printable_path(one)),
         several => format!("{main} and {} drop-ins", several.len()),
     }
 }
 
-fn record_of<'a>(event: &'a daemon::Event<'a>) -> Option<Record<'a>> {
-    Some(match event {
+fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
+    match event {
         daemon::Event::Started {
             cgroup,
             origin,
@@ -241,11 +244,14 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Option<Record<'a>> {
             version: VERSION,
             kernel: kernel::release(),
             cgroup,
-            config: origin.main.as_ref().map(|file| file.display().to_string()),
+            config: origin
+                .main
+                .as_deref()
+                .map(|file| path_to_json(file).into_owned()),
             drop_ins: origin
                 .drop_ins
                 .iter()
-                .map(|file| file.display().to_string())
+                .map(|file| path_to_json(file).into_owned())
                 .collect(),
             pinned: pinned.map(|pins| pins.path().display().to_string()),
             continued: *continued,
@@ -268,7 +274,7 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Option<Record<'a>> {
         daemon::Event::Stopped {
             by, leaves, record, ..
         } => stopped(Some(by), *leaves != Leaves::Nothing, *record),
-    })
+    }
 }
 
 fn stopped<'a>(by: Option<&'a str>, goes_on: bool, record: Option<&SetRecord>) -> Record<'a> {
@@ -389,8 +395,7 @@ pub(super) fn swept_text(swept: &Swept) -> String {
 /// What `sweep` did, in numbers.
 pub(super) fn swept(json: bool, swept: &Swept) -> String {
     if json {
-        return record_of(&daemon::Event::Swept(swept))
-            .map_or_else(String::new, |record| line(&record));
+        return line(&record_of(&daemon::Event::Swept(swept)));
     }
     swept_text(swept)
 }
@@ -472,13 +477,13 @@ pub(super) fn progress(text: &str) {
 }
 
 /// A list that fits on a line.
-fn some_of<'a>(paths: impl Iterator<Item = &'a str>) -> String {
+fn some_of(names: impl Iterator<Item: ToString>) -> String {
     const SHOWN: usize = 3;
-    let paths: Vec<_> = paths.collect();
-    match paths.len() {
+    let names: Vec<_> = names.map(|name| name.to_string()).collect();
+    match names.len() {
         0 => "none yet".to_owned(),
-        count if count <= SHOWN => paths.join(" "),
-        count => format!("{} and {} more", paths[..SHOWN].join(" "), count - SHOWN),
+        count if count <= SHOWN => names.join(" "),
+        count => format!("{} and {} more", names[..SHOWN].join(" "), count - SHOWN),
     }
 }
 

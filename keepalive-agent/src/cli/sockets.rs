@@ -307,7 +307,8 @@ impl Pass<'_> {
         } else {
             let mut rows = Vec::new();
             for (id, (known, summary)) in &cgroups {
-                let name = path(known).unwrap_or_else(|| format!("(gone) {id}"));
+                let name =
+                    path(known).map_or_else(|| format!("(gone) {id}"), |path| path.to_string());
                 tabbed(&format::summary_row(&name, summary), &mut rows);
             }
             tabbed(&format::summary_row("total", &total), &mut rows);

@@ -23,7 +23,7 @@ use crate::{
         SetRecord, State, Sweep,
     },
     duration,
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::preflight,
 };
 
@@ -68,8 +68,12 @@ struct Status {
 
 #[derive(Serialize)]
 struct Set {
-    cgroup: String,
+    /// None where the set is not understood.
+    cgroup: Option<CgroupPath>,
+    /// 0 where it is not attached.
     cgroup_id: u64,
+    /// Whether it is in force: somebody may have taken it off.
+    attached: bool,
     /// Why nothing more is known of it.
     error: Option<String>,
     pinned: bool,
@@ -78,7 +82,7 @@ struct Set {
     known: Option<Known>,
     /// Other sets of ours that run for the same connections, those further up
     /// having the last word.
-    agents_above: Vec<String>,
+    agents_above: Vec<CgroupPath>,
     foreign_programs: Vec<Foreign>,
 }
 
@@ -105,22 +109,27 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
     };
     let pins = PinDirectory::open(&arguments.pin)?;
     let found = datapath::in_force()?;
-    let roots: Vec<_> = found.iter().filter_map(root_of).collect();
+    let attached = found.iter().filter(|set| set.cgroup != 0);
+    let roots: Vec<_> = attached.filter_map(root_of).collect();
     let mut sets = Vec::new();
     for set in &found {
         let root = root_of(set);
-        if set.cgroup == 0
-            || (only.is_some() && root.as_ref().map(|root| &root.path) != only.as_ref())
-        {
+        if only.is_some() && root.as_ref().map(|root| &root.path) != only.as_ref() {
             continue;
         }
-        sets.push(look_at(set, root, &roots, pins.as_ref(), &hierarchy)?);
+        sets.push(look_at(
+            set,
+            root.as_ref(),
+            &roots,
+            pins.as_ref(),
+            &hierarchy,
+        )?);
     }
     let healthy = !sets.is_empty() && sets.iter().all(Set::is_healthy);
-    let code = match (sets.is_empty(), healthy) {
-        (true, _) => NOT_IN_FORCE.into(),
-        (false, true) => ExitCode::SUCCESS,
-        (false, false) => DEGRADED.into(),
+    let code = match (sets.iter().any(|set| set.attached), healthy) {
+        (false, _) => NOT_IN_FORCE.into(),
+        (true, true) => ExitCode::SUCCESS,
+        (true, false) => DEGRADED.into(),
     };
     let status = Status {
         version: crate::VERSION,
@@ -142,14 +151,15 @@ fn root_of(set: &InForce) -> Option<Cgroup> {
 
 fn look_at(
     set: &InForce,
-    root: Option<Cgroup>,
+    root: Option<&Cgroup>,
     roots: &[Cgroup],
     pins: Option<&PinDirectory>,
     hierarchy: &Hierarchy,
 ) -> Result<Set> {
     let (known, agent, error) = match &set.record {
         Ok(record) => {
-            let state = record.state()?;
+            // An agent may be writing it.
+            let state = record.state().unwrap_or_default();
             let path = &record.description.root.path;
             let owner = state.owner.filter(|owner| ownership::lives(owner, path));
             let known = known(record, state)?;
@@ -157,22 +167,27 @@ fn look_at(
         }
         Err(error) => (None, None, Some(datapath::chain(error))),
     };
-    let directory = root.as_ref().map(|root| hierarchy.open(root));
+    let attached = set.cgroup != 0;
+    let error = error.or_else(|| {
+        let taken_off = "not in force: the cgroup is gone, or somebody took the program off it; \
+                         SIGHUP has a running agent attach it again, `keepalive-agent detach` \
+                         removes what is left";
+        (!attached).then(|| taken_off.to_owned())
+    });
+    let directory = root.map(|root| hierarchy.open(root));
     let foreign_programs = match directory {
         Some(Ok(directory)) => datapath::programs_on_the_way(directory)?,
         _ => Vec::new(),
     };
     let above = roots.iter().filter(|other| {
-        root.as_ref()
-            .is_some_and(|root| other.contains(&root.path) && other.id != root.id)
+        root.is_some_and(|root| other.path.contains(&root.path) && other.id != root.id)
     });
     Ok(Set {
-        cgroup: root
-            .as_ref()
-            .map_or_else(String::new, |root| root.path.clone()),
+        cgroup: root.map(|root| root.path.clone()),
         cgroup_id: set.cgroup,
+        attached,
         error,
-        pinned: pins.is_some_and(|pins| set.is_pinned_in(pins)),
+        pinned: set.pins(pins).is_some(),
         agent,
         known,
         agents_above: above.map(|root| root.path.clone()).collect(),
@@ -205,7 +220,7 @@ impl Set {
                 .values()
                 .all(|part| part.status != PartStatus::Failed)
         };
-        self.agent.is_some() && self.known.as_ref().is_some_and(works)
+        self.attached && self.agent.is_some() && self.known.as_ref().is_some_and(works)
     }
 }
 
@@ -228,10 +243,13 @@ fn describe(set: &Set, text: &mut String) {
         // Memory can always be written to.
         let _ = writeln!(text, "{what:<11}{value}");
     };
-    line("cgroup", &set.cgroup);
+    let cgroup = set.cgroup.as_ref().map(ToString::to_string);
+    line(
+        "cgroup",
+        &cgroup.unwrap_or_else(|| set.cgroup_id.to_string()),
+    );
     if let Some(error) = &set.error {
         line("error", error);
-        return;
     }
     let Some(known) = &set.known else { return };
     let agent = match (set.agent, set.pinned) {

@@ -26,6 +26,7 @@ use crate::{
     datapath::{Attachment, Blueprint, Change, Events, LoadedSet, Origin},
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::Kernel,
+    names::printable_path,
     rules::Rules,
 };
 
@@ -152,11 +153,11 @@ struct Scratch {
 impl Scratch {
     fn new(hierarchy: &Hierarchy, root: &Cgroup) -> Result<Self> {
         let name = format!("keepalive-check-{}", std::process::id());
-        let path = format!("{}/{name}", root.path.trim_end_matches('/'));
+        let path = root.path.join(name.as_bytes());
         let directory = hierarchy.directory(&path);
         fs::create_dir(&directory)
-            .with_context(|| format!("making a scratch cgroup {}", directory.display()))?;
-        let cgroup = hierarchy.existing(path.as_ref());
+            .with_context(|| format!("making a scratch cgroup {}", printable_path(&directory)))?;
+        let cgroup = hierarchy.existing(path.as_path());
         // From here on the directory is removed, whatever happens.
         let scratch = |cgroup| Self { cgroup, directory };
         match cgroup {
@@ -171,7 +172,7 @@ impl Scratch {
     fn take_in(&self, process: u32) -> Result<()> {
         let file = self.directory.join("cgroup.procs");
         fs::write(&file, process.to_string())
-            .with_context(|| format!("moving the trial process into {}", file.display()))
+            .with_context(|| format!("moving the trial process into {}", printable_path(&file)))
     }
 }
 
@@ -180,7 +181,7 @@ impl Drop for Scratch {
         if let Err(error) = fs::remove_dir(&self.directory) {
             tracing::warn!(
                 "removing the scratch cgroup {}: {error}",
-                self.directory.display()
+                printable_path(&self.directory)
             );
         }
     }

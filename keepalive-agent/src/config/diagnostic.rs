@@ -1,11 +1,19 @@
 //! What is wrong in a config, and where.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Serialize, Serializer};
+
+use crate::names::{path_to_json, printable, printable_path};
 
 /// One thing that is wrong, or worth a warning.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Diagnostic {
     /// The file.
+    #[serde(serialize_with = "as_name")]
     pub file: PathBuf,
     /// The line, counted from 1; none where the file cannot be read at all.
     pub line: Option<usize>,
@@ -20,25 +28,29 @@ pub struct Diagnostic {
 
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.file.display())?;
+        write!(f, "{}:", printable_path(&self.file))?;
         if let Some(line) = self.line {
             write!(f, "{line}:")?;
         }
         f.write_str(" ")?;
         if !self.key.is_empty() {
-            f.write_str(&self.key)?;
+            printable(&self.key).fmt(f)?;
             if let Some(value) = &self.value {
-                write!(f, " = {value}")?;
+                write!(f, " = {}", printable(value))?;
             }
             f.write_str(": ")?;
         }
-        f.write_str(&self.message)
+        printable(&self.message).fmt(f)
     }
+}
+
+fn as_name<S: Serializer>(file: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path_to_json(file))
 }
 
 /// Everything that was found, file by file in the order in which they are
 /// merged, and within a file from the top.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Diagnostics(pub Vec<Diagnostic>);
 
 impl std::error::Error for Diagnostics {}

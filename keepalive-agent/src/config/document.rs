@@ -23,6 +23,7 @@ use super::{
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
     identity::{Attribute, NamePattern},
+    names::is_printable,
     rules::{Ports, Remote},
 };
 
@@ -533,9 +534,9 @@ fn items<'a, 'i>(value: &'a Spanned<DeValue<'i>>) -> Vec<&'a Spanned<DeValue<'i>
 /// Whether a policy may have this name.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     const LONGEST: usize = 64;
-    if name.is_empty() || name.chars().count() > LONGEST || name.chars().any(char::is_control) {
+    if name.is_empty() || name.chars().count() > LONGEST || !name.chars().all(is_printable) {
         return Err(format!(
-            "must have 1 to {LONGEST} characters and no control characters"
+            "must have 1 to {LONGEST} characters, none of them invisible"
         ));
     }
     if name == DEFAULT {

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
 
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
-use crate::identity::Attribute;
+use crate::{
+    identity::Attribute,
+    names::{path_to_json, printable_path},
+};
 
 /// A line of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,7 +123,7 @@ impl Origin {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file.display(), self.line)
+        write!(f, "{}:{}", printable_path(&*self.file), self.line)
     }
 }
 
@@ -147,7 +150,7 @@ impl fmt::Display for TimerOrigin {
 impl Serialize for Place {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut place = serializer.serialize_struct("Place", 2)?;
-        place.serialize_field("file", &self.file.display().to_string())?;
+        place.serialize_field("file", &path_to_json(&self.file))?;
         place.serialize_field("line", &self.line)?;
         place.end()
     }
@@ -162,7 +165,7 @@ impl Serialize for Origin {
             _ => None,
         };
         let mut origin = serializer.serialize_struct("Origin", 3)?;
-        origin.serialize_field("file", &place.map(|place| place.file.display().to_string()))?;
+        origin.serialize_field("file", &place.map(|place| path_to_json(&place.file)))?;
         origin.serialize_field("line", &place.map(|place| place.line))?;
         origin.serialize_field("preset", &preset)?;
         origin.end()

@@ -3,22 +3,17 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    fs::{self, File},
-    io::{self, Read as _},
-    os::unix::{
-        ffi::OsStrExt as _,
-        fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
-    },
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
 
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Config, ConfigOrigins, Diagnostic, Diagnostics, document,
     merge::{self, Base},
     text::{Findings, Text},
+    trusted_file::{self, Refusal, read},
 };
 
 /// The main file, where no other one is named.
@@ -29,10 +24,6 @@ pub const PERMANENT_DIRECTORY: &str = "/etc/keepalive/conf.d";
 
 /// Drop-ins that are gone with the boot.
 pub const RUNTIME_DIRECTORY: &str = "/run/keepalive/conf.d";
-
-/// Larger files are none that a person or a tool wrote as a config. 100,000
-/// policies have some 10 MB.
-const LARGEST: u64 = 64 << 20;
 
 /// Where a config is read from: a main file, then drop-ins.
 ///
@@ -138,11 +129,8 @@ impl Sources {
         let mut has_main = true;
         match read(&self.main) {
             Ok(text) => texts.push(Text::new(&self.main, text)),
-            Err(Failure {
-                kind: Some(io::ErrorKind::NotFound),
-                ..
-            }) if self.has_base && !is_link(&self.main) => has_main = false,
-            Err(failure) => unreadable.push(failure.of(&self.main)),
+            Err(Refusal::Absent) if self.has_base => has_main = false,
+            Err(refusal) => unreadable.push(about(&self.main, &refusal)),
         }
         let mut drop_ins = Vec::new();
         for path in self.drop_ins(supposed, &mut unreadable) {
@@ -160,11 +148,8 @@ impl Sources {
                     drop_ins.push(path);
                 }
                 // Removed after the directory was read.
-                Err(Failure {
-                    kind: Some(io::ErrorKind::NotFound),
-                    ..
-                }) if !is_link(&path) => {}
-                Err(failure) => unreadable.push(failure.of(&path)),
+                Err(Refusal::Absent) => {}
+                Err(refusal) => unreadable.push(about(&path, &refusal)),
             }
         }
         let base = if has_main {
@@ -190,8 +175,8 @@ impl Sources {
     ) -> Vec<PathBuf> {
         let mut by_name = BTreeMap::<OsString, PathBuf>::new();
         for directory in &self.directories {
-            let mut names = names_in(directory).unwrap_or_else(|error| {
-                unreadable.push(Failure::from(error).of(directory));
+            let mut names = drop_ins_in(directory).unwrap_or_else(|refusal| {
+                unreadable.push(about(directory, &refusal));
                 Vec::new()
             });
             if let Some(Supposed { path, text }) = supposed
@@ -253,98 +238,27 @@ fn parse_all(
 }
 
 /// Names of the drop-ins in a directory; none where it does not exist.
-fn names_in(directory: &Path) -> io::Result<Vec<OsString>> {
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !is_link(directory) => {
-            return Ok(Vec::new());
+fn drop_ins_in(directory: &Path) -> Result<Vec<OsString>, Refusal> {
+    match trusted_file::names_in(directory) {
+        Ok(mut names) => {
+            names.retain(|name| is_drop_in_name(name));
+            Ok(names)
         }
-        entries => entries?,
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let name = entry?.file_name();
-        if is_drop_in_name(&name) {
-            names.push(name);
-        }
-    }
-    Ok(names)
-}
-
-/// Why a file cannot be read.
-struct Failure {
-    kind: Option<io::ErrorKind>,
-    line: Option<usize>,
-    message: String,
-}
-
-impl Failure {
-    fn new(message: &str) -> Self {
-        Self {
-            kind: None,
-            line: None,
-            message: message.to_owned(),
-        }
-    }
-
-    fn of(self, path: &Path) -> Diagnostic {
-        let dangling = self.kind == Some(io::ErrorKind::NotFound) && is_link(path);
-        let message = match fs::read_link(path) {
-            Ok(target) if dangling => format!(
-                "a symbolic link to {}, which does not exist",
-                target.display()
-            ),
-            _ => self.message,
-        };
-        Diagnostic {
-            file: path.to_owned(),
-            line: self.line,
-            key: String::new(),
-            value: None,
-            message,
-        }
+        Err(Refusal::Absent) => Ok(Vec::new()),
+        Err(refusal) => Err(refusal),
     }
 }
 
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self {
-            kind: Some(error.kind()),
-            line: None,
-            message: format!("cannot be read: {error}"),
-        }
+/// What is wrong with a file as a whole.
+fn about(path: &Path, refusal: &Refusal) -> Diagnostic {
+    Diagnostic {
+        file: path.to_owned(),
+        line: match refusal {
+            Refusal::NotText { line } => Some(*line),
+            _ => None,
+        },
+        key: String::new(),
+        value: None,
+        message: refusal.to_string(),
     }
-}
-
-/// The text of a file. What /dev/null stands for is empty.
-fn read(path: &Path) -> Result<String, Failure> {
-    let file = File::options()
-        .read(true)
-        // A pipe without a writer would wait for one.
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(path)?;
-    let metadata = file.metadata()?;
-    let kind = metadata.file_type();
-    if kind.is_char_device() && metadata.rdev() == fs::metadata("/dev/null")?.rdev() {
-        return Ok(String::new());
-    }
-    if !kind.is_file() {
-        return Err(Failure::new("not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    file.take(LARGEST + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LARGEST {
-        return Err(Failure::new("larger than 64 MiB, so not a config"));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = before.split(|byte| *byte == b'\n').count();
-        Failure {
-            line: Some(line),
-            ..Failure::new("not UTF-8, so not TOML")
-        }
-    })
-}
-
-fn is_link(path: &Path) -> bool {
-    path.is_symlink()
 }

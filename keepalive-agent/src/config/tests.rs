@@ -338,12 +338,13 @@ fn a_table_over_several_lines_is_named_on_one() {
 #[test]
 fn every_policy_has_a_name_of_its_own() {
     let long = "x".repeat(65);
-    let form = "must have 1 to 64 characters and no control characters";
+    let form = "must have 1 to 64 characters, none of them invisible";
     for (value, message) in [
         ("5", "must be a string"),
         ("[\"a\"]", "must be a string"),
         ("\"\"", form),
         ("\"a\\tb\"", form),
+        ("\"a\\u202Eb\"", form),
         (&format!("\"{long}\""), form),
         (
             "\"default\"",

@@ -33,6 +33,7 @@ pub(super) struct Job {
 pub(super) struct Built {
     pub(super) set: LoadedSet,
     pub(super) config: Config,
+    pub(super) origin: Origin,
     pub(super) claimants: Claimants,
     pub(super) assignment: Assignment,
     pub(super) warnings: Vec<Warning>,
@@ -67,6 +68,7 @@ impl Job {
         Ok(Built {
             set,
             config: self.config,
+            origin: self.origin,
             claimants,
             assignment,
             warnings,

@@ -1,18 +1,22 @@
 //! Control socket: how a command asks a running agent for something. One request
 //! as a JSON line, one answer as a JSON line.
 //!
-//! The file is root's alone, in a directory that is root's alone.
+//! The file is root's alone, in a directory that is root's alone. Requests are read
+//! by a task of its own, so that none is lost while the daemon does something else.
 
-use std::{fs, io, os::unix::net::UnixStream as BlockingStream, time::Duration};
+use std::{fs, io, os::unix::net::UnixStream as BlockingStream, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{UnixListener, UnixStream},
+    sync::mpsc::{Receiver, Sender, channel},
+    task::AbortHandle,
     time::timeout,
 };
 
 use super::ownership;
+use crate::hierarchy::CgroupPath;
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -40,13 +44,15 @@ pub struct Asked {
     /// What was asked.
     pub request: Request,
     stream: BufReader<UnixStream>,
+    line: Vec<u8>,
 }
 
 /// The end at which an agent is asked.
 #[derive(Debug)]
 pub struct Control {
-    listener: UnixListener,
-    path: std::path::PathBuf,
+    asked: Receiver<io::Result<Asked>>,
+    listening: AbortHandle,
+    path: PathBuf,
 }
 
 /// Longer requests are no requests.
@@ -61,7 +67,11 @@ impl Control {
     /// # Errors
     ///
     /// When the socket cannot be made.
-    pub fn listen(cgroup: &str) -> io::Result<Self> {
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn listen(cgroup: &CgroupPath) -> io::Result<Self> {
         let path = ownership::socket_path(cgroup);
         // That of an agent that is gone: this one holds the lock.
         match fs::remove_file(&path) {
@@ -69,20 +79,46 @@ impl Control {
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
-        Ok(Self { listener, path })
+        // One is looked at at a time; the others wait.
+        let (sender, asked) = channel(1);
+        let listening = tokio::spawn(listen(listener, sender)).abort_handle();
+        Ok(Self {
+            asked,
+            listening,
+            path,
+        })
     }
 
-    /// Waits for a request. May be dropped while it waits.
+    /// Waits for a request. May be dropped while it waits: none is lost by that.
     ///
     /// # Errors
     ///
     /// When the socket does not work any more.
-    pub async fn asked(&self) -> io::Result<Asked> {
-        loop {
-            let (stream, _) = self.listener.accept().await?;
-            let mut stream = BufReader::new(stream);
-            if let Ok(Some(request)) = timeout(PATIENCE, read(&mut stream)).await {
-                return Ok(Asked { request, stream });
+    pub async fn asked(&mut self) -> io::Result<Asked> {
+        let ended = || Err(io::ErrorKind::BrokenPipe.into());
+        self.asked.recv().await.unwrap_or_else(ended)
+    }
+}
+
+async fn listen(listener: UnixListener, asked: Sender<io::Result<Asked>>) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => BufReader::new(stream),
+            Err(error) => {
+                // Such as no descriptors: a loop would not make it better.
+                let _ = asked.send(Err(error)).await;
+                return;
+            }
+        };
+        let mut client = Asked {
+            request: Request::TakenOver,
+            stream,
+            line: Vec::new(),
+        };
+        if let Ok(Some(request)) = timeout(PATIENCE, client.next()).await {
+            client.request = request;
+            if asked.send(Ok(client)).await.is_err() {
+                return;
             }
         }
     }
@@ -90,6 +126,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
+        self.listening.abort();
         // Nobody can do anything about it.
         let _ = fs::remove_file(&self.path);
     }
@@ -113,25 +150,22 @@ impl Asked {
         }
     }
 
-    /// Waits for the next request of the same client; none when it is gone.
+    /// Waits for the next request of the same client; none when it is gone. May be
+    /// dropped while it waits.
     pub async fn next(&mut self) -> Option<Request> {
-        read(&mut self.stream).await
-    }
-}
-
-async fn read(stream: &mut BufReader<UnixStream>) -> Option<Request> {
-    let mut line = Vec::new();
-    loop {
-        let part = stream.fill_buf().await.ok()?;
-        if part.is_empty() || line.len() + part.len() > LONGEST {
-            return None;
-        }
-        let end = part.iter().position(|byte| *byte == b'\n');
-        let taken = end.map_or(part.len(), |end| end + 1);
-        line.extend_from_slice(part.get(..taken)?);
-        stream.consume(taken);
-        if end.is_some() {
-            return serde_json::from_slice(&line).ok();
+        loop {
+            let part = self.stream.fill_buf().await.ok()?;
+            if part.is_empty() || self.line.len() + part.len() > LONGEST {
+                return None;
+            }
+            let end = part.iter().position(|byte| *byte == b'\n');
+            let taken = end.map_or(part.len(), |end| end + 1);
+            self.line.extend_from_slice(part.get(..taken)?);
+            self.stream.consume(taken);
+            if end.is_some() {
+                let line = std::mem::take(&mut self.line);
+                return serde_json::from_slice(&line).ok();
+            }
         }
     }
 }
@@ -148,7 +182,7 @@ impl Client {
     /// # Errors
     ///
     /// When none answers there.
-    pub fn connect(cgroup: &str) -> io::Result<Self> {
+    pub fn connect(cgroup: &CgroupPath) -> io::Result<Self> {
         /// An agent answers between two things that it does.
         const PATIENCE: Duration = Duration::from_secs(10);
         let stream = BlockingStream::connect(ownership::socket_path(cgroup))?;

@@ -12,12 +12,14 @@ use std::{
         unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use thiserror::Error;
 
-use crate::datapath::Owner;
+use crate::{datapath::Owner, hierarchy::CgroupPath};
 
 /// Where agents leave what others need to find them: gone with the boot, as
 /// cgroups are.
@@ -34,7 +36,7 @@ pub enum Error {
         /// Its process id, in its own pid namespace.
         pid: u32,
         /// The cgroup.
-        cgroup: String,
+        cgroup: CgroupPath,
     },
     /// The directory or file is somebody else's.
     #[error("{path} is not used: {why}", path = path.display())]
@@ -62,23 +64,24 @@ pub struct Ownership {
 }
 
 /// The name of an agent's files, from the path of its cgroup.
-fn name(cgroup: &str) -> String {
+fn name(cgroup: &CgroupPath) -> String {
     // FNV-1a: paths may be longer than names can be.
     let hash = cgroup
-        .bytes()
+        .as_bytes()
+        .iter()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
         });
     format!("{hash:016x}")
 }
 
 /// The file of an agent's control socket.
 #[must_use]
-pub fn socket_path(cgroup: &str) -> PathBuf {
+pub fn socket_path(cgroup: &CgroupPath) -> PathBuf {
     Path::new(DIRECTORY).join(format!("{}.sock", name(cgroup)))
 }
 
-fn lock_path(cgroup: &str) -> PathBuf {
+fn lock_path(cgroup: &CgroupPath) -> PathBuf {
     Path::new(DIRECTORY).join(format!("{}.lock", name(cgroup)))
 }
 
@@ -120,12 +123,23 @@ fn open_file(path: &Path, flags: OFlags) -> io::Result<File> {
 }
 
 impl Ownership {
-    /// Takes the lock of a cgroup.
+    /// Takes the lock of a cgroup, and waits so long at the most for whoever has it.
     ///
     /// # Errors
     ///
     /// [`Error::Taken`] when another agent has it.
-    pub fn acquire(cgroup: &str) -> Result<Self, Error> {
+    pub fn acquire(cgroup: &CgroupPath, patience: Duration) -> Result<Self, Error> {
+        const PAUSE: Duration = Duration::from_millis(10);
+        let end = Instant::now() + patience;
+        loop {
+            match Self::try_acquire(cgroup) {
+                Err(Error::Taken { .. }) if Instant::now() < end => thread::sleep(PAUSE),
+                other => return other,
+            }
+        }
+    }
+
+    fn try_acquire(cgroup: &CgroupPath) -> Result<Self, Error> {
         directory()?;
         let path = lock_path(cgroup);
         let locking = |source| Error::Lock {
@@ -140,7 +154,7 @@ impl Ownership {
                 let _ = (&lock).take(32).read_to_string(&mut text);
                 return Err(Error::Taken {
                     pid: text.trim().parse().unwrap_or(0),
-                    cgroup: cgroup.to_owned(),
+                    cgroup: cgroup.clone(),
                 });
             }
             Err(error) => return Err(locking(error.into())),
@@ -154,7 +168,7 @@ impl Ownership {
 
     /// Whether an agent has the lock of a cgroup. None where that cannot be told.
     #[must_use]
-    pub fn is_taken(cgroup: &str) -> Option<bool> {
+    pub fn is_taken(cgroup: &CgroupPath) -> Option<bool> {
         directory().ok()?;
         match open_file(&lock_path(cgroup), OFlags::RDONLY) {
             Ok(lock) => Some(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
@@ -174,10 +188,16 @@ pub fn own() -> Owner {
     }
 }
 
-/// Whether an agent that a policy set names lives.
+/// Whether an agent that a policy set names lives, in whatever pid namespace.
 #[must_use]
-pub fn lives(owner: &Owner, cgroup: &str) -> bool {
-    started(owner.pid) == Some(owner.started) || Ownership::is_taken(cgroup) == Some(true)
+pub fn lives(owner: &Owner, cgroup: &CgroupPath) -> bool {
+    runs(owner) || Ownership::is_taken(cgroup) == Some(true)
+}
+
+/// Whether it runs in this pid namespace.
+#[must_use]
+pub fn runs(owner: &Owner) -> bool {
+    started(owner.pid) == Some(owner.started)
 }
 
 /// When a process was started, in clock ticks since boot (`starttime` in
@@ -198,18 +218,18 @@ mod tests {
     fn this_process_lives() {
         let own = own();
         assert_ne!(own.started, 0);
-        assert!(lives(&own, "/no/such/cgroup"));
+        assert!(lives(&own, &"/no/such/cgroup".into()));
         let gone = Owner {
             started: own.started + 1,
             ..own
         };
-        assert!(!lives(&gone, "/no/such/cgroup"));
+        assert!(!lives(&gone, &"/no/such/cgroup".into()));
     }
 
     #[test]
     fn names_are_short_and_differ() {
         let long = "/x".repeat(2000);
-        assert_eq!(name(&long).len(), 16);
-        assert_ne!(name("/a"), name("/b"));
+        assert_eq!(name(&long.as_str().into()).len(), 16);
+        assert_ne!(name(&"/a".into()), name(&"/b".into()));
     }
 }

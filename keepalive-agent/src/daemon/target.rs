@@ -8,6 +8,7 @@ use crate::{
     config::{Config, Sources},
     datapath::Origin,
     hierarchy::{Cgroup, Hierarchy},
+    names::printable_path,
 };
 
 /// A config, and the files it comes from.
@@ -56,7 +57,10 @@ pub fn claimants(config: &Config, root: &Cgroup) -> Result<Claimants> {
 ///
 /// When the hierarchy cannot be read.
 pub fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<(Assignment, Vec<Warning>)> {
-    claimants
-        .assign(hierarchy)
-        .with_context(|| format!("reading the hierarchy {}", hierarchy.mount().display()))
+    claimants.assign(hierarchy).with_context(|| {
+        format!(
+            "reading the hierarchy {}",
+            printable_path(hierarchy.mount())
+        )
+    })
 }

@@ -7,12 +7,13 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
     sync::Arc,
 };
 
 use aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
 
-use super::{Error, LoadedSet, PinDirectory, SetRecord, program, syscalls};
+use super::{Error, LoadedSet, Owner, PinDirectory, SetRecord, program, syscalls};
 
 /// A policy set in force on a cgroup.
 #[derive(Debug)]
@@ -126,6 +127,26 @@ impl InForce {
         Ok(found.find(|found| found.cgroup == cgroup))
     }
 
+    /// The agent that says that it is its own; none where it has left.
+    #[must_use]
+    pub fn owner(&self) -> Option<Owner> {
+        self.record.as_ref().ok()?.state().ok()?.owner
+    }
+
+    /// The directory in which the link is pinned: looked for where its agent says,
+    /// in the one given, and in the usual one.
+    #[must_use]
+    pub fn pins(&self, given: Option<&PinDirectory>) -> Option<PinDirectory> {
+        let state = self.record.as_ref().ok().and_then(|set| set.state().ok());
+        let named = state.and_then(|state| state.pins);
+        let usual = Some(PinDirectory::DEFAULT.into());
+        let open = |path: PathBuf| PinDirectory::open(&path).ok().flatten();
+        let mut places = [named.and_then(open), given.cloned(), usual.and_then(open)]
+            .into_iter()
+            .flatten();
+        places.find(|pins| self.is_pinned_in(pins))
+    }
+
     /// Whether the link is pinned in this directory.
     #[must_use]
     pub fn is_pinned_in(&self, pins: &PinDirectory) -> bool {
@@ -205,7 +226,9 @@ impl Attachment {
         cgroup: u64,
         pins: Option<&PinDirectory>,
     ) -> Result<Self, Error> {
-        let link = syscalls::link_create(set.program(), directory, BPF_CGROUP_SOCK_OPS).map_err(
+        // First of all, so that nothing can fail once it is pinned.
+        let program = copy(set.program())?;
+        let link = syscalls::link_create(&program, directory, BPF_CGROUP_SOCK_OPS).map_err(
             Error::call(format!(
                 "attaching program {}: nothing is enforced; if another program wants the cgroup \
                  for itself alone, `bpftool cgroup show PATH` names it",
@@ -217,7 +240,7 @@ impl Attachment {
         }
         Ok(Self {
             link,
-            program: copy(set.program())?,
+            program,
             cgroup,
             pins: pins.cloned(),
         })

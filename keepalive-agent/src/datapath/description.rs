@@ -172,6 +172,8 @@ pub(super) fn add_refusals(all: &mut Vec<Refusals>, more: Refusals) {
 pub struct State {
     /// The agent; none after it has left.
     pub owner: Option<Owner>,
+    /// Where enforcement is pinned; none where it ends with the agent.
+    pub pins: Option<PathBuf>,
     /// Whether every existing connection has been brought along since the set
     /// came into force: what is left of the set before is not needed any more.
     pub settled: bool,
@@ -191,6 +193,21 @@ pub struct Owner {
     /// When it started, in clock ticks since boot (/proc/PID/stat): ids are used
     /// again.
     pub started: u64,
+}
+
+impl State {
+    /// The same with texts of so many characters at the most.
+    pub(super) fn shortened(&self, characters: usize) -> Self {
+        let mut state = self.clone();
+        let reasons = state.parts.values_mut().map(|part| &mut part.reason);
+        let reload = state.reload.iter_mut().map(|reload| &mut reload.error);
+        for text in reasons.chain(reload).flatten() {
+            if let Some((end, _)) = text.char_indices().nth(characters) {
+                text.truncate(end);
+            }
+        }
+        state
+    }
 }
 
 /// How far a sweep has come.
@@ -334,7 +351,7 @@ impl Document {
             let bytes = self.bytes()?;
             let (found, text) = bytes.split_at(HEADER.min(bytes.len()));
             if found != header(text) {
-                wrong = "it is being written".to_owned();
+                "it is being written".clone_into(&mut wrong);
                 continue;
             }
             match serde_json::from_slice(text) {

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use thiserror::Error;
 
-use crate::policy_set;
+use crate::{kernel::preflight, policy_set};
 
 /// What can go wrong between the agent and the kernel.
 #[derive(Debug, Error)]
@@ -171,6 +171,10 @@ impl From<ProgramError> for RefusedProgram {
                 "{io_error}; the verifier's last words:\n  {}",
                 end.join("\n  ")
             )
+        };
+        let reason = match preflight::cause_of_refusal() {
+            Some(cause) => format!("{cause}: {reason}"),
+            None => reason,
         };
         Self { reason }
     }

@@ -1,7 +1,5 @@
 //! Tells of cgroups that are made and removed, as it happens.
 
-use std::os::unix::fs::MetadataExt as _;
-
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
@@ -10,17 +8,13 @@ use aya::{
 };
 use keepalive_common::cgroup_event::{Header, Kind, PATH_SIZE};
 use tokio::io::{Interest, unix::AsyncFd};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{create, program, refused, types_of};
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
 };
-
-/// The id of the root of the hierarchy, where a process sees all of it
-/// (`kernfs_create_root()` in fs/kernfs/dir.c).
-const ROOT: u64 = 1;
 
 /// As many changes as are handed over at a time; more than fit into the buffer
 /// at once.
@@ -44,6 +38,8 @@ pub struct Events {
     lost: Array<MapData, u64>,
     /// How many lost records are known of.
     known: u64,
+    /// Whether it was said that cgroups with too long paths are passed over.
+    said_too_long: bool,
     _links: [BtfTracePointLink; 2],
 }
 
@@ -64,12 +60,8 @@ impl Events {
     ///
     /// 5.8, for ring buffers.
     pub fn load(kernel: &Kernel, hierarchy: &Hierarchy) -> Result<Self> {
-        let mount = hierarchy.mount();
-        let root = mount
-            .metadata()
-            .with_context(|| format!("looking at {}", mount.display()))?;
         ensure!(
-            root.ino() == ROOT,
+            hierarchy.is_whole(),
             "this process sees only a part of the cgroup hierarchy, and the kernel names cgroups \
              by their paths in the whole: run it in the host's cgroup namespace"
         );
@@ -97,6 +89,7 @@ impl Events {
             ring,
             lost,
             known: 0,
+            said_too_long: false,
             _links: links,
         })
     }
@@ -114,8 +107,12 @@ impl Events {
                 .readable_mut()
                 .await
                 .context("waiting for cgroups that are made and removed")?;
-            let mut changes = drain(guard.get_inner_mut());
-            if changes.len() < BATCH {
+            let Drained {
+                mut changes,
+                records,
+                too_long,
+            } = drain(guard.get_inner_mut());
+            if records < BATCH {
                 guard.clear_ready();
             }
             // Asked for after the records were read: where there was no room
@@ -133,6 +130,14 @@ impl Events {
                 catch_up();
                 changes = vec![Change::Lost];
             }
+            if too_long && !self.said_too_long {
+                self.said_too_long = true;
+                warn!(
+                    "somebody makes cgroups with paths of more than {} bytes: those go by the \
+                     policy of the nearest cgroup above with a shorter path",
+                    PATH_SIZE - 2
+                );
+            }
             if !changes.is_empty() {
                 return Ok(changes);
             }
@@ -142,7 +147,7 @@ impl Events {
     /// What there is now, without waiting. A change has been written by the
     /// time that the call returns which made it.
     pub fn now(&mut self) -> Vec<Change> {
-        drain(self.ring.get_mut())
+        drain(self.ring.get_mut()).changes
     }
 }
 
@@ -166,29 +171,48 @@ fn attach(
     Ok(program.take_link(link)?)
 }
 
-fn drain(ring: &mut RingBuf<MapData>) -> Vec<Change> {
-    let mut changes = Vec::new();
-    while changes.len() < BATCH
-        && let Some(record) = ring.next()
-    {
-        changes.extend(understand(&record));
-    }
-    changes
+/// What was read of the buffer at a time.
+#[derive(Default)]
+struct Drained {
+    changes: Vec<Change>,
+    records: usize,
+    /// Whether some were about cgroups that no policy can claim.
+    too_long: bool,
 }
 
-/// What a record says; nothing where the cgroup has a name that no config could
-/// have.
+fn drain(ring: &mut RingBuf<MapData>) -> Drained {
+    let mut drained = Drained::default();
+    while drained.records < BATCH
+        && let Some(record) = ring.next()
+    {
+        drained.records += 1;
+        drained.too_long |= is_cut_off(&record);
+        drained.changes.extend(understand(&record));
+    }
+    drained
+}
+
+/// Whether the path in a record may have been longer: the kernel cuts off what
+/// does not fit.
+fn is_cut_off(record: &[u8]) -> bool {
+    record.len() == size_of::<Header>() + PATH_SIZE
+}
+
+/// What a record says; nothing where it is none, or is about a cgroup that no
+/// policy can claim ([`Claimants::of`](crate::assignment::Claimants::of)).
 fn understand(record: &[u8]) -> Option<Change> {
+    if is_cut_off(record) {
+        return None;
+    }
     let (header, path) = record.split_at_checked(size_of::<Header>())?;
     let header: Header = bytemuck::pod_read_unaligned(header);
     let kind = Kind::from_number(header.kind)?;
-    // It may have been longer: the kernel cuts off what does not fit.
-    if path.len() == PATH_SIZE {
-        return Some(Change::Lost);
-    }
     let path = path.strip_suffix(b"\0")?;
+    if !path.starts_with(b"/") || path.contains(&b'\0') {
+        return None;
+    }
     let cgroup = Cgroup {
-        path: str::from_utf8(path).ok()?.to_owned(),
+        path: path.into(),
         id: header.id,
     };
     Some(match kind {
@@ -213,6 +237,7 @@ fn catch_up() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hierarchy::CgroupPath;
 
     /// A record as the program writes it.
     fn record(kind: u32, id: u64, path: &[u8]) -> Vec<u8> {
@@ -224,10 +249,10 @@ mod tests {
     #[test]
     fn a_record_is_a_change() {
         let cgroup = Cgroup {
-            path: "/a/b c/é".to_owned(),
+            path: CgroupPath::from(&b"/a/b c/\xc3\xa9\xff"[..]),
             id: u64::MAX - 1,
         };
-        let path = "/a/b c/é\0".as_bytes();
+        let path = b"/a/b c/\xc3\xa9\xff\0";
         for (kind, change) in [
             (1, Some(Change::Made(cgroup.clone()))),
             (2, Some(Change::Removed(cgroup.clone()))),
@@ -239,20 +264,32 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_may_have_been_cut_off_is_no_path() {
-        let mut path = vec![b'a'; PATH_SIZE - 1];
+    fn a_path_that_may_have_been_cut_off_is_passed_over() {
+        let mut path = [&b"/"[..], &[b'a'; PATH_SIZE - 2]].concat();
         path.push(0);
-        assert_eq!(understand(&record(1, 7, &path)), Some(Change::Lost));
-        path.remove(0);
+        assert_eq!(understand(&record(1, 7, &path)), None);
+        assert!(is_cut_off(&record(1, 7, &path)));
+        path.remove(1);
         assert!(matches!(
             understand(&record(1, 7, &path)),
-            Some(Change::Made(cgroup)) if cgroup.path.len() == PATH_SIZE - 2
+            Some(Change::Made(cgroup)) if cgroup.path.as_bytes().len() == PATH_SIZE - 2
         ));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_record_is_understood_or_passed_over(
+            record in proptest::collection::vec(proptest::num::u8::ANY, 0..1100),
+        ) {
+            if let Some(Change::Made(cgroup) | Change::Removed(cgroup)) = understand(&record) {
+                proptest::prop_assert!(cgroup.path.as_bytes().len() <= PATH_SIZE - 2);
+                proptest::prop_assert!(cgroup.path.as_bytes().starts_with(b"/"));
+            }
+        }
     }
 
     #[test]
     fn what_is_no_record_is_no_change() {
-        assert_eq!(understand(&record(1, 7, b"/not-utf-8-\xff\0")), None);
         let whole = record(1, 7, b"/a\0");
         for length in 0..whole.len() {
             assert_eq!(understand(&whole[..length]), None, "{length}");

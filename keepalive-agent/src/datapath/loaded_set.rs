@@ -339,6 +339,7 @@ impl LoadedSet {
         const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
         const TELLING: &str = "telling the programs that claims have changed";
         let generation = self.generation.get(&0, 0).map_err(Error::map(TELLING))?;
+        fault::point(Operation::WriteMap).map_err(Error::call(TELLING))?;
         // Whoever sees the new number sees what was written before it.
         fence(Ordering::SeqCst);
         self.generation
@@ -439,7 +440,7 @@ fn record(
     own: CounterMaps,
     originals: MapHandle,
 ) -> Result<SetRecord, Error> {
-    /// A page: what an agent says of itself is short.
+    /// One piece, which is written in one step: an agent may be killed at any time.
     const STATE_SIZE: usize = 4000;
     let mut state = Document::create(STATE, STATE_SIZE)?;
     state.write(&State::default())?;

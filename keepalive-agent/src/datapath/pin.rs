@@ -52,12 +52,17 @@ impl PinDirectory {
     /// When there is no BPF file system, or the directory is not this user's
     /// alone.
     pub fn create(path: &Path) -> Result<Self, Error> {
+        let making = || {
+            Error::call(format!(
+                "making {} to pin in: enforcement would end with this agent",
+                path.display()
+            ))
+        };
+        // Others are told where it is.
+        let path = &std::path::absolute(path).map_err(making())?;
         mount_where_missing(path)?;
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(Error::call(format!(
-            "making {} to pin in: enforcement would end with this agent",
-            path.display()
-        )))?;
+        made.map_err(making())?;
         Self::open(path)?.ok_or_else(|| Error::Untrusted {
             path: path.to_owned(),
             why: "it was removed while it was looked at".to_owned(),
@@ -122,21 +127,24 @@ impl PinDirectory {
 
     /// Pins the link of a cgroup.
     pub(super) fn pin(&self, link: impl AsFd, cgroup: u64) -> Result<(), Error> {
+        /// An agent of another cgroup may take the empty directory for what half a
+        /// start left.
+        const TRIES: u32 = 3;
         let directory = self.directory_of(cgroup);
-        let pinning = |error| {
-            let doing = format!("pinning the link in {}", directory.display());
-            Error::call(doing)(error)
-        };
-        match DirBuilder::new().mode(0o700).create(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(pinning(error));
+        let mut pinned = Ok(());
+        for _ in 0..TRIES {
+            pinned = match DirBuilder::new().mode(0o700).create(&directory) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+                _ => syscalls::pin(&link, &directory.join(LINK)),
+            };
+            if !matches!(&pinned, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+                break;
             }
-            _ => {}
         }
-        syscalls::pin(link, &directory.join(LINK)).map_err(|error| {
+        pinned.map_err(|error| {
             // Only if it is empty.
             let _ = fs::remove_dir(&directory);
-            pinning(error)
+            Error::call(format!("pinning the link in {}", directory.display()))(error)
         })
     }
 
@@ -208,7 +216,7 @@ impl PinDirectory {
 }
 
 fn is_bpf_fs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|found| i64::from(found.f_type) == BPF_FS_MAGIC)
+    statfs(path).is_ok_and(|found| found.f_type == BPF_FS_MAGIC)
 }
 
 fn mount_where_missing(path: &Path) -> Result<(), Error> {

@@ -34,6 +34,9 @@ pub struct SetRecord {
     pub(super) originals: MapHandle,
 }
 
+/// What policies did, and what the kernel refused.
+type Totals = (Vec<(Counted, Done)>, Vec<Refusals>);
+
 /// What one set counts.
 pub(super) struct CounterMaps {
     pub(super) counters: PerCpuArray<MapData, Counters>,
@@ -102,7 +105,7 @@ impl CounterMaps {
     fn refusals(&self) -> Result<Vec<Refusals>, Error> {
         const READING: &str = "reading what the kernel refused";
         let mut refusals = Vec::new();
-        for entry in self.failures.iter() {
+        for entry in &self.failures {
             let (key, of_cpus) = entry.map_err(Error::map(READING))?;
             let whose = self.slots.iter().find(|(slot, _)| *slot == key.slot);
             let name = whose.map_or(assignment::UNCLAIMED, |(_, counted)| &counted.name);
@@ -251,7 +254,7 @@ impl SetRecord {
 
     /// What the sets before the one that is going to follow have counted, once
     /// their counters are final.
-    pub(super) fn final_done(&self) -> Result<(Vec<(Counted, Done)>, Vec<Refusals>), Error> {
+    pub(super) fn final_done(&self) -> Result<Totals, Error> {
         let mut totals: BTreeMap<Counted, Done> = self.description.done.iter().cloned().collect();
         let mut refusals = self.description.refusals.clone();
         if let Some(previous) = &self.previous {
@@ -295,16 +298,21 @@ impl SetRecord {
             .read()
     }
 
-    /// Says something else.
+    /// Says something else. Long texts are cut off where there is no room for them.
     ///
     /// # Errors
     ///
     /// When it cannot be written.
     pub fn set_state(&self, state: &State) -> Result<(), Error> {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(state)
+        let mut document = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut written = Ok(());
+        for characters in [1000, 300, 100, 30, 0] {
+            written = document.write(&state.shortened(characters));
+            if !matches!(written, Err(Error::TooMany { .. })) {
+                break;
+            }
+        }
+        written
     }
 
     /// The descriptors of the maps that a program has to keep alive for those who

@@ -17,7 +17,7 @@ impl Disk {
 
     fn identities(&self) -> Identities {
         Identities {
-            files: names::Files::below(self.0.path()),
+            files: container_names::Files::below(self.0.path()),
             known: Mutex::default(),
         }
     }
@@ -72,7 +72,7 @@ fn docker_tells_names_images_and_labels() {
     // Another container, of which nothing is known.
     let found = identities.of(&path("/docker/BID"));
     assert_eq!(found.to_string(), "docker:bbbbbbbbbbbb");
-    assert_eq!(*found.names, Names::default());
+    assert_eq!(*found.names, ContainerNames::default());
 }
 
 #[test]

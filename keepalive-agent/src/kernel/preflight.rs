@@ -1,8 +1,12 @@
 //! What must be there before anything is loaded, looked at first so that the
 //! error names it instead of a refused system call.
 
+use std::fs;
+
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{CapabilitySet, capabilities};
+
+use crate::view;
 
 /// What loading and attaching takes, with the names that a systemd unit or a
 /// container's manifest knows them by. CAP_SYS_ADMIN includes them all.
@@ -12,12 +16,22 @@ const NEEDED: [(CapabilitySet, &str); 3] = [
     (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
 ];
 
+/// Where the kernel shows how far it is locked down (since Linux 5.4).
+const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
+
 /// Whether this process may load and attach programs.
 ///
 /// # Errors
 ///
 /// Names the capabilities that are missing.
 pub fn may_enforce() -> Result<()> {
+    if view::has_initial_user_namespace() == Some(false) {
+        bail!(
+            "this process is in a user namespace, where capabilities do not count for BPF: the \
+             kernel lets it neither load programs nor attach them; run it as root of the host, \
+             not in a rootless container"
+        );
+    }
     let sets = capabilities(None).context("reading the capabilities of this process")?;
     let missing = missing(sets.effective);
     if !missing.is_empty() {
@@ -28,6 +42,24 @@ pub fn may_enforce() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Why the kernel refuses a program that it takes elsewhere, as far as that can be
+/// told from here.
+#[must_use]
+pub fn cause_of_refusal() -> Option<String> {
+    is_confidential(&fs::read_to_string(LOCKDOWN).ok()?).then(|| {
+        format!(
+            "this kernel is locked down ({LOCKDOWN}: confidentiality), so that programs may not \
+             read its memory; integrity, which Secure Boot asks for, is enough: boot with \
+             lockdown=integrity"
+        )
+    })
+}
+
+/// The mode in force stands in brackets.
+fn is_confidential(lockdown: &str) -> bool {
+    lockdown.contains("[confidentiality]")
 }
 
 fn missing(effective: CapabilitySet) -> Vec<&'static str> {
@@ -44,6 +76,13 @@ fn missing(effective: CapabilitySet) -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_one_mode_of_lockdown_is_in_the_way() {
+        assert!(is_confidential("none integrity [confidentiality]\n"));
+        assert!(!is_confidential("none [integrity] confidentiality\n"));
+        assert!(!is_confidential("[none] integrity confidentiality\n"));
+    }
 
     #[test]
     fn names_exactly_what_is_missing() {

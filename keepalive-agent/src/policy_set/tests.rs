@@ -12,19 +12,20 @@ use crate::{
     rules::most_exact,
 };
 
+/// An id that follows from the path, as an inode number does.
+fn id_of(path: &[u8]) -> u64 {
+    path.iter().fold(7, |id: u64, byte| {
+        id.wrapping_mul(31).wrapping_add(u64::from(*byte))
+    })
+}
+
 fn at(path: &str) -> Cgroup {
-    // An id that follows from the path, as an inode number does.
-    let id = path.bytes().fold(7, |id: u64, byte| {
-        id.wrapping_mul(31).wrapping_add(u64::from(byte))
-    });
     Cgroup {
-        path: path.to_owned(),
-        id,
+        path: path.into(),
+        id: id_of(path.as_bytes()),
     }
 }
 
-/// A policy told by its idle time, for remote ends with this address or for
-/// all.
 fn assigned(idle: u32, remote: Option<&str>) -> Assigned {
     let mut policy = Policy::BUILT_IN;
     policy.idle = Range::default_only(idle);
@@ -57,11 +58,11 @@ fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// The idle time that an assignment means for a socket; 0 is none.
 fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
     let remote = remote.parse().unwrap();
-    for path in upward(path) {
+    for path in CgroupPath::from(path).upward() {
         let claim = assignment
             .claims
             .iter()
-            .find(|claim| claim.cgroup.path == path);
+            .find(|claim| claim.cgroup.path.as_bytes() == path);
         let Some(claim) = claim else { continue };
         let claiming = || {
             claim
@@ -146,7 +147,8 @@ impl Tables for Maps {
 impl Maps {
     fn of(set: &PolicySet) -> Self {
         let mut maps = Self::default();
-        assert!(maps.write(set, Mark::START, &mut usize::MAX));
+        let mut all = usize::MAX;
+        assert!(maps.write(set, Mark::START, &mut all));
         for (cgroup, claim) in set.claims() {
             assert!(maps.cgroups.insert(cgroup.id, claim).is_none());
         }
@@ -179,7 +181,9 @@ impl Maps {
 
     /// What the BPF program finds for a socket, now or before; 0 is none.
     fn idle(&self, path: &str, remote: &str, now: bool) -> u32 {
-        let nearest = upward(path).find_map(|path| self.cgroups.get(&at(path).id));
+        let nearest = CgroupPath::from(path)
+            .upward()
+            .find_map(|path| self.cgroups.get(&id_of(path)));
         let claim = nearest.copied().unwrap_or(Claim::NONE);
         let target = if now { claim.now } else { claim.before };
         let remote: std::net::SocketAddr = remote.parse().unwrap();
@@ -224,8 +228,8 @@ proptest! {
         let nothing = Assignment { policies: Vec::new(), claims: Vec::new() };
         prop_assert_eq!(maps.all(false), all_meant(before.as_ref().unwrap_or(&nothing)));
         let sizes = set.sizes();
-        prop_assert_eq!(maps.policies.len() as u32 + FIRST, sizes.slots);
-        prop_assert_eq!(maps.steps.len() as u32, sizes.steps);
+        prop_assert_eq!(maps.policies.len() + FIRST as usize, sizes.slots as usize);
+        prop_assert_eq!(maps.steps.len(), sizes.steps as usize);
         prop_assert_eq!(maps.remotes.len(), sizes.remotes);
         prop_assert_eq!(maps.ports.len(), sizes.ports);
         prop_assert_eq!(maps.cgroups.len(), sizes.cgroups);
@@ -292,7 +296,10 @@ fn as_many_steps_as_the_kernel_takes() {
     let claim = set.claim(&deepest.cgroup.path);
     assert_eq!(set.steps_from(claim.now), MAX_STEPS);
     let error = set.claim_for(&deepest.cgroup, &[0]).unwrap_err();
-    assert!(error.to_string().contains(&deepest.cgroup.path), "{error}");
+    assert!(
+        error.to_string().contains(&deepest.cgroup.path.to_string()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -312,7 +319,7 @@ fn a_cgroup_made_again_is_another_one() {
 fn a_policy_that_stays_keeps_one_slot() {
     let same = one("/a", 1, None);
     let set = PolicySet::new(Some(&same), &same).unwrap();
-    let claim = set.claim("/a");
+    let claim = set.claim(&"/a".into());
     assert_eq!(claim.now, claim.before);
     assert_eq!(set.policies(Mark::START).count(), 1);
 }

@@ -10,12 +10,15 @@ use std::{
 };
 
 use anyhow::Result;
-use keepalive_common::slot::MAX_DEPTH;
+use keepalive_common::{
+    plan::{Options, plan},
+    socket::SocketRecord,
+};
 
 use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
-    hierarchy::{Cgroup, Hierarchy, parent},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity},
     rules::most_exact,
 };
@@ -38,7 +41,7 @@ pub struct Cgroups {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
     /// Its path from the root of the hierarchy.
-    pub path: String,
+    pub path: CgroupPath,
     /// What it is; found out for those that have connections.
     identity: Option<Identity>,
     /// By agent, in the order in which they have the last word.
@@ -50,7 +53,7 @@ impl Known {
     #[cfg(test)]
     pub(crate) fn unclaimed(path: &str) -> Self {
         Self {
-            path: path.to_owned(),
+            path: path.into(),
             identity: Some(Identity::of_path(path.as_bytes())),
             claims: Vec::new(),
         }
@@ -73,12 +76,8 @@ struct Claim {
     above: Option<Arc<Claim>>,
 }
 
-/// The nearest claim, and how many cgroups up it was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Found {
-    claim: Arc<Claim>,
-    distance: u32,
-}
+/// The nearest claim.
+type Found = Arc<Claim>;
 
 impl Claim {
     /// The policy for a remote end.
@@ -110,7 +109,7 @@ impl Cgroups {
     pub fn new(hierarchy: Option<Hierarchy>, mut running: Vec<Enforcing>) -> Result<Self> {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
-        running.sort_by_key(|agent| agent.root.path.trim_end_matches('/').len());
+        running.sort_by_key(|agent| agent.root.path.depth());
         let agents = running
             .iter()
             .map(|agent| Claimants::new(&agent.config, &agent.root));
@@ -129,18 +128,21 @@ impl Cgroups {
         !self.agents.is_empty()
     }
 
-    /// The cgroup with this id and the policy that claims its connections to a
-    /// remote end. None for one that was removed, or is out of sight in a
-    /// container.
+    /// The cgroup of a connection, and the policy that claims the connection.
+    ///
+    /// A cgroup that is not known was removed, or is out of sight in a container.
+    /// Its connections have the policies of the root: of the agent that governs
+    /// all cgroups, or of another one if it wants nothing to be changed on the
+    /// connection.
     ///
     /// # Errors
     ///
     /// When the hierarchy cannot be read.
     pub fn get(
         &mut self,
-        id: u64,
-        remote: SocketAddr,
-    ) -> io::Result<Option<(&Known, Option<&Assigned>)>> {
+        record: &SocketRecord,
+    ) -> io::Result<(Option<&Known>, Option<&Assigned>)> {
+        let (id, remote) = (record.cgroup, record.remote());
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
         }
@@ -152,19 +154,34 @@ impl Cgroups {
         {
             known.identity = Some(identities.of(known.path.as_bytes()));
         }
-        Ok(self.by_id.get(&id).map(|known| {
-            let agents = self.agents.iter().zip(&known.claims);
-            let policy = agents.into_iter().find_map(|(agent, found)| {
-                let claim = &found.as_ref()?.claim;
-                claim.policy(agent.policies(), remote)
-            });
-            (known, policy)
-        }))
+        let Some(known) = self.by_id.get(&id) else {
+            return Ok((None, self.of_root(record)));
+        };
+        let agents = self.agents.iter().zip(&known.claims);
+        let policy = agents
+            .into_iter()
+            .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), remote));
+        Ok((Some(known), policy))
+    }
+
+    /// The policy of the root that claims a connection.
+    fn of_root(&self, record: &SocketRecord) -> Option<&Assigned> {
+        let has = record.options();
+        self.agents.iter().find_map(|agent| {
+            let root = &agent.root().path;
+            let claim = Claim {
+                policies: agent.of(root),
+                above: None,
+            };
+            let assigned = claim.policy(agent.policies(), record.remote())?;
+            let fits = has != Options::default() && plan(&assigned.policy, &has) == has;
+            (root.depth() == 0 || fits).then_some(assigned)
+        })
     }
 
     fn walk(&mut self) -> io::Result<()> {
         if let Some(hierarchy) = &self.hierarchy
-            && let Some(root) = hierarchy.lookup("/")?
+            && let Some(root) = hierarchy.lookup(&CgroupPath::root())?
         {
             self.by_id = known(hierarchy.walk(&root)?, &self.agents);
         }
@@ -175,16 +192,16 @@ impl Cgroups {
 
 /// Settles who claims each cgroup; parents come before their children.
 fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
-    let mut by_path: HashMap<String, Vec<Option<Found>>> = HashMap::new();
+    let mut by_path: HashMap<CgroupPath, Vec<Option<Found>>> = HashMap::new();
     let mut by_id = HashMap::with_capacity(cgroups.len());
     for Cgroup { path, id } in cgroups {
-        let above = parent(&path).and_then(|parent| by_path.get(parent));
+        let above = path.parent().and_then(|parent| by_path.get(&parent));
         let claims: Vec<_> = agents
             .iter()
             .enumerate()
             .map(|(index, agent)| {
                 let above = above.and_then(|above| above[index].as_ref());
-                found(agent.of(&path), above)
+                found(agent, &path, above)
             })
             .collect();
         if !agents.is_empty() {
@@ -202,25 +219,17 @@ fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
     by_id
 }
 
-/// The nearest claim of a cgroup that these policies claim, and what was found
-/// above.
-fn found(policies: Vec<usize>, above: Option<&Found>) -> Option<Found> {
+/// The nearest claim of a cgroup, given that of the one above.
+fn found(agent: &Claimants, path: &CgroupPath, above: Option<&Found>) -> Option<Found> {
+    let policies = agent.of(path);
     if policies.is_empty() {
-        return above
-            .map(|above| Found {
-                claim: above.claim.clone(),
-                distance: above.distance + 1,
-            })
-            .filter(|found| found.distance < MAX_DEPTH);
+        return above.cloned().filter(|_| agent.is_in_reach(path));
     }
     let claim = Claim {
         policies,
-        above: above.map(|above| above.claim.clone()),
+        above: above.cloned(),
     };
-    Some(Found {
-        claim: Arc::new(claim),
-        distance: 0,
-    })
+    Some(Arc::new(claim))
 }
 
 #[cfg(test)]
@@ -234,16 +243,28 @@ mod tests {
         config::{CgroupPattern, Config, NamedPolicy},
         identity::Selector,
         rules::Rules,
+        sockets::trial::record,
     };
 
     const REMOTE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
+
+    fn in_cgroup(id: u64, remote: SocketAddr) -> SocketRecord {
+        let local = if remote.is_ipv4() {
+            "192.0.2.1:1"
+        } else {
+            "[::1]:1"
+        };
+        let mut record = record(local, &remote.to_string(), &Options::default());
+        record.cgroup = id;
+        record
+    }
 
     /// Cgroups with these paths; the id of each is its position, from 1.
     fn hierarchy(paths: &[&str]) -> Vec<Cgroup> {
         (1..)
             .zip(paths)
             .map(|(id, path)| Cgroup {
-                path: (*path).to_owned(),
+                path: (*path).into(),
                 id,
             })
             .collect()
@@ -261,7 +282,7 @@ mod tests {
         Enforcing {
             agent: Some(1),
             root: Cgroup {
-                path: root.to_owned(),
+                path: root.into(),
                 id: 0,
             },
             config: Config {
@@ -278,7 +299,7 @@ mod tests {
         cgroups.by_id = known(found, &cgroups.agents);
         ids.into_iter()
             .map(|id| {
-                let (_, policy) = cgroups.get(id, REMOTE).unwrap().unwrap();
+                let (_, policy) = cgroups.get(&in_cgroup(id, REMOTE)).unwrap();
                 policy.map(|policy| policy.name.clone())
             })
             .collect()
@@ -324,12 +345,12 @@ mod tests {
     }
 
     #[test]
-    fn the_walk_upward_ends_where_the_kernels_does() {
-        let paths: Vec<_> = (0..40).map(|depth| "/x".repeat(depth)).collect();
+    fn what_is_too_deep_is_nobodys() {
+        let paths: Vec<_> = (0..130).map(|depth| "/x".repeat(depth)).collect();
         let mut paths: Vec<_> = paths.iter().map(String::as_str).collect();
         paths[0] = "/";
         let found = claimed(&paths, vec![running("/", &[("root", "/")])]);
-        let limit = usize::try_from(MAX_DEPTH).unwrap();
+        let limit = 128;
         assert!(found[..limit].iter().all(Option::is_some));
         assert!(found[limit..].iter().all(Option::is_none));
     }
@@ -347,15 +368,35 @@ mod tests {
             ("[::ffff:192.0.2.2]:443", "some"),
             ("198.51.100.1:443", "root"),
         ] {
-            let (_, policy) = cgroups.get(3, remote.parse().unwrap()).unwrap().unwrap();
+            let record = in_cgroup(3, remote.parse().unwrap());
+            let (_, policy) = cgroups.get(&record).unwrap();
             assert_eq!(policy.unwrap().name, expected, "{remote}");
         }
     }
 
     #[test]
-    fn unknown_cgroups_are_nobodys() {
-        let mut cgroups = Cgroups::new(None, Vec::new()).unwrap();
-        assert_eq!(cgroups.get(1, REMOTE).unwrap(), None);
+    fn connections_of_unknown_cgroups_have_the_policy_of_the_root() {
+        let name = |agents: Vec<Enforcing>, options: &Options| {
+            let mut cgroups = Cgroups::new(None, agents).unwrap();
+            let mut record = record("192.0.2.1:1", "198.51.100.7:443", options);
+            record.cgroup = 7;
+            let (cgroup, policy) = cgroups.get(&record).unwrap();
+            assert_eq!(cgroup, None);
+            policy.map(|policy| policy.name.clone())
+        };
+        let untouched = Options::default();
+        let shaped = plan(&Policy::BUILT_IN, &untouched);
+        let root = || running("/", &[("other", "/a"), ("root", "/")]);
+        let part = || running("/part", &[("part", "/part")]);
+        assert_eq!(name(Vec::new(), &shaped), None);
+        assert_eq!(name(vec![root()], &untouched).as_deref(), Some("root"));
+        assert_eq!(name(vec![part()], &untouched), None);
+        assert_eq!(name(vec![part()], &shaped).as_deref(), Some("part"));
+    }
+
+    #[test]
+    fn without_an_agent_nothing_is_enforced() {
+        let cgroups = Cgroups::new(None, Vec::new()).unwrap();
         assert!(!cgroups.is_enforced());
     }
 }

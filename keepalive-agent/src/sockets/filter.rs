@@ -126,8 +126,8 @@ pub enum Rank {
     Down(Reverse<u64>),
     /// By address, then port.
     Address(SocketAddr),
-    /// By letters.
-    Text(String),
+    /// By bytes.
+    Name(Vec<u8>),
 }
 
 impl Key {
@@ -137,15 +137,15 @@ impl Key {
         let down = |number| Rank::Down(Reverse(number));
         let settings = &connection.settings;
         match self {
-            Self::Cgroup => Rank::Text(
+            Self::Cgroup => Rank::Name(
                 connection
                     .cgroup
-                    .map_or_else(String::new, |own| own.path.clone()),
+                    .map_or_else(Vec::new, |own| own.path.as_bytes().to_vec()),
             ),
             Self::Idle if settings.keepalive.value => down(settings.idle.value.into()),
             Self::Idle => down(u64::MAX),
             Self::Local => Rank::Address(connection.record.local()),
-            Self::Netns => Rank::Text(connection.netns.name.clone()),
+            Self::Netns => Rank::Name(connection.netns.name.clone().into_bytes()),
             Self::NextProbe => Rank::Up(connection.forecast.next_probe.unwrap_or(u64::MAX)),
             Self::Noticed => down(match connection.forecast.noticed {
                 Noticed::Never => u64::MAX,
@@ -261,7 +261,7 @@ mod tests {
         let found = protected(60);
         let filter = Filter {
             cgroup: Some(Cgroup {
-                path: "/a".to_owned(),
+                path: "/a".into(),
                 id: 1,
             }),
             ..Filter::default()

@@ -19,7 +19,9 @@ use super::{
 };
 use crate::{
     duration,
+    hierarchy::CgroupPath,
     identity::{Identity, Runtime},
+    names::{printable, to_json, write_json},
     paths::IdleTimeout,
 };
 
@@ -96,7 +98,7 @@ pub fn row(connection: &Connection<'_>) -> [String; 13] {
         (would.user_timeout != has.user_timeout).then(|| milliseconds(would.user_timeout)),
     );
     [
-        printable(&connection.netns.name).into_owned(),
+        printable(&connection.netns.name).to_string(),
         location(connection),
         process(connection),
         connection.record.local().to_string(),
@@ -151,8 +153,8 @@ fn marked(value: &str, source: Source) -> String {
 /// The path of its cgroup.
 #[must_use]
 pub fn path(connection: &Connection<'_>) -> String {
-    let cgroup = connection.cgroup.map(|cgroup| printable(&cgroup.path));
-    cgroup.map_or_else(|| NONE.to_owned(), Cow::into_owned)
+    let cgroup = connection.cgroup.map(|cgroup| cgroup.path.to_string());
+    cgroup.unwrap_or_else(|| NONE.to_owned())
 }
 
 /// The container, pod or unit where there is one, else the path of the cgroup.
@@ -164,8 +166,7 @@ fn location(connection: &Connection<'_>) -> String {
         };
     };
     let known = cgroup.identity().filter(|identity| identity.is_known());
-    let shown = known.map_or_else(|| cgroup.path.clone(), Identity::to_string);
-    printable(&shown).into_owned()
+    known.map_or_else(|| cgroup.path.to_string(), Identity::to_string)
 }
 
 /// `nginx/1234`, and how many more hold it.
@@ -177,16 +178,6 @@ fn process(connection: &Connection<'_>) -> String {
     match holder.count {
         0 | 1 => first,
         count => format!("{first} +{}", count - 1),
-    }
-}
-
-/// Processes choose their names: nothing in them may move the cursor or end a
-/// cell.
-fn printable(text: &str) -> Cow<'_, str> {
-    if text.contains(char::is_control) {
-        Cow::Owned(text.replace(char::is_control, "?"))
-    } else {
-        Cow::Borrowed(text)
     }
 }
 
@@ -210,12 +201,12 @@ fn rounded(milliseconds: u64) -> String {
 struct Line<'a> {
     netns: &'a str,
     netns_id: u64,
-    cgroup: Option<&'a str>,
+    cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
     #[serde(flatten)]
     identity: IdentityRecord<'a>,
     pid: Option<u32>,
-    comm: Option<&'a str>,
+    comm: Option<Cow<'a, str>>,
     holders: u32,
     uid: u32,
     inode: u64,
@@ -314,11 +305,11 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
     let line = Line {
         netns: &netns.name,
         netns_id: netns.id,
-        cgroup: cgroup.map(|cgroup| cgroup.path.as_str()),
+        cgroup: cgroup.map(|cgroup| &cgroup.path),
         cgroup_id: record.cgroup,
         identity: IdentityRecord::new(cgroup.and_then(Known::identity)),
         pid: holder.map(|holder| holder.pid),
-        comm: holder.map(|holder| holder.comm),
+        comm: holder.map(|holder| to_json(holder.comm)),
         holders: holder.map_or(0, |holder| holder.count),
         uid: record.uid,
         inode: record.inode,
@@ -335,8 +326,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         noticed_by,
         would: would.map(Would::from),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 /// The states in which a process holds a connection open, as `ss` calls them.
@@ -355,7 +345,7 @@ fn state(number: u32) -> &'static str {
 pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
     let idle = |idle: Option<u32>| idle.map_or_else(|| NONE.to_owned(), seconds);
     [
-        printable(name).into_owned(),
+        name.to_owned(),
         summary.connections.to_string(),
         summary.protected.to_string(),
         summary.unprotected.to_string(),
@@ -368,7 +358,7 @@ pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
 /// A cgroup's summary as a line of JSON.
 #[derive(Serialize)]
 struct SummaryLine<'a> {
-    cgroup: Option<&'a str>,
+    cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
     #[serde(flatten)]
     identity: IdentityRecord<'a>,
@@ -390,14 +380,13 @@ pub fn summary_json_line(
     out: &mut impl Write,
 ) -> io::Result<()> {
     let line = SummaryLine {
-        cgroup: cgroup.map(|cgroup| cgroup.path.as_str()),
+        cgroup: cgroup.map(|cgroup| &cgroup.path),
         cgroup_id,
         identity: IdentityRecord::new(cgroup.and_then(Known::identity)),
         summary,
         at_risk_timeout_ms: u64::try_from(timeout.duration().as_millis()).unwrap_or(u64::MAX),
     };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.write_all(b"\n")
+    write_json(&line, out)
 }
 
 #[cfg(test)]
@@ -446,13 +435,13 @@ mod tests {
             Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
         connection.holder = Some(Holder {
             pid: 7,
-            comm: "ng\tinx\x1b[2J",
+            comm: b"ng\tinx\x1b[2J",
             count: 3,
         });
         let expected = [
             "host",
             "nginx.service",
-            "ng?inx?[2J/7 +2",
+            "ng\\tinx\\u{1b}[2J/7 +2",
             "192.0.2.1:40000",
             "198.51.100.7:5432",
             "on p",
@@ -570,8 +559,8 @@ mod tests {
             at_risk: 2,
         };
         assert_eq!(
-            summary_row("/a\n", &summary),
-            ["/a?", "3", "2", "1", "1m", "2h", "2"]
+            summary_row("/a", &summary),
+            ["/a", "3", "2", "1", "1m", "2h", "2"]
         );
         let mut line = Vec::new();
         let timeout = crate::paths::GCP.into();

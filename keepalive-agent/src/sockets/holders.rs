@@ -22,7 +22,7 @@ const ENTRIES: usize = 16 * 1024;
 #[derive(Debug, Default)]
 pub struct Holders {
     by_inode: HashMap<u64, Held>,
-    names: HashMap<u32, String>,
+    names: HashMap<u32, Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -37,8 +37,8 @@ struct Held {
 pub struct Holder<'a> {
     /// Process id of the first one that was found.
     pub pid: u32,
-    /// What it calls itself (`comm`).
-    pub comm: &'a str,
+    /// What it calls itself (`comm`): any bytes.
+    pub comm: &'a [u8],
     /// How many processes hold the socket, this one included.
     pub count: u32,
 }
@@ -122,17 +122,18 @@ impl Holders {
         let held = self.by_inode.get(&inode)?;
         Some(Holder {
             pid: held.first,
-            comm: self.names.get(&held.first).map_or("", String::as_str),
+            comm: self.names.get(&held.first).map_or(&[], Vec::as_slice),
             count: held.count,
         })
     }
 }
 
 /// What a process calls itself; nothing where it has ended.
-fn comm(pid: u32) -> String {
-    let comm = fs::read(format!("{PROC}/{pid}/comm")).unwrap_or_default();
-    let comm = String::from_utf8_lossy(&comm);
-    comm.trim_end_matches('\n').to_owned()
+fn comm(pid: u32) -> Vec<u8> {
+    let mut comm = fs::read(format!("{PROC}/{pid}/comm")).unwrap_or_default();
+    // The kernel ends it with a line break; the name may have some of its own.
+    comm.pop_if(|last| *last == b'\n');
+    comm
 }
 
 /// The inode numbers of the sockets that a process holds.
@@ -211,12 +212,12 @@ mod tests {
         for pid in [7, 7, 9, 9] {
             holders.add(pid, 1);
         }
-        holders.names.insert(7, "seven".to_owned());
+        holders.names.insert(7, b"seven".to_vec());
         assert_eq!(
             holders.of(1),
             Some(Holder {
                 pid: 7,
-                comm: "seven",
+                comm: b"seven",
                 count: 2
             })
         );

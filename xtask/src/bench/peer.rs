@@ -79,7 +79,7 @@ impl Peer {
     /// One of the programs of the benchmark's object.
     fn program(place: &Place, name: &str, program: &'static str) -> Result<Self> {
         Self::make(place, name, |root| {
-            let object = workspace::bench_object();
+            let object = workspace::bpf_binary("bench");
             let mut ebpf = Ebpf::load_file(&object)
                 .with_context(|| format!("cannot load {}", object.display()))?;
             let loaded = sock_ops(&mut ebpf, program)?;

@@ -1,6 +1,9 @@
 //! What was measured: on the terminal and as JSON.
 
+use std::io::{self, Write as _};
+
 use serde_json::{Value, json};
+use tabwriter::TabWriter;
 
 use super::stats::{Summary, ratios};
 use crate::exec;
@@ -17,7 +20,7 @@ pub(crate) struct Report {
 /// Cases that were measured in turns.
 #[derive(Clone)]
 pub(crate) struct Table {
-    /// Names it in JSON and plots.
+    /// Names it in JSON.
     pub(crate) id: &'static str,
     pub(crate) title: String,
     pub(crate) unit: &'static str,
@@ -190,14 +193,14 @@ impl Goal {
     }
 
     fn line(&self) -> Vec<String> {
-        let (colour, verdict) = match self.verdict() {
-            Verdict::Reached => ("32", "reached"),
-            Verdict::Unclear => ("33", "unclear"),
-            Verdict::Missed => ("31", "not reached"),
-            Verdict::Unknown => ("33", "not measured"),
+        let verdict = match self.verdict() {
+            Verdict::Reached => "reached",
+            Verdict::Unclear => "unclear",
+            Verdict::Missed => "not reached",
+            Verdict::Unknown => "not measured",
         };
         vec![
-            exec::paint_out(colour, verdict),
+            verdict.to_owned(),
             self.what.clone(),
             self.found.as_ref().map_or_else(String::new, |found| {
                 format!("{} {}", multiple(found), self.unit)
@@ -274,31 +277,16 @@ fn multiple(ratio: &Summary) -> String {
 }
 
 fn print_aligned(lines: &[Vec<String>]) {
-    // Colours take no room.
-    let width = |cell: &str| {
-        let mut width = 0;
-        let mut escaped = false;
-        for letter in cell.chars() {
-            escaped |= letter == '\x1b';
-            width += usize::from(!escaped);
-            escaped &= letter != 'm';
-        }
-        width
-    };
-    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
-    let widths = (0..columns)
-        .map(|column| {
-            let cells = lines.iter().filter_map(|line| line.get(column));
-            cells.map(|cell| width(cell)).max().unwrap_or(0)
-        })
-        .collect::<Vec<_>>();
-    for line in lines {
-        let cells = line.iter().zip(&widths).map(|(cell, wanted)| {
-            let room = " ".repeat(wanted - width(cell));
-            format!("{cell}{room}")
-        });
-        println!("  {}", cells.collect::<Vec<_>>().join("  ").trim_end());
-    }
+    let mut table = TabWriter::new(io::stdout()).padding(2);
+    let text = lines.iter().fold(String::new(), |text, line| {
+        text + "  " + &line.join("\t") + "\n"
+    });
+    // Standard output that is gone is no reason to stop measuring.
+    drop(
+        table
+            .write_all(text.as_bytes())
+            .and_then(|()| table.flush()),
+    );
 }
 
 #[cfg(test)]

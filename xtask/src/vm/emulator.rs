@@ -170,7 +170,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::vm::{support, transcript::Transcript};
+    use crate::vm::{judge, transcript::Transcript};
 
     /// A boot of a machine that a shell script stands in for; `$console` and
     /// `$transcript` are where it writes.
@@ -200,7 +200,7 @@ mod tests {
     /// What is wrong with it, where one test program was to run.
     fn faults(boot: &Boot) -> Vec<String> {
         let transcript = Transcript::parse(&boot.transcript);
-        support::faults(1, &transcript, &boot.console, boot.timed_out)
+        judge::faults(1, &transcript, &boot.console, boot.timed_out)
     }
 
     const BEGIN: &str = "printf '@ begin a\\ntest b ... ok\\n@ end a 0 1\\n' >>$transcript";

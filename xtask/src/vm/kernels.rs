@@ -21,12 +21,8 @@ pub(crate) struct Series {
     pub(crate) step: &'static str,
 }
 
-/// Oldest first. The last one is whatever is the newest of its major version; the
-/// first one stays what it is: later 5.10 have another way to name a socket's
-/// cgroup.
-pub(crate) const ALL: [Series; 5] = [
-    series("5.10.223", "bullseye", "vm 5.10.223"),
-    series("5.10", "bullseye-security", "vm 5.10"),
+/// Oldest first. The last one is whatever is the newest of its major version.
+pub(crate) const ALL: [Series; 3] = [
     series("6.1", "bookworm-security", "vm 6.1"),
     series("6.12", "trixie-security", "vm 6.12"),
     series("7", "trixie-backports", "vm 7"),
@@ -230,7 +226,7 @@ Depends: linux-image-6.12.117+deb13-cloud-amd64 (= 6.12.117-1)
 
     #[test]
     fn a_kernel_that_is_not_claimed_is_named_none() {
-        assert_eq!(Series::named("6.12"), Ok(ALL[3]));
-        assert!(Series::named("nginx").unwrap_err().contains("5.10, 6.1,"));
+        assert_eq!(Series::named("6.12"), Ok(ALL[1]));
+        assert!(Series::named("nginx").unwrap_err().contains("6.1, 6.12,"));
     }
 }

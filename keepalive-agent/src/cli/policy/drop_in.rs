@@ -13,8 +13,9 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 
 use super::{Diagnostics, Origins};
 use crate::{
-    config::{Place, RUNTIME_DIRECTORY},
+    config::{Place, RUNTIME_DIRECTORY, Refusal, read_trusted},
     identity::Attribute,
+    names::printable_path,
 };
 
 /// What the names of drop-ins start with that stay.
@@ -180,10 +181,12 @@ impl DropIn {
 
     /// What is written in it; none where it does not exist.
     pub(super) fn keys(&self) -> Result<Option<Keys>> {
-        let text = match fs::read_to_string(&self.path) {
+        let text = match read_trusted(&self.path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| self.path.display().to_string()),
+            Err(Refusal::Absent) => return Ok(None),
+            Err(refusal) => {
+                return Err(refusal).with_context(|| printable_path(&self.path).to_string());
+            }
         };
         if text.is_empty() {
             return Ok(None);
@@ -191,7 +194,7 @@ impl DropIn {
         self.parse(&text).map(Some).with_context(|| {
             format!(
                 "{} is not as `policy set` writes it; edit it by hand, or remove it",
-                self.path.display()
+                printable_path(&self.path)
             )
         })
     }
@@ -232,13 +235,13 @@ impl DropIn {
 
     /// Writes it; readers see the old text or the new one.
     pub(super) fn write(&self, text: &str) -> Result<()> {
-        let writing = || format!("writing {}", self.path.display());
+        let writing = || format!("writing {}", printable_path(&self.path));
         let (directory, name) = self
             .path
             .parent()
             .zip(self.path.file_name())
             .with_context(writing)?;
-        make(directory).with_context(|| format!("making {}", directory.display()))?;
+        make(directory).with_context(|| format!("making {}", printable_path(directory)))?;
         // Hidden, so no drop-in.
         let temporary = directory.join(format!(
             ".{}.{}",
@@ -265,7 +268,8 @@ impl DropIn {
     }
 
     pub(super) fn remove(&self) -> Result<()> {
-        fs::remove_file(&self.path).with_context(|| format!("removing {}", self.path.display()))
+        fs::remove_file(&self.path)
+            .with_context(|| format!("removing {}", printable_path(&self.path)))
     }
 }
 

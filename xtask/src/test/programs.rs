@@ -3,8 +3,7 @@
 
 use std::{env, fs, path::Path};
 
-use super::apt;
-use crate::exec;
+use crate::{apt, exec};
 
 /// A program or file the live tests use.
 struct Need {
@@ -20,7 +19,9 @@ const NEEDS: &[Need] = &[
     need("gcc", &["gcc"]),
     need("go", &["golang-go"]),
     need("ip", &["iproute2"]),
+    need("nft", &["nftables"]),
     need("nginx", &["nginx-light", "nginx"]),
+    need("python3", &["python3"]),
     need("redis-server", &["redis-server"]),
     need("runc", &["runc"]),
     need("tcpdump", &["tcpdump"]),

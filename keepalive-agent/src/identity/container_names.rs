@@ -1,4 +1,4 @@
-//! Names: what a container is called, as its runtime left it on disk before it
+//! Container names: what a container is called, as its runtime left it on disk before it
 //! made the container's cgroup.
 //!
 //! | runtime | file | what it tells |
@@ -56,7 +56,7 @@ impl Runtime {
 /// What a container is called. Each is as somebody chose it, bounded in length and
 /// otherwise any text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Names {
+pub struct ContainerNames {
     /// What runs it.
     pub runtime: Option<Runtime>,
     /// Its name; in Kubernetes within its pod, where a pod's sandbox has none.
@@ -113,15 +113,15 @@ impl Files {
     }
 
     /// What the container with this id is called; none where no runtime knows it.
-    pub(super) fn read(&self, id: &str) -> Option<Names> {
+    pub(super) fn read(&self, id: &str) -> Option<ContainerNames> {
         let found = self
             .docker(id)
             .or_else(|| self.containerd(id))
             .or_else(|| self.storage(id));
-        found.map(Names::bounded)
+        found.map(ContainerNames::bounded)
     }
 
-    fn docker(&self, id: &str) -> Option<Names> {
+    fn docker(&self, id: &str) -> Option<ContainerNames> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Container {
@@ -149,7 +149,7 @@ impl Files {
             .config
             .map(|config| (config.image, config.labels))
             .unwrap_or_default();
-        Some(Names {
+        Some(ContainerNames {
             runtime: Some(Runtime::Docker),
             // It is kept with a slash before it.
             name: container
@@ -157,18 +157,18 @@ impl Files {
                 .map(|name| name.trim_start_matches('/').to_owned()),
             image,
             labels: labels.unwrap_or_default(),
-            ..Names::default()
+            ..ContainerNames::default()
         })
     }
 
-    fn containerd(&self, id: &str) -> Option<Names> {
+    fn containerd(&self, id: &str) -> Option<ContainerNames> {
         /// The namespaces of Kubernetes, and of nerdctl.
         const NAMESPACES: [&str; 2] = ["k8s.io", "default"];
         CONTAINERD.iter().find_map(|directory| {
             NAMESPACES.iter().find_map(|namespace| {
                 let file = format!("io.containerd.runtime.v2.task/{namespace}/{id}/config.json");
                 let bundle: Bundle = self.json(directory.as_ref(), &file)?;
-                Some(Names {
+                Some(ContainerNames {
                     runtime: Some(Runtime::Containerd),
                     ..bundle.names()
                 })
@@ -177,7 +177,7 @@ impl Files {
     }
 
     /// podman and CRI-O, which share a storage.
-    fn storage(&self, id: &str) -> Option<Names> {
+    fn storage(&self, id: &str) -> Option<ContainerNames> {
         STORAGES.iter().find_map(|storage| {
             DRIVERS.iter().find_map(|driver| {
                 let file = format!("{driver}-containers/{id}/userdata/config.json");
@@ -187,7 +187,7 @@ impl Files {
                     return Some(names);
                 }
                 let stored = self.stored(storage, driver, id).unwrap_or_default();
-                Some(Names {
+                Some(ContainerNames {
                     runtime: Some(Runtime::Podman),
                     name: stored.name.or(names.name),
                     image: stored.image.or(names.image),
@@ -198,7 +198,7 @@ impl Files {
     }
 
     /// What the storage says of a container.
-    fn stored(&self, storage: &str, driver: &str, id: &str) -> Option<Names> {
+    fn stored(&self, storage: &str, driver: &str, id: &str) -> Option<ContainerNames> {
         #[derive(Deserialize)]
         struct Container {
             id: String,
@@ -221,10 +221,10 @@ impl Files {
                 let metadata = container.metadata.as_deref();
                 let metadata: Option<Metadata> =
                     metadata.and_then(|text| serde_json::from_str(text).ok());
-                Some(Names {
+                Some(ContainerNames {
                     name: container.names.and_then(|names| names.into_iter().next()),
                     image: metadata.and_then(|metadata| metadata.image_name),
-                    ..Names::default()
+                    ..ContainerNames::default()
                 })
             })
     }
@@ -257,13 +257,13 @@ struct Bundle {
 }
 
 impl Bundle {
-    fn names(mut self) -> Names {
+    fn names(mut self) -> ContainerNames {
         let is_cri_o = self
             .annotations
             .contains_key("io.kubernetes.cri-o.ContainerType");
         let mut take = |keys: &[&str]| keys.iter().find_map(|key| self.annotations.remove(*key));
         // Of CRI-O first, which writes both for its sandboxes.
-        Names {
+        ContainerNames {
             runtime: is_cri_o.then_some(Runtime::CriO),
             name: take(&[
                 "io.kubernetes.container.name",
@@ -289,7 +289,7 @@ impl Bundle {
     }
 }
 
-impl Names {
+impl ContainerNames {
     /// Without what is longer than anything that a person would select by.
     fn bounded(self) -> Self {
         let within = |value: Option<String>, longest| {

@@ -5,8 +5,7 @@ use std::{fmt, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::apt;
-use crate::{exec, workspace};
+use crate::{apt, exec, workspace};
 
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
@@ -14,11 +13,13 @@ const BY_HAND: &str = "rustup toolchain install nightly --component rust-src";
 
 /// A compiler with the source of `core`.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Compiler {
+pub(super) struct Compiler {
     kind: Kind,
-    release: String,
-    /// The LLVM whose bitcode it writes; the linker must be able to read it.
-    pub(crate) llvm_major: u32,
+    /// As it calls itself: `rustc 1.96.0 (ac68faa20 2026-05-25)`.
+    name: String,
+    /// The version of the LLVM whose bitcode it writes, which the linker must
+    /// be able to read.
+    llvm: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,7 @@ enum Kind {
 
 impl Compiler {
     /// Its rustc.
-    pub(crate) fn rustc(&self) -> Command {
+    pub(super) fn rustc(&self) -> Command {
         let mut rustc = self.kind.rustc();
         if self.kind == Kind::System {
             rustc.env("RUSTC_BOOTSTRAP", "1");
@@ -38,7 +39,7 @@ impl Compiler {
     }
 
     /// A cargo that compiles with it, at the root of the workspace.
-    pub(crate) fn cargo(&self) -> Command {
+    pub(super) fn cargo(&self) -> Command {
         match self.kind {
             Kind::Nightly => {
                 let mut rustup = rustup_run("cargo");
@@ -52,16 +53,17 @@ impl Compiler {
             }
         }
     }
+
+    /// The major version of its LLVM.
+    pub(super) fn llvm_major(&self) -> Option<u32> {
+        self.llvm.split('.').next()?.parse().ok()
+    }
 }
 
+/// As it is recorded beside the object.
 impl fmt::Display for Compiler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            kind,
-            release,
-            llvm_major,
-        } = self;
-        write!(f, "{kind}, {release}, LLVM {llvm_major}")
+        write!(f, "{}, LLVM {}", self.name, self.llvm)
     }
 }
 
@@ -83,9 +85,10 @@ impl fmt::Display for Kind {
     }
 }
 
-/// The first compiler that fits; installs Debian's when there is none.
-pub(super) fn find_or_install() -> Result<Compiler> {
-    let why = match find() {
+/// The compiler that the object was built with, if it is here, else the first
+/// that fits; installs Debian's when there is none.
+pub(super) fn find_or_install(recorded: Option<&str>) -> Result<Compiler> {
+    let why = match find(recorded) {
         Ok(compiler) => return Ok(compiler),
         Err(why) => why,
     };
@@ -100,19 +103,23 @@ pub(super) fn find_or_install() -> Result<Compiler> {
         DEBIAN_PACKAGES.join(" and ")
     ));
     apt::install(&DEBIAN_PACKAGES).with_context(|| blocked(&why))?;
-    find().map_err(|why| anyhow!(blocked(&why)))
+    find(recorded).map_err(|why| anyhow!(blocked(&why)))
 }
 
-/// The first compiler that fits, or why each does not.
-fn find() -> Result<Compiler, String> {
+/// The best compiler that fits, or why each does not.
+pub(super) fn find(recorded: Option<&str>) -> Result<Compiler, String> {
+    let mut fitting = Vec::new();
     let mut reasons = Vec::new();
     for kind in [Kind::Nightly, Kind::System] {
         match look_at(kind) {
-            Ok(compiler) => return Ok(compiler),
+            Ok(compiler) => fitting.push(compiler),
             Err(reason) => reasons.push(format!("{kind} {reason}")),
         }
     }
-    Err(reasons.join(", "))
+    // The sort is stable: of equals, the first.
+    fitting.sort_by_key(|compiler| recorded != Some(&compiler.to_string()));
+    let best = fitting.into_iter().next();
+    best.ok_or_else(|| reasons.join(", "))
 }
 
 fn look_at(kind: Kind) -> Result<Compiler, String> {
@@ -137,23 +144,13 @@ fn fit(kind: Kind, version: &str) -> Result<Compiler, String> {
             .ok_or_else(|| format!("does not tell its {name}"))
     };
     let release = field("release")?;
-    let llvm = field("LLVM version")?;
-    let unclear = |what: &str| format!("has a version that cannot be read: {what}");
+    let llvm = field("LLVM version")?.to_owned();
     let needed = env!("CARGO_PKG_RUST_VERSION");
-    if minor_version(release).ok_or_else(|| unclear(release))?
-        < minor_version(needed).unwrap_or((0, 0))
-    {
+    if minor_version(release) < minor_version(needed) {
         return Err(format!("is {release}, older than {needed}"));
     }
-    Ok(Compiler {
-        kind,
-        release: release.to_owned(),
-        llvm_major: llvm
-            .split('.')
-            .next()
-            .and_then(|major| major.parse().ok())
-            .ok_or_else(|| unclear(llvm))?,
-    })
+    let name = version.lines().next().unwrap_or_default().to_owned();
+    Ok(Compiler { kind, name, llvm })
 }
 
 /// `1.96.0-nightly` → (1, 96)
@@ -182,59 +179,29 @@ mod tests {
     const DEBIAN: &str = "\
 rustc 1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)
 binary: rustc
-commit-hash: ac68faa20c58cbccd01ee7208bf3b6e93a7d7f96
-commit-date: 2026-05-25
-host: x86_64-unknown-linux-gnu
 release: 1.96.0
 LLVM version: 22.1.8
 ";
 
     #[test]
-    fn release_and_llvm_are_read() {
+    fn name_and_llvm_are_read() {
+        let compiler = fit(Kind::System, DEBIAN).expect("it fits");
         assert_eq!(
-            fit(Kind::System, DEBIAN),
-            Ok(Compiler {
-                kind: Kind::System,
-                release: "1.96.0".to_owned(),
-                llvm_major: 22,
-            })
+            compiler.to_string(),
+            "rustc 1.96.0 (ac68faa20 2026-05-25) (built from a source tarball), LLVM 22.1.8"
         );
-        let nightly = DEBIAN.replace("1.96.0\nLLVM", "1.97.0-nightly\nLLVM");
-        assert!(fit(Kind::Nightly, &nightly).is_ok_and(|found| found.release == "1.97.0-nightly"));
+        assert_eq!(compiler.llvm_major(), Some(22));
     }
 
     #[test]
-    fn an_old_compiler_is_refused() {
-        let bookworm = DEBIAN.replace("release: 1.96.0", "release: 1.63.0");
-        assert_eq!(
-            fit(Kind::System, &bookworm),
-            Err(format!(
-                "is 1.63.0, older than {}",
-                env!("CARGO_PKG_RUST_VERSION")
-            ))
-        );
-    }
-
-    #[test]
-    fn a_compiler_that_does_not_tell_is_refused() {
+    fn a_compiler_that_is_old_or_does_not_tell_is_refused() {
         for (from, to, reason) in [
+            ("release: 1.96.0", "release: 1.63.0", "is 1.63.0, older"),
+            ("release: 1.96.0", "release: new", "is new, older"),
             ("LLVM version: 22.1.8", "", "does not tell its LLVM version"),
-            ("release: 1.96.0", "", "does not tell its release"),
-            (
-                "22.1.8",
-                "unknown",
-                "has a version that cannot be read: unknown",
-            ),
-            (
-                "release: 1.96.0",
-                "release: new",
-                "has a version that cannot be read: new",
-            ),
         ] {
-            assert_eq!(
-                fit(Kind::System, &DEBIAN.replace(from, to)),
-                Err(reason.to_owned())
-            );
+            let error = fit(Kind::System, &DEBIAN.replace(from, to)).expect_err(to);
+            assert!(error.starts_with(reason), "{error}");
         }
     }
 }

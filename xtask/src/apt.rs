@@ -37,14 +37,14 @@ DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends --no-r
 "#;
 
 /// Whether this machine has apt.
-pub(super) fn available() -> bool {
+pub(crate) fn available() -> bool {
     Path::new("/usr/bin/apt-get").exists()
 }
 
 /// Installs `packages` without starting their daemons and without removing
 /// other packages. The lists are fetched first: those of a fresh machine can be
 /// months old, and what they offer too old to build this.
-pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
+pub(crate) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
     update()?;
     let names = packages.iter().map(AsRef::as_ref).collect::<Vec<_>>();
     let mut shell = workspace::as_root("sh");
@@ -67,7 +67,7 @@ pub(super) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
 }
 
 /// Fetches the lists of packages, once in the life of this process.
-pub(super) fn update() -> Result<()> {
+pub(crate) fn update() -> Result<()> {
     static FETCHED: AtomicBool = AtomicBool::new(false);
     if FETCHED.load(Ordering::Relaxed) {
         return Ok(());
@@ -78,7 +78,7 @@ pub(super) fn update() -> Result<()> {
 }
 
 /// Whether the lists of packages name `package`.
-pub(super) fn known(package: &str) -> bool {
+pub(crate) fn known(package: &str) -> bool {
     exec::output(
         Command::new("apt-cache")
             .args(["policy", package])

@@ -2,25 +2,44 @@
 //! the compiler's LLVM wrote.
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Compiler, apt};
-use crate::{exec, workspace};
+use super::Compiler;
+use crate::{apt, exec, workspace};
 
 const NAME: &str = "bpf-linker";
 
+/// A bpf-linker that fits the compiler.
+pub(super) struct Linker {
+    pub(super) path: PathBuf,
+    /// As it calls itself: `bpf-linker 0.13.0`.
+    name: String,
+    /// The version of its LLVM.
+    llvm: String,
+}
+
+/// As it is recorded beside the object.
+impl fmt::Display for Linker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, LLVM {}", self.name, self.llvm)
+    }
+}
+
 /// The first bpf-linker that fits the compiler; builds one when there is none.
-pub(super) fn find_or_install(compiler: &Compiler) -> Result<PathBuf> {
+pub(super) fn find_or_install(compiler: &Compiler) -> Result<Linker> {
     let why = match find(compiler)? {
         Ok(linker) => return Ok(linker),
         Err(why) => why,
     };
-    install(compiler.llvm_major, &why)?;
+    let llvm_major = compiler
+        .llvm_major()
+        .with_context(|| format!("{compiler}: no version of LLVM"))?;
+    install(llvm_major, &why)?;
     match find(compiler)? {
         Ok(linker) => Ok(linker),
         Err(why) => bail!("bpf-linker was installed, but still: {why}"),
@@ -28,7 +47,7 @@ pub(super) fn find_or_install(compiler: &Compiler) -> Result<PathBuf> {
 }
 
 /// The outer error is one of this tool, the inner one tells why no linker fits.
-fn find(compiler: &Compiler) -> Result<Result<PathBuf, String>> {
+pub(super) fn find(compiler: &Compiler) -> Result<Result<Linker, String>> {
     let linkers = installed();
     if linkers.is_empty() {
         return Ok(Err("none is installed".to_owned()));
@@ -37,7 +56,7 @@ fn find(compiler: &Compiler) -> Result<Result<PathBuf, String>> {
     let mut reasons = Vec::new();
     for linker in linkers {
         match trial.link(&linker) {
-            Ok(()) => return Ok(Ok(linker)),
+            Ok(linker) => return Ok(Ok(linker)),
             Err(reason) => reasons.push(format!("{} {reason}", linker.display())),
         }
     }
@@ -46,11 +65,9 @@ fn find(compiler: &Compiler) -> Result<Result<PathBuf, String>> {
 
 fn installed() -> Vec<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let cargo_home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let cargo_bin = workspace::cargo_home().map(|home| home.join("bin"));
     let mut found = Vec::new();
-    for dir in env::split_paths(&path).chain(cargo_home.map(|home| home.join("bin"))) {
+    for dir in env::split_paths(&path).chain(cargo_bin) {
         let linker = dir.join(NAME);
         if linker.is_file() && !found.contains(&linker) {
             found.push(linker);
@@ -63,7 +80,7 @@ fn installed() -> Vec<PathBuf> {
 /// the bitcode it writes does.
 struct Trial {
     dir: PathBuf,
-    llvm_major: u32,
+    llvm_major: Option<u32>,
 }
 
 impl Trial {
@@ -83,15 +100,15 @@ impl Trial {
         )?;
         Ok(Self {
             dir,
-            llvm_major: compiler.llvm_major,
+            llvm_major: compiler.llvm_major(),
         })
     }
 
-    /// Why `linker` does not fit, unless it does.
-    fn link(&self, linker: &Path) -> Result<(), String> {
+    /// The linker at `path`, or why it does not fit.
+    fn link(&self, path: &Path) -> Result<Linker, String> {
         let bitcode = self.dir.join("linked.bc");
         exec::output(
-            Command::new(linker)
+            Command::new(path)
                 .args(["--emit=llvm-bc", "-o"])
                 .arg(&bitcode)
                 .arg(self.dir.join("empty.bc")),
@@ -104,20 +121,27 @@ impl Trial {
             )
         })?;
         let bitcode = fs::read(&bitcode).map_err(|error| format!("linked nothing: {error}"))?;
-        match llvm_major_of_writer(&bitcode) {
-            Some(major) if major >= self.llvm_major => Ok(()),
-            Some(major) => Err(format!(
-                "has LLVM {major}, which cannot read what the compiler's LLVM {} writes",
-                self.llvm_major
-            )),
-            None => Err("does not tell which LLVM it has".to_owned()),
+        let llvm = llvm_of_writer(&bitcode).ok_or("does not tell which LLVM it has")?;
+        let major = llvm.split('.').next().and_then(|major| major.parse().ok());
+        if major < self.llvm_major {
+            return Err(format!(
+                "has LLVM {llvm}, which cannot read what the compiler writes"
+            ));
         }
+        let name = exec::output(Command::new(path).arg("--version"))
+            .map_err(|error| format!("does not tell its version: {error}"))?;
+        Ok(Linker {
+            path: path.to_owned(),
+            name: name.trim().to_owned(),
+            llvm,
+        })
     }
 }
 
-/// The LLVM that wrote `bitcode`. A file of bitcode begins with the name of its
-/// writer, `LLVM22.1.8`, in letters of six bits that start at any bit.
-fn llvm_major_of_writer(bitcode: &[u8]) -> Option<u32> {
+/// The version of the LLVM that wrote `bitcode`. A file of bitcode begins with
+/// the name of its writer, `LLVM22.1.8`, in letters of six bits that start at
+/// any bit.
+fn llvm_of_writer(bitcode: &[u8]) -> Option<String> {
     const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._";
     let head = bitcode.strip_prefix(b"BC\xc0\xde")?;
     let bits = head
@@ -131,8 +155,10 @@ fn llvm_major_of_writer(bitcode: &[u8]) -> Option<u32> {
             .map(|letter| letter.iter().rev().fold(0, |value, bit| value << 1 | bit))
             .map(|letter| char::from(LETTERS[usize::from(letter)]))
             .collect::<String>();
-        let (major, _) = text.strip_prefix("LLVM")?.split_once('.')?;
-        major.parse().ok()
+        let version = text.strip_prefix("LLVM")?;
+        let end = version.find(|letter: char| !letter.is_ascii_digit() && letter != '.');
+        let version = &version[..end.unwrap_or(version.len())];
+        version.contains('.').then(|| version.to_owned())
     })
 }
 
@@ -185,13 +211,13 @@ mod tests {
 
     #[test]
     fn bitcode_names_the_llvm_that_wrote_it() {
-        assert_eq!(llvm_major_of_writer(LLVM_22), Some(22));
+        assert_eq!(llvm_of_writer(LLVM_22).as_deref(), Some("22.1.8"));
     }
 
     #[test]
     fn what_is_not_bitcode_has_no_writer() {
-        assert_eq!(llvm_major_of_writer(b"\x7fELF"), None);
-        assert_eq!(llvm_major_of_writer(&LLVM_22[..12]), None);
-        assert_eq!(llvm_major_of_writer(&[]), None);
+        assert_eq!(llvm_of_writer(b"\x7fELF"), None);
+        assert_eq!(llvm_of_writer(&LLVM_22[..12]), None);
+        assert_eq!(llvm_of_writer(&[]), None);
     }
 }

@@ -1,0 +1,245 @@
+//! `cargo xtask dist`: what one installs.
+
+mod config_page;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Args;
+
+use crate::{exec, workspace};
+
+/// A user's programs, and what a container image is made of.
+const MAX_BINARY: u64 = 6 << 20;
+
+/// Build the static binary and what one installs: .deb, .rpm, a tarball,
+/// checksums and an SBOM
+///
+/// What makes packages is built by `cargo install` on first use, below the
+/// target directory.
+#[derive(Args)]
+#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/dist.")]
+pub(crate) struct Options {
+    /// Version of the packages, instead of the workspace's
+    #[arg(long, value_name = "VERSION")]
+    package_version: Option<String>,
+}
+
+pub(crate) fn main(options: &Options) -> Result<()> {
+    let dist = build()?;
+    let version = options
+        .package_version
+        .as_deref()
+        .unwrap_or(env!("CARGO_PKG_VERSION"));
+    let deb = deb(&dist, version)?;
+    let rpm = rpm(&dist, version)?;
+    let tarball = tarball(&dist, version)?;
+    let sbom = sbom(&dist, version)?;
+    let files = [deb, rpm, tarball, sbom];
+    checksums(&dist, &files)?;
+    for file in files {
+        let size = fs::metadata(dist.join(&file))?.len();
+        exec::say(&format!(
+            "{} {} KiB",
+            dist.join(file).display(),
+            size / 1024
+        ));
+    }
+    Ok(())
+}
+
+/// Builds the static binary, and man pages and completions with it. Tells the
+/// directory.
+pub(crate) fn build() -> Result<PathBuf> {
+    let target = host()?;
+    exec::run(
+        workspace::cargo()
+            .args(["build", "--profile", "dist", "-p", "keepalive-agent"])
+            // Named, so that the flags are not those of build scripts too.
+            .args(["--target", &target])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+    )?;
+    // Its place is fixed: the manifest names it.
+    let dist = workspace::root().join("target/dist");
+    fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
+    let agent = dist.join("keepalive-agent");
+    let built = workspace::target_dir()
+        .join(target)
+        .join("dist/keepalive-agent");
+    fs::copy(&built, &agent).with_context(|| format!("cannot copy {}", built.display()))?;
+    let size = fs::metadata(&agent)?.len();
+    exec::say(&format!("static binary: {} KiB", size / 1024));
+    ensure!(
+        size <= MAX_BINARY,
+        "{} has {size} bytes, more than {MAX_BINARY}",
+        agent.display()
+    );
+    exec::run(Command::new(&agent).arg("generate").arg(&dist))?;
+    let docs = workspace::root().join("docs/config.md");
+    let docs =
+        fs::read_to_string(&docs).with_context(|| format!("cannot read {}", docs.display()))?;
+    let page = dist.join("man/keepalive.toml.5");
+    fs::write(
+        &page,
+        config_page::render(&docs, &commit_date(), env!("CARGO_PKG_VERSION")),
+    )
+    .with_context(|| format!("cannot write {}", page.display()))?;
+    Ok(dist)
+}
+
+/// The .deb's name in `dist`.
+pub(crate) fn deb(dist: &Path, version: &str) -> Result<String> {
+    let name = format!("keepalive-agent_{version}.deb");
+    let mut cargo = tool("cargo-deb", "3.8.0")?;
+    cargo
+        .args(["deb", "-p", "keepalive-agent", "--no-build", "--no-strip"])
+        .args(["--deb-version", version, "-o"])
+        .arg(dist.join(&name));
+    exec::run(&mut cargo)?;
+    Ok(name)
+}
+
+fn rpm(dist: &Path, version: &str) -> Result<String> {
+    let name = format!("keepalive-agent-{version}.rpm");
+    let mut cargo = tool("cargo-generate-rpm", "0.21.1")?;
+    cargo
+        .args([
+            "generate-rpm",
+            "-p",
+            "keepalive-agent",
+            "--auto-req",
+            "disabled",
+        ])
+        .args(["--set-metadata", &format!("version = \"{version}\""), "-o"])
+        .arg(dist.join(&name));
+    exec::run(&mut cargo)?;
+    Ok(name)
+}
+
+/// The binary, its documents and what packages install, with nothing of the
+/// machine that made it.
+fn tarball(dist: &Path, version: &str) -> Result<String> {
+    let name = format!("keepalive-agent-{version}-{}.tar.gz", host()?);
+    exec::run(
+        workspace::at_root(&mut Command::new("tar"))
+            .args([
+                "--create",
+                "--gzip",
+                "--sort=name",
+                "--owner=0",
+                "--group=0",
+            ])
+            .args([
+                "--numeric-owner",
+                &format!("--mtime={}", commit_date()),
+                "--file",
+            ])
+            .arg(dist.join(&name))
+            .arg(format!("--transform=s,^,keepalive-agent-{version}/,"))
+            .args([
+                "README.md",
+                "CHANGELOG.md",
+                "LICENSE-APACHE",
+                "LICENSE-MIT",
+                "LICENSE-GPL-2.0",
+            ])
+            .args([
+                "docs",
+                "packaging/keepalive-agent.service",
+                "packaging/keepalive.toml",
+            ])
+            .args([
+                "--directory",
+                "target/dist",
+                "keepalive-agent",
+                "man",
+                "completions",
+            ]),
+    )?;
+    Ok(name)
+}
+
+/// What is in the binary, as CycloneDX.
+fn sbom(dist: &Path, version: &str) -> Result<String> {
+    let name = format!("keepalive-agent-{version}.cdx.json");
+    let stem = "target-dist-sbom";
+    let mut cargo = tool("cargo-cyclonedx", "0.5.9")?;
+    cargo
+        .args(["cyclonedx", "--format", "json", "--no-build-deps"])
+        .args(["--manifest-path", "keepalive-agent/Cargo.toml"])
+        .args(["--override-filename", stem]);
+    exec::run(&mut cargo)?;
+    // It writes beside the manifest of every member of the workspace.
+    for entry in fs::read_dir(workspace::root())? {
+        let written = entry?.path().join(format!("{stem}.json"));
+        if !written.exists() {
+            continue;
+        }
+        if written
+            .parent()
+            .is_some_and(|member| member.ends_with("keepalive-agent"))
+        {
+            fs::copy(&written, dist.join(&name))?;
+        }
+        fs::remove_file(&written)?;
+    }
+    ensure!(dist.join(&name).exists(), "cargo cyclonedx wrote no SBOM");
+    Ok(name)
+}
+
+fn checksums(dist: &Path, files: &[String]) -> Result<()> {
+    let mut command = Command::new("sha256sum");
+    command.args(files).current_dir(dist);
+    let sums = exec::output(&mut command)?;
+    fs::write(dist.join("SHA256SUMS"), sums).context("cannot write SHA256SUMS")
+}
+
+/// A cargo with this subcommand, in the version that this was tried with.
+pub(crate) fn tool(name: &str, version: &str) -> Result<Command> {
+    let root = workspace::target_dir().join("tools");
+    let bin = root.join("bin");
+    let installed = exec::output(Command::new(bin.join(name)).arg("--version"));
+    if !installed.is_ok_and(|text| text.contains(version)) {
+        exec::say(&format!(
+            "building {name} {version} below {}",
+            root.display()
+        ));
+        exec::run(
+            workspace::cargo()
+                .args(["install", "--quiet", "--locked", name, "--version", version])
+                .arg("--root")
+                .arg(&root)
+                .env(
+                    "CARGO_TARGET_DIR",
+                    workspace::target_dir().join("tools-build"),
+                )
+                .env_remove("RUSTFLAGS"),
+        )?;
+    }
+    let mut cargo = workspace::cargo();
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths([bin].into_iter().chain(env::split_paths(&path)))?;
+    cargo.env("PATH", path);
+    Ok(cargo)
+}
+
+/// The triple of this machine, as its compiler calls it.
+fn host() -> Result<String> {
+    let version = exec::output(Command::new("rustc").arg("-vV"))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned)
+        .context("rustc does not tell its host")
+}
+
+/// `YYYY-MM-DD` of the commit; empty outside a git checkout.
+fn commit_date() -> String {
+    let mut git = Command::new("git");
+    git.args(["log", "-1", "--format=%cs"])
+        .current_dir(workspace::root());
+    exec::output(&mut git).map_or(String::new(), |date| date.trim().to_owned())
+}
