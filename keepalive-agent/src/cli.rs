@@ -2,6 +2,7 @@
 
 mod check;
 mod detach;
+mod exec;
 mod explain;
 mod generate;
 mod output;
@@ -62,7 +63,8 @@ const PARTIAL: u8 = 4;
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
-                  keepalive-agent policy show               what holds, and where it is written"
+                  keepalive-agent policy show               what holds, and where it is written\n  \
+                  keepalive-agent exec -- COMMAND           keepalive for one command"
 )]
 pub struct Cli {
     /// Log what is decided on the way, not only what goes wrong
@@ -91,8 +93,13 @@ enum Command {
     Explain(explain::Arguments),
     /// Show the policy with the file and line of each value, and change it
     Policy(Box<policy::Arguments>),
+    /// Run a command in a cgroup of its own with a policy of its own
+    Exec(exec::Arguments),
     /// Write man pages and shell completions
     Generate(generate::Arguments),
+    /// Enforce for a command until it has ended (used by `exec`)
+    #[command(name = exec::SUPERVISE, hide = true)]
+    Supervise(exec::Supervise),
     /// Connect to itself and show the options of both ends (used by `check`)
     #[command(name = trial::COMMAND, hide = true)]
     Trial,
@@ -187,6 +194,8 @@ pub fn main() -> ExitCode {
         Command::Sockets(arguments) => sockets::sockets(arguments),
         Command::Explain(arguments) => explain::explain(arguments),
         Command::Policy(arguments) => policy::policy(arguments),
+        Command::Exec(arguments) => exec::exec(arguments),
+        Command::Supervise(arguments) => exec::supervise(arguments),
         Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };

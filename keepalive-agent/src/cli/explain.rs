@@ -255,7 +255,7 @@ fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<CgroupPath> 
 }
 
 /// The cgroup of a process in the v2 hierarchy.
-fn cgroup_of(pid: u32) -> Result<CgroupPath> {
+pub(super) fn cgroup_of(pid: u32) -> Result<CgroupPath> {
     let file = format!("/proc/{pid}/cgroup");
     let text =
         fs::read(&file).with_context(|| format!("reading {file}: is there a process {pid}?"))?;

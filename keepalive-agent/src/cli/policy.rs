@@ -28,7 +28,8 @@ use crate::{
     names::printable_path,
     rules::{Ports, Remote, Rules},
 };
-use drop_in::{DropIn, Key};
+use drop_in::DropIn;
+pub(super) use drop_in::{Key, timer};
 
 /// How long a running agent is given to take a change over.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -382,7 +383,7 @@ impl Set {
             (Key::Probes, &self.probes),
             (Key::UserTimeout, &self.user_timeout),
         ] {
-            let value = value.as_ref().map(|value| drop_in::timer(key, value));
+            let value = value.as_ref().map(|value| timer(key, value));
             add(key, value)?;
         }
         let enforce = (self.enforce || self.no_enforce).then_some(self.enforce);

@@ -33,7 +33,7 @@ const LONGEST: usize = 240;
 
 /// The keys of a `[[policy]]`, in the order in which they are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Key {
+pub(in crate::cli) enum Key {
     Name,
     Cgroup,
     Of(Attribute),
@@ -76,7 +76,7 @@ impl Key {
     pub(super) const TIMERS: [Self; 4] =
         [Self::Idle, Self::Interval, Self::Probes, Self::UserTimeout];
 
-    pub(super) const fn name(self) -> &'static str {
+    pub(in crate::cli) const fn name(self) -> &'static str {
         match self {
             Self::Name => "name",
             Self::Cgroup => "cgroup",
@@ -117,7 +117,7 @@ impl Key {
 }
 
 /// A timer as it stands on the command line: a value, or a table as in the file.
-pub(super) fn timer(key: Key, text: &str) -> Result<toml::Value> {
+pub(in crate::cli) fn timer(key: Key, text: &str) -> Result<toml::Value> {
     if !text.starts_with('{') {
         return Ok(match key {
             Key::Probes => number_or_text(text),
