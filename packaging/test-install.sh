@@ -162,15 +162,55 @@ say "stopped: the kernel goes on enforcing"
 inside sed -i 's/^idle = .*/idle = "30s"/' /etc/keepalive/keepalive.toml
 inside systemctl reload keepalive-agent || fail "reload"
 connect 7004
-timers 7004 | grep -q 'keepalive,\(2[0-9]\|30\)' || fail "not by the new config: $(timers 7004)"
+# The signal is sent when systemctl returns, not yet followed.
+by_new_config() { timers 7004 | grep -q 'keepalive,\(2[0-9]\|30\)sec'; }
+for _ in $(seq 50); do ! by_new_config || break; sleep 0.2; done
+by_new_config || fail "not by the new config: $(timers 7004)"
 say "configured and reloaded"
+
+# Each capability taken away: what is lost, and who says so.
+drop_in=/run/systemd/system/keepalive-agent.service.d
+without() { # CAPABILITY
+    inside mkdir -p $drop_in
+    inside sh -c "printf '[Service]\\nCapabilityBoundingSet=~$1\\n' > $drop_in/capability.conf"
+    inside systemctl daemon-reload
+}
+with_all() {
+    inside rm -r $drop_in
+    inside systemctl daemon-reload
+}
+without CAP_SYS_ADMIN
+! inside systemctl restart keepalive-agent 2> /dev/null || fail "it starts without CAP_SYS_ADMIN"
+inside journalctl --quiet --output=cat -u keepalive-agent | grep -q 'error: missing CAP_' \
+    || fail "it does not say which capability is missing"
+connect 7005
+protected 7005
+# Another user's namespace, and a connection in it from before.
+inside systemctl stop keepalive-agent
+inside keepalive-agent detach > /dev/null
+inside cp /root/connection.py /usr/local/
+inside systemd-run --quiet --unit=other --property=PrivateNetwork=yes --property=DynamicUser=yes \
+    python3 /usr/local/connection.py 7100
+in_other() { inside nsenter -t "$(inside systemctl show --property=MainPID --value other)" -n -- "$@"; }
+for _ in $(seq 50); do [ "$(in_other ss -Htn state established | wc -l)" -lt 2 ] || break; sleep 0.1; done
+in_other_protected() { in_other ss -Htno state established | grep -c keepalive || true; }
+without CAP_SYS_PTRACE
+inside systemctl start keepalive-agent || fail "it does not start without CAP_SYS_PTRACE"
+sleep 1
+[ "$(in_other_protected)" = 0 ] || fail "CAP_SYS_PTRACE is not needed"
+with_all
+inside systemctl restart keepalive-agent
+for _ in $(seq 50); do [ "$(in_other_protected)" != 2 ] || break; sleep 0.1; done
+[ "$(in_other_protected)" = 2 ] || fail "no keepalive in another namespace: $(in_other ss -Htno)"
+inside rm /usr/local/connection.py
+say "without CAP_SYS_ADMIN it does not start and says why; without CAP_SYS_PTRACE other users' namespaces are missed"
 
 power_off
 boot
 inside systemctl is-active --quiet keepalive-agent || fail "not running after a reboot"
 [ "$(inside systemctl show --property=Result --value keepalive-agent)" = success ] || fail "it failed in between"
-connect 7005
-protected 7005
+connect 7001
+protected 7001
 grep -q '"30s"' "$system/etc/keepalive/keepalive.toml" || fail "the config was not kept"
 say "protected after a reboot"
 
@@ -180,7 +220,7 @@ inside dpkg --purge keepalive-agent > /dev/null 2>&1 || fail "purge"
 left=$(inside find / -xdev '(' -name '*keepalive-agent*' -o -path /etc/keepalive -o -path '/run/keepalive*' ')' \
     -not -path '/proc/*' -not -path '/sys/*' -not -path '/var/log/*' | grep -v '^/var/lib/systemd' || true)
 [ -z "$left" ] || fail "left by purge: $left"
-[ -z "$(inside ls /sys/fs/bpf 2> /dev/null || true)" ] || fail "pins are left: $(inside ls -R /sys/fs/bpf)"
+! inside test -e /sys/fs/bpf/keepalive || fail "pins are left: $(inside ls -R /sys/fs/bpf/keepalive)"
 connect 7006
 [ "$(timers 7006 | grep -c keepalive)" = 0 ] || fail "still enforced: $(timers 7006)"
 say "purged: nothing is left"

@@ -9,9 +9,11 @@ mod output;
 mod policy;
 mod report;
 mod run;
+mod screen;
 mod sockets;
 mod status;
 mod sweep;
+mod table;
 mod trial;
 
 use std::{

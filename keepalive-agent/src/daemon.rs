@@ -158,7 +158,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     preflight::may_enforce()?;
     let hangup = watch(SignalKind::hangup(), "SIGHUP")?;
     let mut daemon = Daemon::prepare(options)?;
-    daemon.enforce_now(reporter)?;
+    let started = daemon.put_in_force()?;
     // From here on these end it in an orderly way. Before they end it at once: what
     // takes long at the start must not make it deaf, and nothing is half there.
     let mut signals = Signals {
@@ -166,6 +166,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
         terminate: watch(SignalKind::terminate(), "SIGTERM")?,
         hangup,
     };
+    daemon.begin(started.as_ref(), reporter);
     notify(&[NotifyState::Ready]);
     let begun = Instant::now();
     let (by, leaves) = loop {
@@ -423,20 +424,22 @@ impl Daemon {
         }
     }
 
-    /// Puts the policy in force on the cgroup, if there is one.
+    /// Puts the policy in force on the cgroup, if there is one, and goes on from
+    /// there.
     fn enforce_now(&mut self, reporter: &mut dyn Reporter) -> Result<()> {
+        let started = self.put_in_force()?;
+        self.begin(started.as_ref(), reporter);
+        Ok(())
+    }
+
+    /// Puts the policy in force on the cgroup; what it claims, and whether another
+    /// set was in force before. None where there is no such cgroup.
+    fn put_in_force(&mut self) -> Result<Option<(Assignment, bool)>> {
         if let Some(root) = self.hierarchy.lookup(&self.root.path)? {
             self.root = root;
         } else {
             self.succeed();
-            reporter.report(&Event::Waiting {
-                cgroup: &self.root.path,
-            });
-            if self.events.is_none() {
-                // Nobody will say when it comes to exist.
-                self.retry_later();
-            }
-            return Ok(());
+            return Ok(None);
         }
         self.remove_stale_pins();
         let found = match InForce::on(self.root.id) {
@@ -471,17 +474,38 @@ impl Daemon {
             set,
         });
         self.part("new connections", Ok(()));
+        if let Some(ownership) = &mut self.ownership {
+            ownership.begin(&self.config);
+        }
         self.publish();
+        Ok(Some((assignment, continued)))
+    }
+
+    /// Says what is in force, and begins to bring existing connections along.
+    fn begin(&mut self, started: Option<&(Assignment, bool)>, reporter: &mut dyn Reporter) {
+        let Some((assignment, continued)) = started else {
+            self.wait_for_cgroup(reporter);
+            return;
+        };
         let directory = self.hierarchy.directory(&self.root.path);
         reporter.report(&Event::Started {
             cgroup: &printable_path(&directory).to_string(),
             origin: &self.origin,
-            assignment: &assignment,
+            assignment,
             pinned: self.pins.as_ref(),
-            continued,
+            continued: *continued,
         });
         self.sweep();
-        Ok(())
+    }
+
+    fn wait_for_cgroup(&mut self, reporter: &mut dyn Reporter) {
+        reporter.report(&Event::Waiting {
+            cgroup: &self.root.path,
+        });
+        if self.events.is_none() {
+            // Nobody will say when it comes to exist.
+            self.retry_later();
+        }
     }
 
     /// Has the agent that was there before end: it holds nothing any more that is
@@ -498,7 +522,8 @@ impl Daemon {
     /// Takes the lock that the agent before has let go of by now.
     fn own_again(&mut self, patience: Duration) {
         match Ownership::acquire(&self.root.path, patience) {
-            Ok(ownership) => {
+            Ok(mut ownership) => {
+                ownership.begin(&self.config);
                 self.ownership = Some(ownership);
                 self.part("lock", Ok(()));
                 self.listen();
@@ -514,7 +539,9 @@ impl Daemon {
 
     /// Attaches to a cgroup that has nothing of ours.
     fn attach(&mut self) -> Result<(Attachment, Built)> {
-        let built = self.job(self.config.clone(), self.origin.clone()).build()?;
+        let mut job = self.job(self.config.clone(), self.origin.clone());
+        job.before = self.ownership.as_ref().and_then(Ownership::given).cloned();
+        let built = job.build()?;
         let directory = self.hierarchy.open(&self.root)?;
         let attachment =
             Attachment::attach(&built.set, directory, self.root.id, self.pins.as_ref())
@@ -1097,7 +1124,11 @@ impl Daemon {
             }
             Some(Progress::Over(swept)) => {
                 self.state.sweep.waiting = swept.waiting();
-                if swept.waiting() > 0 {
+                if swept.waiting() == 0 {
+                    if let Some(ownership) = &mut self.ownership {
+                        ownership.finish(&self.config);
+                    }
+                } else {
                     warn!(
                         "{} connections have been silent for so long that they still wait to be \
                          governed; they are with the next sweep",
@@ -1256,12 +1287,7 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
-        reporter.report(&Event::Waiting {
-            cgroup: &self.root.path,
-        });
-        if self.events.is_none() {
-            self.retry_later();
-        }
+        self.wait_for_cgroup(reporter);
         self.look_for_cgroup(reporter);
     }
 

@@ -7,33 +7,30 @@ mod description;
 mod error;
 mod events;
 pub mod fault;
+mod iterators;
 mod lister;
 mod loaded_set;
 mod pin;
 mod set_record;
+mod survey;
 mod sweeper;
 mod syscalls;
 
 use std::{
     fs::File,
     io::{self, Read as _},
-    os::fd::AsRawFd as _,
-    process,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use aya::{
     Btf, Ebpf, EbpfLoader, Endianness,
     maps::{Map, MapError},
     programs::{Iter, iter::IterLink},
 };
 use fault::Operation;
-use keepalive_common::{descriptor::DescriptorRecord, layout::Layout};
+use keepalive_common::layout::Layout;
 
-use crate::{
-    kernel::layout::{Hook, Kernel},
-    netns,
-};
+use crate::kernel::layout::{Hook, Kernel};
 
 pub use attachment::{Attachment, Foreign, InForce, in_force, programs_on_the_way};
 pub use description::now;
@@ -46,6 +43,7 @@ pub use lister::Lister;
 pub use loaded_set::{Blueprint, LoadedSet};
 pub use pin::PinDirectory;
 pub use set_record::SetRecord;
+pub use survey::{Survey, Surveyed};
 pub use sweeper::{Step, Sweeper};
 
 /// The programs.
@@ -54,7 +52,7 @@ mod program {
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
-    pub(super) const NAMESPACES: &str = "namespaces";
+    pub(super) const SURVEY: &str = "survey";
     pub(super) const CGROUP_MADE: &str = "cgroup_made";
     pub(super) const CGROUP_REMOVED: &str = "cgroup_removed";
 }
@@ -82,12 +80,18 @@ const LAYOUT: &str = "LAYOUT";
 /// What the build script embedded; empty when the BPF object was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/keepalive.bpf.o"));
 
-/// Creates the maps, with sizes for some of them. Programs are loaded one by one
-/// afterwards.
-fn create(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf, Error> {
+/// The BPF object.
+const fn object() -> Result<&'static [u8], Error> {
     if OBJECT.is_empty() {
         return Err(Error::NoObject);
     }
+    Ok(OBJECT)
+}
+
+/// Creates the maps, with sizes for some of them. Programs are loaded one by one
+/// afterwards.
+fn create(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf, Error> {
+    let object = object()?;
     fault::point(Operation::CreateMaps).map_err(Error::call("creating the BPF maps"))?;
     let mut loader = EbpfLoader::new();
     loader.override_global(LAYOUT, layout, true);
@@ -95,7 +99,7 @@ fn create(layout: &Layout, sizes: &[(&'static str, u32)]) -> Result<Ebpf, Error>
         loader.map_max_entries(map, *entries);
     }
     loader
-        .load(OBJECT)
+        .load(object)
         .map_err(|error| Error::CreateMaps(Box::new(error)))
 }
 
@@ -202,58 +206,6 @@ fn run_iterator(
             Err(error) => return Err(Error::call("reading the iterator")(error).into()),
         }
     }
-}
-
-/// The same for a program that writes records of one kind; tells how many.
-fn run_records<T: bytemuck::AnyBitPattern>(
-    link: IterLink,
-    mut each: impl FnMut(&T) -> Result<()>,
-) -> Result<u64> {
-    let size = size_of::<T>();
-    // The kernel's own buffer has eight pages, whatever their size; a smaller one
-    // here only takes more reads.
-    let mut buffer = vec![0; 64 * 1024];
-    let mut rest = Vec::new();
-    let mut count = 0;
-    run_iterator(link, &mut buffer, |bytes| {
-        // A read may end within a record.
-        rest.extend_from_slice(bytes);
-        let mut records = rest.chunks_exact(size);
-        for record in &mut records {
-            each(&bytemuck::pod_read_unaligned(record))?;
-            count += 1;
-        }
-        let left = records.remainder().len();
-        rest.drain(..rest.len() - left);
-        Ok(())
-    })?;
-    ensure!(rest.is_empty(), "the listing ended within a record");
-    Ok(count)
-}
-
-/// The same for a program that lists descriptors of processes, those of
-/// namespaces among them.
-///
-/// # Errors
-///
-/// When it does not list the namespace that is open here: then the program does
-/// not know what a namespace looks like in this kernel, or this process sees
-/// others under other ids than the kernel, being in a pid namespace.
-fn run_descriptors(link: IterLink, mut each: impl FnMut(&DescriptorRecord)) -> Result<()> {
-    let own = File::open(netns::OWN)
-        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
-    let number = own.as_raw_fd().cast_unsigned();
-    let mut finds_own = false;
-    run_records(link, |record: &DescriptorRecord| {
-        finds_own |= (record.process, record.descriptor) == (process::id(), number);
-        each(record);
-        Ok(())
-    })?;
-    ensure!(
-        finds_own,
-        "the kernel does not show this process under its own id among those that hold namespaces"
-    );
-    Ok(())
 }
 
 /// A program that the kernel did not load.

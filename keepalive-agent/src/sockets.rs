@@ -2,30 +2,28 @@
 //! that is, and what is going to happen on it. Nothing is changed.
 
 pub mod cgroups;
+pub mod columns;
 pub mod filter;
 pub mod forecast;
 pub mod format;
 pub mod holders;
 pub mod source;
 pub mod summary;
+mod walk;
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 use keepalive_common::{
     plan::{Options, plan},
     socket::SocketRecord,
 };
-use tracing::debug;
 
-use crate::{
-    assignment::Assigned,
-    datapath::Lister,
-    netns::{self, Namespace},
-};
+use crate::{assignment::Assigned, datapath::Lister, netns::Namespace};
 use cgroups::{Cgroups, Known};
 use filter::Filter;
 use forecast::{Forecast, Moment, Timers};
-use holders::{Holder, Holders};
+use holders::Holder;
 use source::{Settings, Sysctls, settings};
+pub use walk::{Taker, Unseen, each_connection};
 
 /// A connection with everything that is known about it.
 #[derive(Clone, Debug)]
@@ -38,8 +36,10 @@ pub struct Connection<'a> {
     pub cgroup: Option<&'a Known>,
     /// The policy that claims it.
     pub policy: Option<&'a Assigned>,
-    /// Who holds it; none where nobody has asked, or no process was seen to.
+    /// Who holds it; none where no process was seen to.
     pub holder: Option<Holder<'a>>,
+    /// Whether all processes were looked at, and none holds it.
+    pub is_held_by_nobody: bool,
     /// What holds for it.
     pub settings: Settings,
     /// What its policy would make of it, if that is only counted; none where it
@@ -54,7 +54,6 @@ impl<'a> Connection<'a> {
     #[must_use]
     pub fn new(
         netns: &'a Namespace,
-        sysctls: &Sysctls,
         record: &'a SocketRecord,
         cgroup: Option<&'a Known>,
         policy: Option<&'a Assigned>,
@@ -65,7 +64,7 @@ impl<'a> Connection<'a> {
             Some(policy) if policy.is_enforced() => (claimed, None),
             _ => (None, claimed),
         };
-        let settings = settings(&has, enforced, sysctls);
+        let settings = settings(&has, enforced, &Sysctls::of(record));
         let would = counted.map(|policy| plan(policy, &has));
         let timers = settings.keepalive.value.then_some(Timers {
             idle: settings.idle.value,
@@ -84,29 +83,12 @@ impl<'a> Connection<'a> {
             cgroup,
             policy,
             holder: None,
+            is_held_by_nobody: false,
             settings,
             would: would.filter(|wants| *wants != has),
             forecast: Forecast::new(timers.as_ref(), &moment),
         }
     }
-}
-
-/// A namespace whose connections could not be listed, or not all of them.
-#[derive(Debug)]
-pub struct Unseen {
-    /// What it is called.
-    pub netns: String,
-    /// What stood in the way.
-    pub error: Error,
-}
-
-/// One walk over all connections.
-#[derive(Debug)]
-pub struct Listing<'a> {
-    /// Which connections are wanted.
-    pub filter: &'a Filter,
-    /// Whether it is wanted who holds them.
-    pub with_holders: bool,
 }
 
 /// What receives the connections. It runs on the threads that are inside the
@@ -126,132 +108,38 @@ pub trait Receiver: Send {
 /// Sockets between two calls of [`Receiver::progress`].
 const STEP: u64 = 1024;
 
-impl Listing<'_> {
-    /// Walks through every namespace, and returns those that it could not see.
-    ///
-    /// # Errors
-    ///
-    /// When the namespaces cannot be found, or the receiver fails.
-    pub fn walk(
-        &self,
-        lister: &mut Lister,
-        cgroups: &mut Cgroups,
-        receiver: &mut dyn Receiver,
-    ) -> Result<Vec<Unseen>> {
-        // Where the kernel cannot be asked they are looked for in /proc.
-        let (holders, descriptors) = Holders::list(lister)
-            .inspect_err(|error| debug!("looking for descriptors in /proc: {error:#}"))
-            .ok()
-            .unzip();
-        let find = || {
-            descriptors
-                .as_deref()
-                .map_or_else(netns::all, netns::all_with)
-        };
-        let mut pass = Pass {
-            listing: self,
-            lister,
-            cgroups,
-            receiver,
-            holders,
-            looked_at: 0,
-        };
-        let mut unseen = Vec::new();
-        for netns in find()? {
-            match pass.visit(&netns) {
-                Ok(()) => {}
-                Err(Failure::Receiver(error)) => return Err(error),
-                Err(Failure::Netns(error)) => unseen.push(Unseen {
-                    netns: netns.name,
-                    error,
-                }),
-                Err(Failure::Gone) => {
-                    // A process that ended, say. Without another way in it is
-                    // gone itself.
-                    let again = find()?.into_iter().find(|now| now.id == netns.id);
-                    match again.map(|netns| pass.visit(&netns)) {
-                        None | Some(Ok(()) | Err(Failure::Gone)) => {}
-                        Some(Err(Failure::Receiver(error))) => return Err(error),
-                        Some(Err(Failure::Netns(error))) => unseen.push(Unseen {
-                            netns: netns.name,
-                            error,
-                        }),
-                    }
-                }
-            }
+/// Hands on the connections that are wanted, and returns the namespaces that
+/// could not be seen, or not wholly. `sees_all` says that this process sees all
+/// others.
+///
+/// # Errors
+///
+/// When namespaces or processes cannot be found, or the receiver fails.
+pub fn list(
+    filter: &Filter,
+    sees_all: bool,
+    lister: &Lister,
+    cgroups: &mut Cgroups,
+    receiver: &mut dyn Receiver,
+) -> Result<Vec<Unseen>> {
+    let mut looked_at = 0;
+    walk::each_connection(lister, &mut |netns, record, holder| {
+        looked_at += 1;
+        if looked_at % STEP == 0 {
+            receiver.progress(looked_at);
         }
-        Ok(unseen)
-    }
-}
-
-/// Why a namespace was not listed to its end.
-enum Failure {
-    /// What it was found by is gone.
-    Gone,
-    /// It may not be entered, or listing broke off.
-    Netns(Error),
-    /// Nobody wants more.
-    Receiver(Error),
-}
-
-struct Pass<'a> {
-    listing: &'a Listing<'a>,
-    lister: &'a mut Lister,
-    cgroups: &'a mut Cgroups,
-    receiver: &'a mut dyn Receiver,
-    /// Read when the first connection is wanted.
-    holders: Option<Holders>,
-    looked_at: u64,
-}
-
-impl Pass<'_> {
-    fn visit(&mut self, netns: &Namespace) -> Result<(), Failure> {
-        match netns.enter(|| self.list(netns)) {
-            Ok(Some(listed)) => listed,
-            Ok(None) => Err(Failure::Gone),
-            Err(error) => Err(Failure::Netns(error)),
+        if !filter.wants_record(record) {
+            return Ok(());
         }
-    }
-
-    /// Lists the namespace that the calling thread is in.
-    fn list(&mut self, netns: &Namespace) -> Result<(), Failure> {
-        let sysctls = Sysctls::here().map_err(Failure::Netns)?;
-        let Self {
-            listing,
-            lister,
-            cgroups,
-            receiver,
-            holders,
-            looked_at,
-        } = self;
-        let mut failed = false;
-        let listed = lister.list(&mut |record| {
-            *looked_at += 1;
-            if *looked_at % STEP == 0 {
-                receiver.progress(*looked_at);
-            }
-            if !listing.filter.wants_record(record) {
-                return Ok(());
-            }
-            let (cgroup, policy) = cgroups.get(record)?;
-            let mut connection = Connection::new(netns, &sysctls, record, cgroup, policy);
-            if !listing.filter.wants(&connection) {
-                return Ok(());
-            }
-            if listing.with_holders {
-                if holders.is_none() {
-                    *holders = Some(Holders::read()?);
-                }
-                connection.holder = holders.as_ref().and_then(|found| found.of(record.inode));
-            }
-            receiver.take(&connection).inspect_err(|_| failed = true)
-        });
-        match listed {
-            Ok(_) => Ok(()),
-            Err(error) if failed => Err(Failure::Receiver(error)),
-            Err(error) => Err(Failure::Netns(error)),
+        let (cgroup, policy) = cgroups.get(record)?;
+        let mut connection = Connection::new(netns, record, cgroup, policy);
+        connection.holder = holder;
+        connection.is_held_by_nobody = sees_all && holder.is_none();
+        if filter.wants(&connection) {
+            receiver.take(&connection)?;
         }
-    }
+        Ok(())
+    })
 }
 
 /// Connections for the tests of what is done with them.
@@ -262,12 +150,6 @@ mod trial {
     use keepalive_common::socket::Addresses;
 
     use super::*;
-
-    pub(super) const SYSCTLS: Sysctls = Sysctls {
-        idle: 7200,
-        interval: 75,
-        probes: 9,
-    };
 
     /// A connection between two addresses with these options.
     pub(super) fn record(local: &str, remote: &str, options: &Options) -> SocketRecord {
@@ -297,6 +179,9 @@ mod trial {
         record.state = 1;
         record.inode = 4711;
         record.cgroup = 42;
+        record.sysctl_idle = 7200;
+        record.sysctl_interval = 75;
+        record.sysctl_probes = 9;
         record
     }
 

@@ -18,7 +18,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::debug;
 
 use crate::{
-    datapath::{Step, Sweeper},
+    datapath::{Step, Survey, Sweeper},
     netns::{self, Namespace},
 };
 
@@ -154,7 +154,7 @@ pub fn first_pass(sweeper: &Sweeper) -> Result<Swept> {
         stop: Arc::default(),
         probed: Arc::default(),
     };
-    passes.pass(true)
+    passes.pass(sweeper.counts())
 }
 
 struct Passes {
@@ -168,10 +168,11 @@ impl Passes {
     fn run(self, sender: &UnboundedSender<Progress>) {
         // Nobody listens any more when the agent is stopping.
         let tell = |progress| drop(sender.send(progress));
-        let mut swept = match self.pass(true) {
+        let mut swept = match self.pass(self.sweeper.counts()) {
             Ok(swept) => swept,
             Err(error) => return tell(Progress::FirstPass(Err(error))),
         };
+        self.sweeper.set_counts(false);
         let mut waiting = swept.waiting_by_class;
         tell(Progress::FirstPass(Ok(swept)));
         for _ in 0..ROUNDS {
@@ -207,8 +208,8 @@ impl Passes {
     /// Everything but the connections that would probe at once.
     fn pass(&self, counts: bool) -> Result<Swept> {
         self.sweeper.load()?;
-        let mut swept = Swept::default();
-        for namespace in self.namespaces()? {
+        let (namespaces, mut swept) = self.namespaces(counts)?;
+        for namespace in namespaces {
             if self.is_stopped() {
                 return Ok(swept);
             }
@@ -246,9 +247,9 @@ impl Passes {
                 settled: u32::from(self.settled),
                 ..Pass::default()
             };
-            let namespaces = self.namespaces().unwrap_or_else(|error| {
+            let (namespaces, _) = self.namespaces(false).unwrap_or_else(|error| {
                 debug!("{error:#}");
-                Vec::new()
+                Default::default()
             });
             let mut next = Instant::now();
             let mut wait = || {
@@ -278,30 +279,52 @@ impl Passes {
         pass: Pass,
         pause: &mut (dyn FnMut() -> bool + Send),
     ) -> Result<Option<Pass>> {
-        let mut step = self.sweeper.run(namespace, pass, pause)?;
-        if step == Step::Gone {
-            // What it was found by is gone. Another way in, or it is gone itself.
-            let again = netns::all()?;
-            if let Some(found) = again.iter().find(|found| found.id == namespace.id) {
-                step = self.sweeper.run(found, pass, pause)?;
-            }
-        }
-        Ok(match step {
+        Ok(match self.sweeper.run(namespace, pass, pause)? {
             Step::Done(pass) => Some(pass),
             Step::Gone | Step::Stopped => None,
         })
     }
 
-    /// All network namespaces, found in the kernel where that is possible: it
-    /// takes a fraction of the time that /proc takes where many files are open.
-    fn namespaces(&self) -> Result<Vec<Namespace>> {
-        match self.sweeper.held_namespaces() {
-            Ok(descriptors) => netns::all_with(&descriptors),
+    /// The namespaces to enter: those with connections that need a change, or all
+    /// with connections, to count them. What is known of the others counts as
+    /// looked at.
+    fn namespaces(&self, all: bool) -> Result<(Vec<Namespace>, Swept)> {
+        let pass = Pass {
+            settled: u32::from(self.settled),
+            ..Pass::default()
+        };
+        let mut swept = Swept::default();
+        let survey = match self.sweeper.survey(pass) {
+            Ok(survey) => survey,
             Err(error) => {
-                debug!("{error:#}; namespaces are looked for in /proc");
-                netns::all()
+                debug!("{error:#}; every namespace is entered");
+                return Ok((netns::all()?, swept));
+            }
+        };
+        let Survey {
+            namespaces,
+            unknown,
+        } = survey;
+        let mut entered = Vec::new();
+        for surveyed in namespaces {
+            if unknown
+                .iter()
+                .any(|(other, _)| *other == surveyed.namespace)
+            {
+                continue;
+            }
+            if all || !surveyed.is_settled() {
+                entered.push(surveyed.namespace);
+            } else {
+                swept.namespaces += 1;
+                swept.seen += surveyed.connections;
             }
         }
+        let unknown = unknown.into_iter();
+        swept.missed = unknown
+            .map(|(namespace, error)| (namespace.name, error))
+            .collect();
+        Ok((entered, swept))
     }
 }
 

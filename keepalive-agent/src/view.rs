@@ -11,6 +11,7 @@ use crate::{hierarchy::Hierarchy, names::printable};
 /// Inode numbers of the first namespaces of a kernel (include/linux/proc_ns.h).
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+const INITIAL_CGROUP_NAMESPACE: u64 = 0xEFFF_FFFB;
 
 /// A part of the node that is not seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,6 +62,12 @@ pub fn missing(hierarchy: Option<&Hierarchy>) -> Vec<PartialView> {
 #[must_use]
 pub fn has_initial_user_namespace() -> Option<bool> {
     is_namespace("user", INITIAL_USER_NAMESPACE)
+}
+
+/// Whether /proc shows paths of cgroups from the root of the hierarchy on.
+#[must_use]
+pub fn has_initial_cgroup_namespace() -> bool {
+    is_namespace("cgroup", INITIAL_CGROUP_NAMESPACE) != Some(false)
 }
 
 fn is_namespace(kind: &str, inode: u64) -> Option<bool> {

@@ -29,7 +29,7 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_user_timeout`, in milliseconds;
     /// 0 is unset.
     pub user_timeout: Field,
-    /// `tcp_sock` → `sock.sk_cgrp_data`, whose first word is the cgroup.
+    /// `tcp_sock` → `sock.sk_cgrp_data.cgroup`.
     pub sock_cgroup: Field,
     /// `cgroup` → `cgroup.self.parent`.
     pub cgroup_parent: Field,
@@ -43,6 +43,20 @@ pub struct Layout {
     pub cgroup_root: Field,
     /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
     pub hierarchy_id: Field,
+    /// `tcp_sock` → `sock_common.skc_net.net`, the network namespace.
+    pub sock_net: Field,
+    /// `net.ns.inum`, the inode number that /proc/PID/ns/net shows.
+    pub net_inode: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
+    pub net_keepalive_time: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_intvl`, in jiffies.
+    pub net_keepalive_intvl: Field,
+    /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
+    pub net_keepalive_probes: Field,
+    /// `tcp_sock` → `sock.sk_uid`.
+    pub sock_uid: Field,
+    /// `sock.sk_protocol`.
+    pub sock_protocol: Field,
     /// `tcp_sock` → `sock_common.skc_state`.
     pub state: Field,
     /// `tcp_sock` → `sock_common.skc_family`.
@@ -70,8 +84,10 @@ pub struct Layout {
     pub packets_out: Field,
     /// `tcp_sock` → `sock.sk_socket`, null for a socket that no process holds.
     pub socket: Field,
-    /// `socket` → the inode number that /proc/PID/fd shows.
-    pub socket_inode: Field,
+    /// `socket.file`, null for a socket that has no descriptor.
+    pub socket_file: Field,
+    /// `socket.sk`, null while it is closed.
+    pub socket_sock: Field,
     /// `file.f_mode`: what can be done with it.
     pub file_mode: Field,
     /// `file.f_inode`.
@@ -90,10 +106,6 @@ pub struct Layout {
     pub dead_bit: u32,
     /// Jiffies per second.
     pub hz: u32,
-    /// 1 where `sk_cgrp_data` holds a typed pointer that programs may follow;
-    /// 0 where it is a bare number (before Linux 5.15 or so) whose lowest bit says that it is
-    /// not a pointer at all.
-    pub typed_cgroup: u32,
 }
 
 impl Layout {
@@ -116,6 +128,13 @@ impl Layout {
             kernfs_id: NOWHERE,
             cgroup_root: NOWHERE,
             hierarchy_id: NOWHERE,
+            sock_net: NOWHERE,
+            net_inode: NOWHERE,
+            net_keepalive_time: NOWHERE,
+            net_keepalive_intvl: NOWHERE,
+            net_keepalive_probes: NOWHERE,
+            sock_uid: NOWHERE,
+            sock_protocol: NOWHERE,
             state: NOWHERE,
             family: NOWHERE,
             local_port: NOWHERE,
@@ -129,7 +148,8 @@ impl Layout {
             last_data: NOWHERE,
             packets_out: NOWHERE,
             socket: NOWHERE,
-            socket_inode: NOWHERE,
+            socket_file: NOWHERE,
+            socket_sock: NOWHERE,
             file_mode: NOWHERE,
             file_inode: NOWHERE,
             inode_number: NOWHERE,
@@ -139,7 +159,6 @@ impl Layout {
             keepopen_bit: 0,
             dead_bit: 0,
             hz: 0,
-            typed_cgroup: 0,
         }
     };
 }
@@ -150,6 +169,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 32 * size_of::<Field>() + 4 * 4);
+        assert_eq!(size_of::<Layout>(), 40 * size_of::<Field>() + 3 * 4);
     }
 }

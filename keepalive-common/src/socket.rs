@@ -39,6 +39,14 @@ pub struct SocketRecord {
     user_timeout: u32,
     /// Segments that are not acknowledged yet: keepalive rests while there are any.
     pub packets_out: u32,
+    /// Inode number of the network namespace, as /proc/PID/ns/net shows it.
+    pub netns: u32,
+    /// `net.ipv4.tcp_keepalive_time` there, in seconds.
+    pub sysctl_idle: u32,
+    /// `net.ipv4.tcp_keepalive_intvl` there, in seconds.
+    pub sysctl_interval: u32,
+    /// `net.ipv4.tcp_keepalive_probes` there.
+    pub sysctl_probes: u32,
 }
 
 /// Where a connection goes from and to.
@@ -57,6 +65,24 @@ pub struct Addresses {
 }
 
 impl SocketRecord {
+    /// What is said of something else.
+    pub const NOTHING: Self = Self::new(
+        &Addresses {
+            family: 0,
+            local_address: [0; 16],
+            remote_address: [0; 16],
+            local_port: 0,
+            remote_port: 0,
+        },
+        &Options {
+            keepalive: false,
+            idle: 0,
+            interval: 0,
+            probes: 0,
+            user_timeout: 0,
+        },
+    );
+
     /// A record with these addresses and options, everything else zero.
     #[must_use]
     #[inline(always)]
@@ -79,6 +105,10 @@ impl SocketRecord {
             probes: options.probes,
             user_timeout: options.user_timeout,
             packets_out: 0,
+            netns: 0,
+            sysctl_idle: 0,
+            sysctl_interval: 0,
+            sysctl_probes: 0,
         }
     }
 
@@ -117,6 +147,10 @@ fn address(family: u32, bytes: [u8; 16], port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
+/// State of a socket that was never connected or is no longer, by the kernel's
+/// number (include/net/tcp_states.h).
+pub const CLOSE: u32 = 7;
+
 /// States in which a process can hold a connection open for as long as it
 /// likes: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT.
 ///
@@ -138,7 +172,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<SocketRecord>(),
-            4 * 8 + 2 * 16 + 4 + 2 * 2 + 8 * 4
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 12 * 4
         );
     }
 

@@ -1,21 +1,26 @@
-//! List: a record of every connection, for the agent to read.
+//! List: what there is to say of a connection, for the agent to read.
 
 use keepalive_common::socket::SocketRecord;
 
-use crate::kernel::{Cgroup, TcpIterator, TcpSock};
+use crate::kernel::{Cgroup, TcpSock};
 
-/// Appends the record of a connection to what the agent reads.
+/// The record of a connection.
 #[inline(always)]
-pub(crate) fn write(iterator: &TcpIterator, sock: TcpSock) {
+pub(crate) fn record(sock: TcpSock) -> SocketRecord {
     let mut record = SocketRecord::new(&sock.addresses(), &sock.options());
     record.cgroup = sock.cgroup().map_or(0, Cgroup::id);
     record.inode = sock.inode();
     record.timer_ms = milliseconds(sock.armed_for());
     record.silent_ms = milliseconds(sock.silent_for());
     record.state = sock.state();
-    record.uid = iterator.uid();
+    record.uid = sock.uid();
     record.packets_out = sock.packets_out();
-    iterator.write(&record);
+    let net = sock.net();
+    record.netns = net.inode();
+    record.sysctl_idle = net.idle();
+    record.sysctl_interval = net.interval();
+    record.sysctl_probes = net.probes();
+    record
 }
 
 /// Jiffies in milliseconds.

@@ -76,34 +76,36 @@ extern "C" fn sweep(iterator: &TcpIterator) -> i32 {
 #[unsafe(link_section = "iter/tcp")]
 extern "C" fn list(iterator: &TcpIterator) -> i32 {
     if let Some(sock) = iterator.connection() {
-        list::write(iterator, sock);
+        iterator.write(&list::record(sock));
     }
     NEXT
 }
 
-/// Runs for every open file of every process: writes a record of those that are
-/// sockets or namespaces. Changes nothing.
+/// Runs for every open file of every process, whatever namespaces they are in:
+/// writes a record of those that are connections, of those that tell where there
+/// are connections that no process holds, and of those that are namespaces.
+/// Changes nothing.
 ///
 /// # Minimum kernel version
 ///
-/// 5.8, for iterators over files.
+/// 5.11, for bpf_sock_from_file.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 extern "C" fn files(iterator: &FileIterator) -> i32 {
-    files::write(iterator);
+    files::list(iterator);
     NEXT
 }
 
-/// The same for those that are namespaces only: of sockets there can be very
-/// many.
+/// The same for the sweep: with whether a connection is to be changed, and
+/// nothing else of it.
 ///
 /// # Minimum kernel version
 ///
-/// 5.8, for iterators over files.
+/// 5.12, for socket storage in such programs.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-extern "C" fn namespaces(iterator: &FileIterator) -> i32 {
-    files::write_namespace(iterator);
+extern "C" fn survey(iterator: &FileIterator) -> i32 {
+    files::survey(iterator);
     NEXT
 }
 

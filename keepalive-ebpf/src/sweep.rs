@@ -12,6 +12,7 @@ use keepalive_common::{
     counters::Counters,
     history::{Originals, application, replan},
     plan::Options,
+    policy::Policy,
     slot::Claim,
     sweep::{Pass, Silence, arms, class, now},
 };
@@ -38,20 +39,26 @@ static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 #[btf_map]
 static ORIGINALS: SkStorage<Originals> = SkStorage::new();
 
-/// A connection met by the sweep.
+/// What a connection has, and what comes of it.
+struct Decision {
+    /// Of the policy that claims it.
+    slot: u32,
+    policy: &'static Policy,
+    counters: *const Counters,
+    has: Options,
+    /// What policies replaced so far.
+    originals: Originals,
+    /// What the application wants.
+    application: Options,
+    wants: Options,
+}
+
 #[inline(always)]
-pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
-    let Some(pass) = PASS.get_ptr_mut(0) else {
-        return;
-    };
-    // SAFETY: an element of an array lives as long as the map, and passes do not
-    // run at the same time.
-    let pass = unsafe { &mut *pass };
-    pass.seen += 1;
+fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Decision> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
     let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
-        return;
+        return None;
     };
     let has = enforce::forget_options(sock.options());
     let originals = if has.has_timers() {
@@ -67,6 +74,64 @@ pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
     };
     let application = enforce::forget_options(application(&has, &originals, before));
     let wants = enforce::forget_options(replan(policy, &has, &application));
+    Some(Decision {
+        slot,
+        policy,
+        counters,
+        has,
+        originals,
+        application,
+        wants,
+    })
+}
+
+/// Whether a pass would do anything to a connection but count it.
+#[inline(always)]
+pub(crate) fn is_due(sock: TcpSock) -> bool {
+    let Some(pass) = PASS.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: as in `existing_connection`.
+    let pass = unsafe { &mut *pass };
+    let Some(decision) = decide(pass, sock) else {
+        return false;
+    };
+    if decision.policy.is_enforced() {
+        decision.wants != decision.has || replaces(&decision, &decision.wants, &decision.wants)
+    } else {
+        replaces(&decision, &decision.has, &Options::default())
+    }
+}
+
+/// Whether another thing would be kept on the socket than is. Out of line, as
+/// [`keep_originals`].
+#[inline(never)]
+fn replaces(decision: &Decision, now: &Options, wants: &Options) -> bool {
+    Originals::of(&decision.application, now, wants) != decision.originals
+}
+
+/// A connection met by the sweep.
+#[inline(always)]
+pub(crate) fn existing_connection(iterator: &TcpIterator, sock: TcpSock) {
+    let Some(pass) = PASS.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: an element of an array lives as long as the map, and passes do not
+    // run at the same time.
+    let pass = unsafe { &mut *pass };
+    pass.seen += 1;
+    let Some(Decision {
+        slot,
+        policy,
+        counters,
+        has,
+        originals,
+        application,
+        wants,
+    }) = decide(pass, sock)
+    else {
+        return;
+    };
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
     }

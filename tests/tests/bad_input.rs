@@ -79,52 +79,6 @@ fn root_without_the_capabilities() -> Result<()> {
     refuses(&mut command, &["CAP_"])
 }
 
-/// Up to Linux 5.10 the kernel counts BPF memory against this limit, and gives 64
-/// KiB of it to whoever is given no other.
-const LITTLE_LOCKED_MEMORY: &str = "ulimit -l 64";
-
-fn enforces_by(words: &[&str]) -> Result<()> {
-    let cgroup = Cgroup::new()?;
-    let mut agent = Agent::start_with(&cgroup, "[default]\nidle = \"70s\"\n", words)?;
-    agent.swept()?;
-    let mut probe = Probe::start(Program::Static, &cgroup)?;
-    let (connecting, _) = probe.connection()?;
-    assert_eq!(probe.options(connecting)?, Options::on(70, 10, 6));
-    assert_eq!(agent.stop()?.stderr, "");
-    Ok(())
-}
-
-#[test]
-fn little_locked_memory() -> Result<()> {
-    require!();
-    let script = format!(r#"{LITTLE_LOCKED_MEMORY} && exec "$@""#);
-    enforces_by(&["sh", "-c", &script, "sh"])
-}
-
-#[test]
-fn little_locked_memory_and_no_leave_to_raise_it() -> Result<()> {
-    require!(Need::Program("setpriv"), Need::NoConfig);
-    let script =
-        format!(r#"{LITTLE_LOCKED_MEMORY} && exec setpriv --bounding-set=-sys_resource -- "$@""#);
-    if !locked_memory_counts()? {
-        return enforces_by(&["sh", "-c", &script, "sh"]);
-    }
-    let mut command = Place::default().command("sh");
-    command.args(["-c", &script, "sh"]).arg(agent_binary());
-    refuses(
-        command.arg("run"),
-        &["64 KiB and may not allow itself more"],
-    )
-}
-
-/// Whether this kernel is older than 5.11.
-fn locked_memory_counts() -> Result<bool> {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
-    let mut number = || numbers.next().context("no version")?.context("no number");
-    Ok((number()?, number()?) < (5, 11))
-}
-
 #[test]
 fn no_cgroup_v2() -> Result<()> {
     require!(Need::Program("unshare"), Need::NoConfig);

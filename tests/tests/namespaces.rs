@@ -1,18 +1,23 @@
 //! Every network namespace is swept, whatever holds it, and once.
 
+use std::fs::{self, Permissions};
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Container, Crowd, Kind, Need, Netns, Options, Place, Probe, Program, Socket,
-    between, output, require, timer,
+    Agent, Cgroup, Container, Crowd, Kind, Need, Netns, Options, Place, Probe, Process, Program,
+    Socket, agent_command, between, output, require, timer,
 };
 use serde_json::json;
 
 const POLICY: &str = "[default]\nidle = \"70s\"\n";
 const OURS: Options = Options::on(70, 10, 6);
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A connection between two addresses of the loopback, the same in every
 /// namespace.
@@ -133,6 +138,95 @@ fn held_by_a_name() -> Result<()> {
 fn held_by_an_open_file() -> Result<()> {
     require!(Need::Program("ip"), Need::Program("ss"));
     without_a_process(&Netns::held_open()?)
+}
+
+/// After the process that made the namespace has ended, and with it everything
+/// that leads there but the sockets.
+#[test]
+fn held_by_nothing_but_sockets() -> Result<()> {
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let netns = Netns::new()?;
+    let sockets = probe.visit(&netns, connection)?;
+    drop(netns);
+    let mut agent = Agent::start(&cgroup, POLICY)?;
+    agent.swept()?;
+    for socket in sockets {
+        assert_eq!(probe.options(socket)?, OURS);
+    }
+    let finished = agent.stop()?;
+    assert_eq!(finished.count_existing("default", "turned_on"), 2);
+    Ok(())
+}
+
+/// Connections that no process holds: they wait to be accepted, in a namespace
+/// that is not the agent's.
+#[test]
+fn with_connections_that_wait_to_be_accepted() -> Result<()> {
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let netns = Netns::new()?;
+    let mut probe = Probe::start(Program::Static, (&cgroup, &netns))?;
+    let (listener, address) = probe.listener("127.0.0.1:0")?;
+    let mut connecting = Vec::new();
+    for _ in 0..3 {
+        connecting.push(probe.connected(address)?);
+    }
+    let mut agent = Agent::start(&cgroup, POLICY)?;
+    agent.swept()?;
+    for socket in connecting {
+        assert_eq!(probe.options(socket)?, OURS);
+        let accepting = probe.accept(listener)?;
+        assert_eq!(probe.options(accepting)?, OURS);
+    }
+    // After a change of policy, when only what is to be changed is looked for.
+    let late = probe.connected(address)?;
+    agent.reload("[default]\nidle = \"80s\"\n")?;
+    let accepting = probe.accept(listener)?;
+    for socket in [late, accepting] {
+        assert_eq!(probe.options(socket)?, Options::on(80, 10, 6));
+    }
+    Ok(())
+}
+
+/// A user without privileges swaps namespaces and a FIFO under the same
+/// descriptors: the agent must not be blocked by opening the wrong one.
+#[test]
+fn swapped_for_a_fifo() -> Result<()> {
+    require!(Need::Program("setpriv"), Need::Program("mkfifo"));
+    let cgroup = Cgroup::new()?;
+    let directory = tempfile::tempdir()?;
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755))?;
+    let fifo = directory.path().join("fifo");
+    let mut command = Place::default().command("mkfifo");
+    let made = output(command.args(["-m", "666"]).arg(&fifo), LIMIT)?;
+    ensure!(made.code == Some(0), "mkfifo: {}", made.stderr);
+    let program = directory.path().join("swapper");
+    fs::copy(Program::Swapper.path()?, &program)?;
+    let mut command = Place::from(&cgroup).command("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    command.arg(&program).arg(&fifo);
+    let mut swapper = Process::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+    let said = swapper.child().stdout.take().context("no output")?;
+    let mut line = String::new();
+    BufReader::new(said).read_line(&mut line)?;
+    ensure!(
+        line == "ok 8\n",
+        "{line:?}: may users make namespaces here?"
+    );
+
+    let mut agent = Agent::start(&cgroup, POLICY)?;
+    agent.swept()?;
+    // A listing takes a few milliseconds, and swapping microseconds.
+    for n in 1..=20 {
+        agent.reload(&format!("[default]\nidle = \"{}s\"\n", 70 + n))?;
+        let mut command = agent_command();
+        let listed = output(command.args(["sockets", "--summary"]), LIMIT)?;
+        ensure!(listed.code == Some(0), "{}", listed.stderr);
+    }
+    assert_eq!(agent.stop()?.code, Some(0));
+    Ok(())
 }
 
 #[test]

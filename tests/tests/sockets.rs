@@ -2,8 +2,10 @@
 //! processes themselves and `ss` say, without a socket being changed.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
 use std::time::{Duration, Instant};
@@ -11,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::Sockopt::{Idle, Interval, Keepalive, Probes, UserTimeout};
 use keepalive_tests::{
-    Agent, Cgroup, Kind, Need, Netns, Options, Output, Place, Probe, Program, Socket, Sockopt,
-    agent_binary, agent_command, between, output, require, timer,
+    Agent, Cgroup, Kind, Need, Netns, Options, Output, Place, Probe, Process, Program, Socket,
+    Sockopt, agent_binary, agent_command, between, output, require, timer, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -579,6 +581,66 @@ fn namespaces_vanish_meanwhile() -> Result<()> {
     })
 }
 
+/// Some that no process holds yet, and some in a namespace that nothing but they
+/// themselves hold.
+#[test]
+fn out_of_sight_in_proc() -> Result<()> {
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let netns = Netns::new()?;
+    let id = netns.id()?;
+    probe.visit(&netns, |probe| {
+        let (_, address) = probe.listener("127.0.0.1:0")?;
+        for _ in 0..2 {
+            probe.connected(address)?;
+        }
+        Ok(())
+    })?;
+    drop(netns);
+    let found = list(&["--cgroup", cgroup.path()])?;
+    assert_eq!(found.len(), 4, "{found:#?}");
+    for record in &found {
+        assert_eq!(record["netns_id"], id, "{record}");
+        assert_eq!(record["idle_s"], 7200, "{record}");
+    }
+    let held = found.iter().filter(|record| record["pid"] == probe.id());
+    assert_eq!(held.count(), 2, "{found:#?}");
+    let waiting = found.iter().filter(|record| record["pid"].is_null());
+    assert_eq!(waiting.count(), 2, "{found:#?}");
+    Ok(())
+}
+
+/// Held by two processes and by two descriptors of one: one connection.
+#[test]
+fn shared_between_processes() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let mut command = Place::from(&cgroup).command("sh");
+    // The shell waits for a child of its own, and both hold what the test gave.
+    command.args(["-c", "exec 3<&0; cat <&3 >/dev/null & wait"]);
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let connecting = TcpStream::connect(listener.local_addr()?)?;
+    let (accepting, there) = listener.accept()?;
+    let copies = [accepting.try_clone()?, accepting.try_clone()?];
+    let [first, second] = copies.map(OwnedFd::from);
+    command.stdin(Stdio::piped()).stdout(first).stderr(second);
+    let mut shell = Process::start(&mut command)?;
+    let port = there.port().to_string();
+    wait_until(LIMIT, "two more holders", || {
+        let found = list(&["--port", &port])?;
+        let one = found
+            .iter()
+            .filter(|one| one["remote_port"] == there.port());
+        let holders: Vec<_> = one.map(|one| one["holders"].clone()).collect();
+        ensure!(holders.len() == 1, "{found:#?}");
+        Ok(holders == [json!(3)])
+    })?;
+    drop(shell.child().stdin.take());
+    drop(connecting);
+    Ok(())
+}
+
 #[test]
 fn a_namespace_that_may_not_be_entered() -> Result<()> {
     require!(Need::Program("setpriv"), Need::Program("ip"));
@@ -597,8 +659,11 @@ fn a_namespace_that_may_not_be_entered() -> Result<()> {
     let name = netns.path().file_name().context("no name")?;
     let name = name.to_str().context("no text")?;
     assert!(listed.stderr.contains(name), "{}", listed.stderr);
+    // What processes hold is found from outside; whether there is more is not
+    // known.
     let found = records(&listed)?;
-    assert_eq!(found.len(), 2, "those of the own namespace: {found:#?}");
-    assert!(found.iter().all(|record| record["netns"] == "host"));
+    assert_eq!(found.len(), 4, "{found:#?}");
+    let inside = found.iter().filter(|record| record["netns"] == name);
+    assert_eq!(inside.count(), 2, "{found:#?}");
     Ok(())
 }

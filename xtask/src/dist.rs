@@ -22,7 +22,7 @@ const MAX_BINARY: u64 = 6 << 20;
 /// What makes packages is built by `cargo install` on first use, below the
 /// target directory.
 #[derive(Args)]
-#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/dist.")]
+#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/packages.")]
 pub(crate) struct Options {
     /// Version of the packages, instead of the workspace's
     #[arg(long, value_name = "VERSION")]
@@ -65,7 +65,7 @@ pub(crate) fn build() -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS"),
     )?;
     // Its place is fixed: the manifest names it.
-    let dist = workspace::root().join("target/dist");
+    let dist = workspace::root().join("target/packages");
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
     let agent = dist.join("keepalive-agent");
     let built = workspace::target_dir()
@@ -155,7 +155,7 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
             ])
             .args([
                 "--directory",
-                "target/dist",
+                "target/packages",
                 "keepalive-agent",
                 "man",
                 "completions",
@@ -167,7 +167,7 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
 /// What is in the binary, as CycloneDX.
 fn sbom(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent-{version}.cdx.json");
-    let stem = "target-dist-sbom";
+    let stem = "target-packages-sbom";
     let mut cargo = tool("cargo-cyclonedx", "0.5.9")?;
     cargo
         .args(["cyclonedx", "--format", "json", "--no-build-deps"])

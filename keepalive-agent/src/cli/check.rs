@@ -137,7 +137,7 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
             .iter()
             .filter_map(|finding| finding.detail.split_once('\n'))
         {
-            output::text(format_args!("{}\n", more.1))?;
+            output::paragraph(more.1)?;
         }
         let verdict = match (able, config_is_right) {
             (false, _) => "not able to enforce, see above",

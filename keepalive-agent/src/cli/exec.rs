@@ -113,7 +113,8 @@ pub(super) fn exec(arguments: &Arguments) -> Result<ExitCode> {
     Config::parse(Path::new("the policy of the command"), &config)?;
     preflight::may_enforce()?;
     let hierarchy = Hierarchy::find()?;
-    let own = explain::cgroup_of(process::id())?;
+    let own = explain::cgroup_of(process::id(), &hierarchy)?
+        .context("the cgroup of this process was removed")?;
     remove_leftovers(&hierarchy, &own);
     let scope = Scope::make(&hierarchy, &own)?;
     scope.put_in_force(&config)?;

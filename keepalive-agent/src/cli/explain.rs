@@ -27,9 +27,11 @@ use crate::{
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
     sockets::{
+        Unseen, each_connection,
         format::IdentityRecord,
         source::{Setting, SettingsRecord, Source, Sysctls},
     },
+    view,
 };
 
 #[derive(Args, Debug)]
@@ -78,14 +80,25 @@ pub(super) struct Arguments {
 pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
     let hierarchy = Hierarchy::find()?;
     let subject = Subject::of(arguments, &hierarchy)?;
-    let enforced = Enforced::find(arguments, &hierarchy)?;
-    let explanations = enforced.iter().map(|enforced| {
+    let enforced = Enforced::find(arguments, &hierarchy, &subject)?;
+    let mut explanations = Vec::new();
+    for enforced in &enforced {
         let claimants = Claimants::new(&enforced.config, &enforced.root)
             .context("the globs of the config are too large together")?;
-        let walk = walk(&claimants, &subject.cgroup, subject.remote);
-        anyhow::Ok((enforced, claimants, walk))
-    });
-    let explanations = explanations.collect::<Result<Vec<_>>>()?;
+        // A cgroup that is gone has no path: the policies of the root count.
+        let from = subject.cgroup.as_ref().unwrap_or(&enforced.root.path);
+        let walk = walk(&claimants, from, subject.remote);
+        if enforced.may_decide(&subject, &claimants, &walk) {
+            explanations.push((enforced, claimants, walk));
+        }
+    }
+    let nobody = Enforced::nobody(&enforced);
+    if explanations.is_empty() {
+        let claimants = Claimants::new(&nobody.config, &nobody.root)?;
+        let from = subject.cgroup.as_ref().unwrap_or(&nobody.root.path);
+        let walk = walk(&claimants, from, subject.remote);
+        explanations.push((&nobody, claimants, walk));
+    }
     // Programs of a child cgroup run before those of its parents: of two agents
     // the one further up has the last word.
     let decides = explanations
@@ -106,7 +119,8 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 
 /// What is to be explained.
 struct Subject {
-    cgroup: CgroupPath,
+    /// None where it was removed, or is out of sight.
+    cgroup: Option<CgroupPath>,
     /// What the cgroup is.
     identity: Identity,
     remote: Option<SocketAddr>,
@@ -124,23 +138,23 @@ impl Subject {
             return Self::of_socket(*local, *remote, hierarchy);
         }
         let (cgroup, sysctls) = match (arguments.pid, &arguments.cgroup) {
-            (Some(pid), _) => (cgroup_of(pid)?, sysctls_of(pid)?),
+            (Some(pid), _) => (cgroup_of(pid, hierarchy)?, sysctls_of(pid)?),
             (None, Some(path)) => {
                 let path = hierarchy.path(path)?;
                 // It may be one that is to be made, or a slip of the pen.
                 if hierarchy.lookup(&path)?.is_none() {
                     warn!("cgroup {path} does not exist");
                 }
-                (path, Sysctls::here()?)
+                (Some(path), Sysctls::here()?)
             }
             (None, None) if !arguments.whose.wanted().is_any() => {
                 let cgroup = cgroup_of_wanted(&arguments.whose, hierarchy)?;
-                (cgroup, Sysctls::here()?)
+                (Some(cgroup), Sysctls::here()?)
             }
-            (None, None) => (CgroupPath::root(), Sysctls::here()?),
+            (None, None) => (Some(CgroupPath::root()), Sysctls::here()?),
         };
         Ok(Self {
-            identity: Identities::default().of(cgroup.as_bytes()),
+            identity: identity_of(cgroup.as_ref()),
             cgroup,
             remote,
             pid: arguments.pid,
@@ -151,34 +165,28 @@ impl Subject {
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let mut lister = Lister::load(&Kernel::running()?)?;
+        let lister = Lister::load(&Kernel::running()?)?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found: Option<(Namespace, SocketRecord, Sysctls)> = None;
-        for netns in netns::all()? {
-            let entered = netns.enter(|| {
-                let sysctls = Sysctls::here()?;
-                lister.list(&mut |record| {
-                    if canonical(record.local()) != canonical(local)
-                        || canonical(record.remote()) != canonical(remote)
-                    {
-                        return Ok(());
-                    }
-                    match &found {
-                        Some((first, ..)) => warn!(
-                            "there is another one in network namespace {}; this is about the \
-                             one in {}",
-                            netns.name, first.name
-                        ),
-                        None => found = Some((netns.clone(), *record, sysctls)),
-                    }
-                    Ok(())
-                })
-            });
-            if let Err(error) = entered.and_then(Option::transpose) {
-                warn!("namespace {}: {error:#}", netns.name);
+        let mut found: Option<(Namespace, SocketRecord)> = None;
+        let unseen = each_connection(&lister, &mut |netns, record, _| {
+            if canonical(record.local()) != canonical(local)
+                || canonical(record.remote()) != canonical(remote)
+            {
+                return Ok(());
             }
+            match &found {
+                Some((first, _)) => warn!(
+                    "there is another one in network namespace {}; this is about the one in {}",
+                    netns.name, first.name
+                ),
+                None => found = Some((netns.clone(), *record)),
+            }
+            Ok(())
+        })?;
+        for Unseen { netns, error } in unseen {
+            warn!("namespace {netns}: {error:#}");
         }
-        let Some((netns, record, sysctls)) = found else {
+        let Some((netns, record)) = found else {
             bail!(
                 "no connection goes from {local} to {remote}: \
                  `keepalive-agent sockets` shows the ones there are"
@@ -186,24 +194,29 @@ impl Subject {
         };
         let root = hierarchy.existing("/".as_ref())?;
         let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
-        let Some(cgroup) = cgroups
+        let cgroup = cgroups
             .into_iter()
-            .find(|cgroup| cgroup.id == record.cgroup)
-        else {
-            bail!(
-                "the cgroup that the connection belongs to (id {}) does not exist any more, or is \
-                 out of sight",
-                record.cgroup
-            );
-        };
+            .find(|cgroup| cgroup.id == record.cgroup);
         Ok(Self {
-            identity: Identities::default().of(cgroup.path.as_bytes()),
-            cgroup: cgroup.path,
+            identity: identity_of(cgroup.as_ref().map(|cgroup| &cgroup.path)),
+            cgroup: cgroup.map(|cgroup| cgroup.path),
             remote: Some(record.remote()),
             pid: None,
+            sysctls: Sysctls::of(&record),
             found: Some((netns, record)),
-            sysctls,
         })
+    }
+
+    /// Where it is, in words.
+    fn cgroup_name(&self) -> String {
+        match (&self.cgroup, &self.found) {
+            (Some(path), _) => path.to_string(),
+            (None, Some((_, record))) => format!(
+                "(gone) {}, removed or out of sight: the policies of the root count",
+                record.cgroup
+            ),
+            (None, None) => "(gone), removed: the policies of the root count".to_owned(),
+        }
     }
 
     /// What is explained, in words.
@@ -223,6 +236,13 @@ impl Subject {
             (None, None, None) => "a connection".to_owned(),
         }
     }
+}
+
+/// What a cgroup is, if there is one.
+fn identity_of(cgroup: Option<&CgroupPath>) -> Identity {
+    cgroup.map_or_else(Identity::default, |path| {
+        Identities::default().of(path.as_bytes())
+    })
 }
 
 /// The outermost cgroup of the unit, container or pod that is asked for.
@@ -254,8 +274,8 @@ fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<CgroupPath> 
     Ok(first.path)
 }
 
-/// The cgroup of a process in the v2 hierarchy.
-pub(super) fn cgroup_of(pid: u32) -> Result<CgroupPath> {
+/// The cgroup of a process in the v2 hierarchy; none where it was removed.
+pub(super) fn cgroup_of(pid: u32, hierarchy: &Hierarchy) -> Result<Option<CgroupPath>> {
     let file = format!("/proc/{pid}/cgroup");
     let text =
         fs::read(&file).with_context(|| format!("reading {file}: is there a process {pid}?"))?;
@@ -263,22 +283,27 @@ pub(super) fn cgroup_of(pid: u32) -> Result<CgroupPath> {
     let mut lines = text.split(|byte| *byte == b'\n');
     let path = lines.find_map(|line| line.strip_prefix(b"0::"));
     let path = path.with_context(|| format!("{file} names no cgroup of the v2 hierarchy"))?;
-    Ok(path.strip_suffix(b" (deleted)").unwrap_or(path).into())
+    if path.starts_with(b"/..") || (hierarchy.is_whole() && !view::has_initial_cgroup_namespace()) {
+        bail!(
+            "{file} shows a path within a cgroup namespace, not in the whole hierarchy: name the \
+             cgroup by --cgroup, or run this in the host's cgroup namespace"
+        );
+    }
+    let path = CgroupPath::from(path);
+    // Of a removed one the kernel says so behind the path; it may be a name as well.
+    let exists = hierarchy.lookup(&path)?.is_some();
+    let is_removed = !exists && path.as_bytes().ends_with(b" (deleted)");
+    Ok((!is_removed).then_some(path))
 }
 
 /// The sysctls of the network namespace of a process.
 fn sysctls_of(pid: u32) -> Result<Sysctls> {
-    use std::os::unix::fs::MetadataExt as _;
-    let file = format!("/proc/{pid}/ns/net");
-    let id = fs::metadata(&file)
-        .with_context(|| format!("looking at {file}"))?
-        .ino();
-    let own = netns::all()?.into_iter().find(|netns| netns.id == id);
-    let entered = own.map(|netns| netns.enter(Sysctls::here)).transpose()?;
-    match entered.flatten() {
-        Some(sysctls) => sysctls,
-        None => Sysctls::here(),
-    }
+    let found = netns::of_processes(&[pid])?;
+    let netns = found
+        .first()
+        .with_context(|| format!("looking for the network namespace of process {pid}"))?;
+    let entered = netns.enter(Sysctls::here)?;
+    entered.with_context(|| format!("process {pid} has ended"))?
 }
 
 /// What decides: a running agent, or a config.
@@ -286,6 +311,8 @@ struct Enforced {
     /// In words.
     by: String,
     agent: Option<u32>,
+    /// Whether it holds now, not only if an agent were started.
+    is_in_force: bool,
     root: Cgroup,
     config: Config,
     /// Where it is written; none where the files say something else.
@@ -294,7 +321,7 @@ struct Enforced {
 
 impl Enforced {
     /// All agents, the one further up first; or the config.
-    fn find(arguments: &Arguments, hierarchy: &Hierarchy) -> Result<Vec<Self>> {
+    fn find(arguments: &Arguments, hierarchy: &Hierarchy, subject: &Subject) -> Result<Vec<Self>> {
         let files = &arguments.files;
         let named = files.config.is_some() || !files.drop_in_dir.is_empty();
         let mut running = if named { Vec::new() } else { enforcing()? };
@@ -306,10 +333,13 @@ impl Enforced {
                 by: if named {
                     "the config that is named, if an agent enforced it for the whole machine"
                         .to_owned()
+                } else if subject.found.is_some() {
+                    "nobody: no agent is running; below is what it would do".to_owned()
                 } else {
                     "no agent is running; this is what it would do".to_owned()
                 },
                 agent: None,
+                is_in_force: false,
                 root: hierarchy.existing("/".as_ref())?,
                 config: merged.config.clone(),
                 files: Some(merged),
@@ -325,6 +355,7 @@ impl Enforced {
             .map(|agent| Self {
                 by: agent.name(),
                 agent: agent.agent,
+                is_in_force: true,
                 root: agent.root,
                 files: files
                     .clone()
@@ -332,6 +363,43 @@ impl Enforced {
                 config: agent.config,
             })
             .collect())
+    }
+
+    /// Where none of those that are in force has a say.
+    fn nobody(in_force: &[Self]) -> Self {
+        let names: Vec<_> = in_force.iter().map(|other| other.by.as_str()).collect();
+        Self {
+            by: format!(
+                "nobody: it is not below what is governed ({})",
+                names.join(", ")
+            ),
+            agent: None,
+            is_in_force: true,
+            root: Cgroup {
+                path: CgroupPath::root(),
+                id: 0,
+            },
+            config: Config {
+                default: None,
+                policies: Vec::new(),
+            },
+            files: None,
+        }
+    }
+
+    /// Whether it has a say about a connection. About one whose cgroup is gone, that
+    /// governs all cgroups; or it wants nothing to be changed on the connection.
+    fn may_decide(&self, subject: &Subject, claimants: &Claimants, walk: &Walk) -> bool {
+        if let Some(cgroup) = &subject.cgroup {
+            return self.root.contains(cgroup);
+        }
+        let has = subject.found.as_ref().map(|(_, record)| record.options());
+        let fits = has.zip(walk.claimed).is_some_and(|(has, index)| {
+            let assigned = claimants.policies().get(index);
+            has != Options::default()
+                && assigned.is_some_and(|assigned| plan(&assigned.policy, &has) == has)
+        });
+        self.root.path.depth() == 0 || fits
     }
 
     /// Where a policy is written; none where the files say something else.
@@ -391,7 +459,9 @@ impl<'a> Explained<'a> {
     /// What the options of now mean.
     fn now(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        let enforced = policy.filter(|policy| policy.is_enforced());
+        // What an existing connection has is not from a policy that is not in force.
+        let had_its_way = self.enforced.is_in_force || self.subject.found.is_none();
+        let enforced = policy.filter(|policy| policy.is_enforced() && had_its_way);
         Meaning::of(&self.holds(), enforced, &self.subject.sysctls)
     }
 
@@ -417,7 +487,7 @@ impl<'a> Explained<'a> {
         let mut text = format!(
             "{}\nin cgroup   {}\n",
             self.subject.name(),
-            self.subject.cgroup,
+            self.subject.cgroup_name(),
         );
         if self.subject.identity.is_known() {
             writeln!(text, "of          {}", self.subject.identity)?;
@@ -504,7 +574,7 @@ impl<'a> Explained<'a> {
                 .collect(),
         });
         Record {
-            cgroup: &self.subject.cgroup,
+            cgroup: self.subject.cgroup.as_ref(),
             identity: IdentityRecord::new(Some(&self.subject.identity)),
             pid: self.subject.pid,
             local: self
@@ -561,6 +631,12 @@ fn meaning(meaning: &Meaning) -> String {
             "off"
         },
     )];
+    if (settings.keepalive.value, settings.keepalive.source) == (false, Source::App) {
+        lines.push(
+            "              or by MPTCP: subflows that join take over what is set on the whole"
+                .to_owned(),
+        );
+    }
     let timer = |name, timer: Setting<u32>, shown: &str| setting(name, timer.source, shown);
     if settings.keepalive.value {
         let (idle, interval) = (settings.idle.value, settings.interval.value);
@@ -623,7 +699,7 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
 /// An explanation as JSON. The names are documented in docs/explain.md and stay.
 #[derive(Serialize)]
 struct Record<'a> {
-    cgroup: &'a CgroupPath,
+    cgroup: Option<&'a CgroupPath>,
     #[serde(flatten)]
     identity: IdentityRecord<'a>,
     pid: Option<u32>,

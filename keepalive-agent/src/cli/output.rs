@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use keepalive_common::policy::{Keepalive, Policy, Range};
 use serde::Serialize;
-use tabwriter::TabWriter;
 
+use super::table;
 use crate::{
     duration,
     names::{PrintableLines, printable, write_json},
@@ -32,21 +32,22 @@ pub(super) fn table<const COLUMNS: usize>(
     text(table_text(header, rows))
 }
 
-/// A table with a header, columns aligned.
+/// A table with a header, columns aligned, as wide as the terminal at the most.
 pub(super) fn table_text<const COLUMNS: usize>(
     header: [&str; COLUMNS],
     rows: impl IntoIterator<Item = [String; COLUMNS]>,
 ) -> String {
-    let mut lines = header.join("\t") + "\n";
-    for row in rows {
-        lines += &row.map(|cell| printable(&cell).to_string()).join("\t");
-        lines.push('\n');
-    }
-    let mut out = TabWriter::new(Vec::new()).padding(2);
-    // Memory can always be written to.
-    let _ = out.write_all(lines.as_bytes());
-    let aligned = out.into_inner().unwrap_or_default();
-    String::from_utf8(aligned).unwrap_or(lines)
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|row| row.iter().map(|cell| printable(cell).to_string()).collect())
+        .collect();
+    table::lay_out(&header, &rows, table::width())
+}
+
+/// Prints a paragraph, broken into lines that fit the terminal.
+pub(super) fn paragraph(sentences: impl Display) -> Result<()> {
+    let lines = table::wrap(&sentences.to_string(), table::width());
+    text(format_args!("{}\n", lines.join("\n")))
 }
 
 /// Prints one JSON object on a line of its own.

@@ -13,10 +13,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use tabwriter::TabWriter;
 use tracing::warn;
 
-use super::{PARTIAL, Whose};
+use super::{PARTIAL, Whose, screen::Screen, table};
 use crate::{
     datapath::Lister,
     enforcing::enforcing,
@@ -25,12 +24,15 @@ use crate::{
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
     sockets::{
-        Connection, Listing, Receiver, Unseen,
+        Connection, Receiver, Unseen,
         cgroups::{Cgroups, Known},
+        columns::{self, Column},
         filter::{Filter, Key, Rank, Risk},
-        format, holders,
+        format::{self, Legend},
+        holders, list,
         summary::Summary,
     },
+    view::{self, PartialView},
 };
 
 /// Some connection would be forgotten on its path.
@@ -55,7 +57,7 @@ const BUFFER: usize = 64 * 1024;
                   Paths known by name: aws-nat 350s, aws-nlb 350s, azure-lb 240s, gcp 600s, \
                   ipvs 900s.\n\n\
                   Exit codes: 0 done (with --at-risk: none is), 1 failed, 2 wrong usage, \
-                  3 connections are at risk, 4 partial: not every namespace could be seen.\n\n\
+                  3 connections are at risk, 4 partial: not all of the node could be seen.\n\n\
                   Examples:\n  \
                   keepalive-agent sockets\n  \
                   keepalive-agent sockets --cgroup /system.slice/redis.service --watch\n  \
@@ -73,10 +75,6 @@ pub(super) struct Arguments {
     /// Count the connections of each cgroup instead of listing them
     #[arg(long, conflicts_with = "sort")]
     summary: bool,
-
-    /// Show the path of each connection's cgroup too
-    #[arg(long, conflicts_with_all = ["json", "summary"])]
-    wide: bool,
 
     /// List again every so many seconds until ctrl-c
     #[arg(
@@ -122,6 +120,19 @@ pub(super) struct Arguments {
     #[arg(long)]
     loopback: bool,
 
+    /// Show these columns, as wide as they are, instead of those that fit
+    #[arg(
+        long,
+        value_name = "COLUMNS",
+        value_delimiter = ',',
+        conflicts_with_all = ["json", "summary", "wide"]
+    )]
+    columns: Vec<Column>,
+
+    /// Show everything in full, also what does not fit
+    #[arg(long, conflicts_with = "json")]
+    wide: bool,
+
     /// Sort; --json then prints nothing before the last connection was seen
     #[arg(long, value_name = "KEY")]
     sort: Option<Key>,
@@ -152,16 +163,33 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let mut lister = Lister::load(&Kernel::running()?)?;
+    let lister = Lister::load(&Kernel::running()?)?;
+    let screen = match arguments.watch {
+        Some(_) => Screen::take()?,
+        None => None,
+    };
     loop {
         filter.inodes = arguments.pid.map(holders::sockets_of).transpose()?;
-        let mut cgroups = Cgroups::new(hierarchy.clone(), enforcing()?)?;
+        let mut unseen = view::missing(hierarchy.as_ref());
+        let sees_all = unseen.is_empty();
+        let in_force = enforcing().unwrap_or_else(|error| {
+            unseen.push(PartialView {
+                what: "the policies in force, and which values are theirs".to_owned(),
+                why: format!("{:#}", anyhow::Error::new(error)),
+                cure: "run it as root with all capabilities".to_owned(),
+            });
+            Vec::new()
+        });
+        let mut cgroups = Cgroups::new(hierarchy.clone(), in_force)?;
         let mut pass = Pass {
             arguments,
             filter: &filter,
             risk,
-            lister: &mut lister,
+            lister: &lister,
             cgroups: &mut cgroups,
+            screen: screen.as_ref(),
+            unseen,
+            sees_all,
         };
         let code = match pass.print() {
             // Whoever reads has seen enough.
@@ -187,112 +215,219 @@ struct Pass<'a> {
     arguments: &'a Arguments,
     filter: &'a Filter,
     risk: Risk,
-    lister: &'a mut Lister,
+    lister: &'a Lister,
     cgroups: &'a mut Cgroups,
+    /// Where it is drawn, if it is drawn again and again.
+    screen: Option<&'a Screen>,
+    /// What it does not see.
+    unseen: Vec<PartialView>,
+    /// Whether it sees all processes.
+    sees_all: bool,
 }
 
 impl Pass<'_> {
     fn print(&mut self) -> Result<ExitCode> {
-        let (unseen, at_risk) = if self.arguments.summary {
+        let at_risk = if self.arguments.summary {
             self.print_summary()?
         } else {
             self.print_connections()?
         };
-        for Unseen { netns, error } in &unseen {
-            warn!("namespace {netns}: its connections are missing: {error:#}");
+        if self.screen.is_none() {
+            for part in &self.unseen {
+                warn!("{part}");
+            }
         }
         Ok(if self.arguments.at_risk.is_some() && at_risk > 0 {
             AT_RISK.into()
-        } else if unseen.is_empty() {
+        } else if self.unseen.is_empty() {
             ExitCode::SUCCESS
         } else {
             PARTIAL.into()
         })
     }
 
-    fn walk(&mut self, receiver: &mut dyn Receiver, with_holders: bool) -> Result<Vec<Unseen>> {
-        let listing = Listing {
-            filter: self.filter,
-            with_holders,
-        };
-        listing.walk(self.lister, self.cgroups, receiver)
+    fn walk(&mut self, receiver: &mut dyn Receiver) -> Result<()> {
+        let unseen = list(
+            self.filter,
+            self.sees_all,
+            self.lister,
+            self.cgroups,
+            receiver,
+        )?;
+        for Unseen { netns, error } in unseen {
+            self.unseen.push(PartialView {
+                what: format!("connections of network namespace {netns}"),
+                why: format!("{error:#}"),
+                cure: "run it as root of the host".to_owned(),
+            });
+        }
+        Ok(())
     }
 
-    /// Returns what was not seen and how many connections are at risk.
-    fn print_connections(&mut self) -> Result<(Vec<Unseen>, u64)> {
+    /// Returns how many connections are at risk.
+    fn print_connections(&mut self) -> Result<u64> {
         let mut printer = Printer {
             json: self.arguments.json,
-            wide: self.arguments.wide,
             sort: self.arguments.sort,
             out: stdout()?,
             kept: Vec::new(),
+            widths: Widths::default(),
             line: Vec::new(),
             total: Summary::default(),
             risk: self.risk,
             progress: Progress::new(self.arguments),
         };
-        let unseen = self.walk(&mut printer, true)?;
+        self.walk(&mut printer)?;
         printer.progress.clear();
         let total = printer.total;
-        let mut out = printer.out;
         if self.arguments.sort.is_some() {
             printer.kept.sort_by(|(a, _), (b, _)| a.cmp(b));
         }
+        let mut out = printer.out;
         if self.arguments.json {
             for (_, line) in &printer.kept {
                 out.write_all(line).context(PRINTING)?;
             }
         } else {
-            let rows = printer.kept.into_iter().map(|(_, line)| line);
-            let enforced = if self.cgroups.is_enforced() {
-                ""
-            } else {
-                "; no agent is running"
-            };
-            let at_risk = self.filter.at_risk.map_or_else(String::new, |risk| {
-                let left_out = if risk.loopback {
-                    ""
-                } else {
-                    " (those within this machine left out, see --loopback)"
-                };
-                format!(
-                    " at risk on a path that forgets them after {} of silence{left_out}",
-                    risk.timeout
-                )
-            });
-            let legend = format!(
-                "{} connections{at_risk}, {} protected, {} unprotected{enforced}\n{}",
-                total.connections,
-                total.protected,
-                total.unprotected,
-                format::LEGEND
-            );
-            let mut header = format::HEADER.to_vec();
-            if self.arguments.wide {
-                header.push("CGROUP");
-            }
-            self.frame(&mut out, &header, rows, &legend)?;
+            self.frame(
+                &mut out,
+                &printer.kept,
+                &printer.widths,
+                &self.totals(&total),
+            )?;
         }
         out.flush().context(PRINTING)?;
-        Ok((unseen, total.at_risk))
+        Ok(total.at_risk)
     }
 
-    fn print_summary(&mut self) -> Result<(Vec<Unseen>, u64)> {
+    /// What stands below the connections.
+    fn totals(&self, total: &Summary) -> String {
+        let enforced = if self.cgroups.is_enforced() {
+            ""
+        } else {
+            "; no policy is in force"
+        };
+        let at_risk = self.filter.at_risk.map_or_else(String::new, |risk| {
+            let left_out = if risk.loopback {
+                ""
+            } else {
+                " (those within this machine left out, see --loopback)"
+            };
+            format!(
+                " at risk on a path that forgets them after {} of silence{left_out}",
+                risk.timeout
+            )
+        });
+        format!(
+            "{} connections{at_risk}, {} protected, {} unprotected{enforced}",
+            total.connections, total.protected, total.unprotected,
+        )
+    }
+
+    /// Prints rows of connections and what stands below them.
+    fn frame(
+        &self,
+        out: &mut impl Write,
+        rows: &[(Option<Rank>, Box<[u8]>)],
+        widths: &Widths,
+        totals: &str,
+    ) -> Result<()> {
+        let available = table::width();
+        let Chosen {
+            columns,
+            widths,
+            left_out,
+        } = widths.choose(self.arguments, available);
+        let mut legend = Legend::default();
+        let mut lines = Vec::new();
+        let mut line = String::new();
+        let titles = columns.iter().map(|column| column.title());
+        table::push_row(&mut line, titles, &widths);
+        let room = self
+            .screen
+            .and_then(|_| table::terminal())
+            .map(|(_, height)| height);
+        for (_, row) in rows {
+            let cells: Vec<&str> = str::from_utf8(row)?.split('\t').collect();
+            let shown = columns
+                .iter()
+                .map(|column| cells.get(column.index()).copied().unwrap_or_default());
+            for (column, cell) in columns.iter().zip(shown.clone()) {
+                legend.add(*column, cell);
+            }
+            // Nobody scrolls a screen that is drawn again and again.
+            if room.is_none_or(|room| lines.len() < room) {
+                lines.push(std::mem::take(&mut line));
+                table::push_row(&mut line, shown, &widths);
+            }
+        }
+        lines.push(line);
+        let mut below = vec![String::new()];
+        below.extend(table::wrap(totals, available));
+        for sentence in legend.lines() {
+            below.extend(table::wrap(&sentence, available));
+        }
+        if !left_out.is_empty() {
+            let titles: Vec<_> = left_out.iter().map(|column| column.title()).collect();
+            let sentence = format!("not shown: {} (see --columns, --wide)", titles.join(", "));
+            below.extend(table::wrap(&sentence, available));
+        }
+        match (self.screen, room) {
+            (Some(screen), Some(height)) => {
+                for part in &self.unseen {
+                    below.extend(table::wrap(&part.to_string(), available));
+                }
+                self.draw(screen, height, lines, rows.len(), below)
+            }
+            _ => {
+                for line in &lines {
+                    out.write_all(line.as_bytes()).context(PRINTING)?;
+                }
+                writeln!(out, "{}", below.join("\n")).context(PRINTING)
+            }
+        }
+    }
+
+    /// Draws what fits: the top, and what stands below.
+    fn draw(
+        &self,
+        screen: &Screen,
+        height: usize,
+        mut lines: Vec<String>,
+        rows: usize,
+        mut below: Vec<String>,
+    ) -> Result<()> {
+        const LEAST: usize = 4;
+        below.truncate(height.saturating_sub(LEAST));
+        let room = height.saturating_sub(below.len());
+        if lines.len() > room {
+            lines.truncate(room.saturating_sub(1));
+            let shown = lines.len().saturating_sub(1);
+            lines.push(format!("… and {} more", rows.saturating_sub(shown)));
+        }
+        let drawn = lines
+            .iter()
+            .map(|line| line.trim_end_matches('\n').to_owned());
+        let drawn: Vec<_> = drawn.chain(below).collect();
+        screen.draw(&drawn).context(PRINTING)
+    }
+
+    fn print_summary(&mut self) -> Result<u64> {
         let mut tally = Counter {
             by_cgroup: HashMap::new(),
             risk: self.risk,
             progress: Progress::new(self.arguments),
         };
-        let unseen = self.walk(&mut tally, false)?;
+        self.walk(&mut tally)?;
         tally.progress.clear();
         let mut total = Summary::default();
         let mut cgroups: Vec<_> = tally.by_cgroup.into_iter().collect();
         let path = |known: &Option<Known>| known.as_ref().map(|known| known.path.clone());
         cgroups.sort_by_cached_key(|(_, (known, _))| path(known));
-        let mut out = stdout()?;
         for (_, (_, summary)) in &cgroups {
             total.merge(summary);
         }
+        let mut out = stdout()?;
         if self.arguments.json {
             for (id, (known, summary)) in &cgroups {
                 format::summary_json_line(
@@ -304,47 +439,120 @@ impl Pass<'_> {
                 )
                 .context(PRINTING)?;
             }
-        } else {
-            let mut rows = Vec::new();
-            for (id, (known, summary)) in &cgroups {
-                let name =
-                    path(known).map_or_else(|| format!("(gone) {id}"), |path| path.to_string());
-                tabbed(&format::summary_row(&name, summary), &mut rows);
-            }
-            tabbed(&format::summary_row("total", &total), &mut rows);
-            let legend = format!(
-                "at risk: on a path that forgets connections after {} of silence",
-                self.risk.timeout
-            );
-            self.frame(&mut out, &format::SUMMARY_HEADER, [rows], &legend)?;
+            out.flush().context(PRINTING)?;
+            return Ok(total.at_risk);
         }
+        let rows = cgroups.iter().map(|(id, (known, summary))| {
+            let name = path(known).map_or_else(|| format!("(gone) {id}"), |path| path.to_string());
+            format::summary_row(&name, summary)
+        });
+        let rows: Vec<_> = rows.chain([format::summary_row("total", &total)]).collect();
+        let below = format!(
+            "at risk: on a path that forgets connections after {} of silence",
+            self.risk.timeout
+        );
+        self.print_summary_rows(&mut out, &rows, &below)?;
         out.flush().context(PRINTING)?;
-        Ok((unseen, total.at_risk))
+        Ok(total.at_risk)
     }
 
-    /// Prints an aligned table and what stands below it; when watching on a
-    /// terminal, in the place of the one before.
-    fn frame(
+    fn print_summary_rows(
         &self,
         out: &mut impl Write,
-        header: &[&str],
-        rows: impl IntoIterator<Item = impl AsRef<[u8]>>,
-        legend: &str,
+        rows: &[[String; format::SUMMARY_HEADER.len()]],
+        below: &str,
     ) -> Result<()> {
-        const CLEAR: &str = "\x1b[H\x1b[2J";
-        let mut table = TabWriter::new(Vec::new()).padding(2);
-        writeln!(table, "{}", header.join("\t"))?;
+        let available = table::width();
+        let mut widths = format::SUMMARY_HEADER.map(table::width_of);
         for row in rows {
-            table.write_all(row.as_ref())?;
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(table::width_of(cell));
+            }
         }
-        let table = table
-            .into_inner()
-            .map_err(|_| io::Error::other("aligning the table"))?;
-        if self.arguments.watch.is_some() && io::stdout().is_terminal() {
-            out.write_all(CLEAR.as_bytes()).context(PRINTING)?;
+        let too_wide = table::width_of_row(widths.iter().copied()).saturating_sub(available);
+        if !self.arguments.wide {
+            let [names, ..] = &mut widths;
+            *names = names.saturating_sub(too_wide).max(1);
         }
-        out.write_all(&table).context(PRINTING)?;
-        writeln!(out, "\n{legend}").context(PRINTING)
+        let mut lines = Vec::new();
+        let header = format::SUMMARY_HEADER.map(str::to_owned);
+        for row in std::iter::once(&header).chain(rows) {
+            let mut line = String::new();
+            table::push_row(&mut line, row.iter().map(String::as_str), &widths);
+            lines.push(line);
+        }
+        let mut below = table::wrap(below, available);
+        below.insert(0, String::new());
+        if let (Some(screen), Some((_, height))) = (self.screen, table::terminal()) {
+            return self.draw(screen, height, lines, rows.len(), below);
+        }
+        for line in &lines {
+            out.write_all(line.as_bytes()).context(PRINTING)?;
+        }
+        writeln!(out, "{}", below.join("\n")).context(PRINTING)
+    }
+}
+
+/// The widest cell of each column, and whether the column says anything.
+#[derive(Default)]
+struct Widths {
+    widest: [usize; columns::COUNT],
+    speaks: [bool; columns::COUNT],
+}
+
+/// Columns to be shown.
+struct Chosen {
+    columns: Vec<Column>,
+    widths: Vec<usize>,
+    /// Those that say something and that there is no room for.
+    left_out: Vec<Column>,
+}
+
+impl Widths {
+    fn add(&mut self, cells: &[String; columns::COUNT]) {
+        for (column, cell) in Column::ALL.into_iter().zip(cells) {
+            let index = column.index();
+            self.widest[index] = self.widest[index].max(table::width_of(cell));
+            // Of a connection in the namespace of this process that says nothing.
+            let says_nothing = cell == "-" || (column == Column::Netns && cell == "host");
+            self.speaks[index] |= !says_nothing;
+        }
+    }
+
+    fn choose(&self, arguments: &Arguments, available: usize) -> Chosen {
+        let full =
+            |column: &Column| self.widest[column.index()].max(table::width_of(column.title()));
+        let all = Column::ALL;
+        let in_full = |columns: &[Column]| Chosen {
+            columns: columns.to_vec(),
+            widths: columns.iter().map(full).collect(),
+            left_out: Vec::new(),
+        };
+        if arguments.wide {
+            return in_full(&all);
+        }
+        if !arguments.columns.is_empty() {
+            return in_full(&arguments.columns);
+        }
+        let widths = all.map(|column| {
+            let speaks = self.speaks[column.index()] || column == Column::Noticed;
+            // WHERE says it in short.
+            let speaks = speaks && column != Column::Cgroup;
+            if speaks { full(&column) } else { 0 }
+        });
+        let of = |widths: &[usize]| table::width_of_row(widths.iter().copied());
+        let columns = columns::fitting(&widths, available, of);
+        let left_out = all
+            .into_iter()
+            .filter(|column| widths[column.index()] > 0 && !columns.contains(column));
+        Chosen {
+            widths: columns
+                .iter()
+                .map(|column| full(column).min(column.widest()))
+                .collect(),
+            left_out: left_out.collect(),
+            columns,
+        }
     }
 }
 
@@ -359,20 +567,15 @@ fn stdout() -> Result<BufWriter<File>> {
     Ok(BufWriter::with_capacity(BUFFER, File::from(descriptor)))
 }
 
-/// Appends the cells of a row, separated for [`TabWriter`].
-fn tabbed(cells: &[String], line: &mut Vec<u8>) {
-    line.extend_from_slice(cells.join("\t").as_bytes());
-    line.push(b'\n');
-}
-
 /// Prints connections as they come, or keeps them as lines where an order or
 /// the width of columns is needed first.
 struct Printer {
     json: bool,
-    wide: bool,
     sort: Option<Key>,
     out: BufWriter<File>,
+    /// Lines, of JSON or with a tab between two cells.
     kept: Vec<(Option<Rank>, Box<[u8]>)>,
+    widths: Widths,
     line: Vec<u8>,
     total: Summary,
     risk: Risk,
@@ -390,11 +593,9 @@ impl Receiver for Printer {
         if self.json {
             format::json_line(connection, &mut self.line)?;
         } else {
-            let mut row = format::row(connection).to_vec();
-            if self.wide {
-                row.push(format::path(connection));
-            }
-            tabbed(&row, &mut self.line);
+            let cells = format::row(connection);
+            self.widths.add(&cells);
+            self.line.extend_from_slice(cells.join("\t").as_bytes());
         }
         // As many bytes as it has, not as many as it was given to grow.
         self.kept.push((rank, self.line.as_slice().into()));

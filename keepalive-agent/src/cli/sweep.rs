@@ -64,6 +64,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         before: before.as_ref(),
         previous: in_force.as_deref(),
     })?;
+    set.sweeper().set_counts(true);
     let mut job = SweepJob::start(set.sweeper(), false)?;
     let mut waiting = 0;
     let mut missed = false;

@@ -3,10 +3,14 @@
 //! A lock file says whether an agent lives, whatever pid namespace it is in; the
 //! kernel releases the lock however the agent ends. It is named by the path of
 //! the cgroup, which stays when the cgroup goes and comes.
+//!
+//! The file also notes which config gave existing connections their values: where
+//! enforcement ends with the agent nothing of that is left in the kernel, and the
+//! next one would take them for the applications' own.
 
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _, Seek as _, Write as _},
     os::{
         fd::OwnedFd,
         unix::fs::{DirBuilderExt as _, MetadataExt as _},
@@ -17,9 +21,11 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tracing::debug;
 
-use crate::{datapath::Owner, hierarchy::CgroupPath};
+use crate::{config::Config, datapath::Owner, hierarchy::CgroupPath};
 
 /// Where agents leave what others need to find them: gone with the boot, as
 /// cgroups are.
@@ -60,7 +66,28 @@ pub enum Error {
 /// The lock of a cgroup. Dropping it lets another agent have it.
 #[derive(Debug)]
 pub struct Ownership {
-    _lock: File,
+    lock: File,
+    note: Note,
+}
+
+/// What the file says.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+struct Note {
+    /// Process id of the agent that has the lock, or had it last.
+    pid: u32,
+    /// The config that existing connections were brought along by.
+    given: Option<Config>,
+}
+
+impl Note {
+    fn read(file: &mut File) -> Self {
+        let mut text = Vec::new();
+        // What was cut off by a full file system says nothing.
+        let read = file.rewind().and_then(|()| file.read_to_end(&mut text));
+        let note = read.ok().and_then(|_| serde_json::from_slice(&text).ok());
+        note.unwrap_or_default()
+    }
 }
 
 /// The name of an agent's files, from the path of its cgroup.
@@ -150,20 +177,56 @@ impl Ownership {
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let mut text = String::new();
-                let _ = (&lock).take(32).read_to_string(&mut text);
                 return Err(Error::Taken {
-                    pid: text.trim().parse().unwrap_or(0),
+                    pid: Note::read(&mut lock).pid,
                     cgroup: cgroup.clone(),
                 });
             }
             Err(error) => return Err(locking(error.into())),
         }
-        // What it says is for people; the lock is what counts.
-        let _ = lock
+        let note = Note {
+            pid: std::process::id(),
+            ..Note::read(&mut lock)
+        };
+        let mut owned = Self { lock, note };
+        owned.write();
+        Ok(owned)
+    }
+
+    /// The config that an agent before this one gave existing connections their
+    /// values by, if it is known.
+    #[must_use]
+    pub const fn given(&self) -> Option<&Config> {
+        self.note.given.as_ref()
+    }
+
+    /// A config is in force. What is known of an earlier one is more, until every
+    /// connection has been brought along.
+    pub fn begin(&mut self, config: &Config) {
+        if self.note.given.is_none() {
+            self.finish(config);
+        }
+    }
+
+    /// Every connection has been brought along by a config.
+    pub fn finish(&mut self, config: &Config) {
+        if self.note.given.as_ref() != Some(config) {
+            self.note.given = Some(config.clone());
+            self.write();
+        }
+    }
+
+    /// Writes the note. Where that fails the lock still counts.
+    fn write(&mut self) {
+        let text = serde_json::to_vec(&self.note).unwrap_or_default();
+        let written = self
+            .lock
             .set_len(0)
-            .and_then(|()| writeln!(lock, "{}", std::process::id()));
-        Ok(Self { _lock: lock })
+            .and_then(|()| self.lock.rewind())
+            .and_then(|()| self.lock.write_all(&text));
+        if let Err(error) = written {
+            debug!("writing the lock file: {error}");
+        }
     }
 
     /// Whether an agent has the lock of a cgroup. None where that cannot be told.

@@ -145,32 +145,32 @@ impl std::fmt::Display for RefusedProgram {
 impl std::error::Error for RefusedProgram {}
 
 impl From<ProgramError> for RefusedProgram {
+    fn from(error: ProgramError) -> Self {
+        match &error {
+            ProgramError::LoadError {
+                io_error,
+                verifier_log,
+            } => Self::with_log(io_error, &verifier_log.to_string()),
+            _ => Self {
+                reason: chain(&error),
+            },
+        }
+    }
+}
+
+impl RefusedProgram {
     /// The verifier's log can be thousands of lines; what matters stands near its
     /// end.
-    fn from(error: ProgramError) -> Self {
+    pub(super) fn with_log(error: &io::Error, log: &str) -> Self {
         const LINES: usize = 20;
-        let ProgramError::LoadError {
-            io_error,
-            verifier_log,
-        } = &error
-        else {
-            return Self {
-                reason: chain(&error),
-            };
-        };
-        let log = verifier_log.to_string();
         let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
-        let end = lines
-            .get(lines.len().saturating_sub(LINES)..)
-            .unwrap_or(&[]);
+        let first = lines.len().saturating_sub(LINES);
+        let end = lines.get(first..).unwrap_or_default().join("\n  ");
         let reason = if end.is_empty() {
             // It was not about what the program does.
-            io_error.to_string()
+            error.to_string()
         } else {
-            format!(
-                "{io_error}; the verifier's last words:\n  {}",
-                end.join("\n  ")
-            )
+            format!("{error}; the verifier's last words:\n  {end}")
         };
         let reason = match preflight::cause_of_refusal() {
             Some(cause) => format!("{cause}: {reason}"),

@@ -1,37 +1,46 @@
 //! Lists connections and descriptors, changes none.
 
-use anyhow::{Result, bail};
-use aya::Ebpf;
-use keepalive_common::{descriptor::DescriptorRecord, socket::SocketRecord};
+use std::{fs::File, os::fd::AsRawFd as _, process};
 
-use super::{create, load_iterator, map, prepare_iterator, program, run_descriptors, run_records};
-use crate::kernel::layout::{Hook, Kernel};
+use anyhow::{Context as _, Result, bail, ensure};
+use keepalive_common::{
+    descriptor::{DescriptorRecord, HeldRecord, Kind},
+    socket::SocketRecord,
+};
 
-/// The listing program, loaded.
+use super::{
+    iterators::{Iterator, Iterators, read_records},
+    program,
+};
+use crate::{
+    kernel::layout::{Hook, Kernel},
+    netns,
+};
+
+/// The listing programs.
+#[derive(Debug)]
 pub struct Lister {
-    kernel: Kernel,
-    ebpf: Ebpf,
-    /// Whether the kernel takes the program over open files, once that was tried.
-    can_list_files: Option<bool>,
+    /// Goes through the sockets of one network namespace.
+    sockets: Iterator,
+    /// Goes through the descriptors of all processes.
+    files: Result<Iterator, anyhow::Error>,
 }
 
 impl Lister {
-    /// Loads the program; nothing is attached.
+    /// Loads the programs; nothing is attached.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses it, with its reason.
+    /// When the kernel refuses the program over sockets, with its reason.
     ///
     /// # Minimum kernel version
     ///
     /// 5.9, for TCP iterators.
     pub fn load(kernel: &Kernel) -> Result<Self> {
-        let mut ebpf = create(&kernel.layout, &[(map::CGROUPS, 1), (map::EVENTS, 1)])?;
-        load_iterator(&mut ebpf, program::LIST, kernel, Hook::Tcp)?;
+        let iterators = Iterators::new(kernel, &[program::LIST, program::FILES])?;
         Ok(Self {
-            kernel: *kernel,
-            ebpf,
-            can_list_files: None,
+            sockets: iterators.load(program::LIST, Hook::Tcp)?,
+            files: iterators.load(program::FILES, Hook::Files),
         })
     }
 
@@ -41,34 +50,75 @@ impl Lister {
     /// # Errors
     ///
     /// When the listing breaks off, or `each` fails.
-    pub fn list(&mut self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
-        let link = prepare_iterator(&mut self.ebpf, program::LIST)?;
-        run_records(link, each)
+    pub fn list(&self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
+        read_records(self.sockets.open()?, each)
     }
 
-    /// Hands on every descriptor of every process that is a socket or a
-    /// namespace.
+    /// Hands on every descriptor of every process, in whatever network
+    /// namespace, that is a connection, a namespace, or tells of connections
+    /// that have no descriptor. One that is held several times comes several
+    /// times.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program over open files, with its reason the
-    /// first time, or knows this process by another id than /proc.
+    /// When the kernel refuses the program over open files, or knows this process
+    /// by another id than /proc: then it would show the descriptors of the
+    /// processes in this pid namespace only, or under other ids.
     ///
     /// # Minimum kernel version
     ///
-    /// 5.8, for iterators over files.
-    pub fn descriptors(&mut self, each: impl FnMut(&DescriptorRecord)) -> Result<()> {
-        match self.can_list_files {
-            Some(true) => {}
-            Some(false) => bail!("the kernel refused program {}", program::FILES),
-            None => {
-                let kernel = &self.kernel;
-                let loaded = load_iterator(&mut self.ebpf, program::FILES, kernel, Hook::Files);
-                self.can_list_files = Some(loaded.is_ok());
-                loaded?;
-            }
+    /// 5.11, for bpf_sock_from_file.
+    pub fn descriptors(&self, each: impl FnMut(&HeldRecord)) -> Result<()> {
+        match &self.files {
+            Ok(files) => read_descriptors(files.open()?, each),
+            Err(error) => bail!("{error:#}"),
         }
-        let link = prepare_iterator(&mut self.ebpf, program::FILES)?;
-        run_descriptors(link, each)
     }
+}
+
+/// A record that tells of a descriptor.
+pub(super) trait OfDescriptor: bytemuck::AnyBitPattern {
+    /// Which one.
+    fn descriptor(&self) -> &DescriptorRecord;
+}
+
+impl OfDescriptor for DescriptorRecord {
+    fn descriptor(&self) -> &DescriptorRecord {
+        self
+    }
+}
+
+impl OfDescriptor for HeldRecord {
+    fn descriptor(&self) -> &DescriptorRecord {
+        &self.descriptor
+    }
+}
+
+/// Hands on what a program over the descriptors of all processes writes.
+///
+/// # Errors
+///
+/// When it does not find the namespace that is held open here: then the program
+/// does not know what a namespace looks like in this kernel, or this process sees
+/// others under other ids than the kernel, being in a pid namespace.
+pub(super) fn read_descriptors<T: OfDescriptor>(
+    iterator: File,
+    mut each: impl FnMut(&T),
+) -> Result<()> {
+    let own = File::open(netns::OWN)
+        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
+    let number = own.as_raw_fd().cast_unsigned();
+    let mut finds_own = false;
+    read_records(iterator, |record: &T| {
+        let found = record.descriptor();
+        finds_own |= Kind::from_number(found.kind) == Some(Kind::Namespace)
+            && (found.process, found.descriptor) == (process::id(), number);
+        each(record);
+        Ok(())
+    })?;
+    ensure!(
+        finds_own,
+        "the kernel does not show this process under its own id among those that hold namespaces"
+    );
+    Ok(())
 }

@@ -214,7 +214,7 @@ impl LoadedSet {
             ports: take_map(&mut ebpf, map::PORTS)?,
             generation: take_map(&mut ebpf, map::GENERATION)?,
             record: Arc::new(record(blueprint, counters, originals)?),
-            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel),
+            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel, blueprint.previous.is_none()),
             program,
             verified_instructions,
         };

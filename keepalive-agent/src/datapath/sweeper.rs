@@ -10,12 +10,10 @@ use aya::{
 };
 use keepalive_common::sweep::Pass;
 
-use super::{
-    Error, iterator, load_iterator, prepare_iterator, program, run_descriptors, run_iterator,
-};
+use super::{Error, Survey, iterator, load_iterator, prepare_iterator, program, run_iterator};
 use crate::{
     kernel::layout::{Hook, Kernel},
-    netns::{Descriptor, Namespace},
+    netns::Namespace,
 };
 
 /// Runs the sweeping program of one policy set. Clones share the program: passes
@@ -30,6 +28,8 @@ struct Inner {
     ebpf: Ebpf,
     pass: Array<MapData, Pass>,
     loaded: Vec<&'static str>,
+    /// Whether existing connections are still to be counted.
+    counts: bool,
 }
 
 /// What one pass over a namespace came to.
@@ -44,15 +44,34 @@ pub enum Step {
 }
 
 impl Sweeper {
-    pub(super) fn new(ebpf: Ebpf, pass: Array<MapData, Pass>, kernel: &Kernel) -> Self {
+    pub(super) fn new(
+        ebpf: Ebpf,
+        pass: Array<MapData, Pass>,
+        kernel: &Kernel,
+        counts: bool,
+    ) -> Self {
         Self {
             kernel: *kernel,
             inner: Arc::new(Mutex::new(Inner {
                 ebpf,
                 pass,
                 loaded: Vec::new(),
+                counts,
             })),
         }
+    }
+
+    /// Whether the next pass is to count existing connections: once, in the first
+    /// set of a row, so that the numbers are those of connections and not of
+    /// connections times sweeps.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.inner().counts
+    }
+
+    /// Says whether it is to count them.
+    pub fn set_counts(&self, counts: bool) {
+        self.inner().counts = counts;
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -86,26 +105,24 @@ impl Sweeper {
         info.ok()?.verified_instruction_count()
     }
 
-    /// Which descriptors of which processes hold namespaces, of whatever kind.
+    /// Finds out which namespaces have connections, and which of them there is
+    /// anything to do for.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the program that looks for them, or knows this
-    /// process by another id than /proc.
-    pub fn held_namespaces(&self) -> Result<Vec<Descriptor>> {
+    /// When the kernel refuses the program, or knows this process by another id
+    /// than /proc: then every namespace has to be entered.
+    pub fn survey(&self, pass: Pass) -> Result<Survey> {
         let link = {
             let mut inner = self.inner();
-            inner.load(program::NAMESPACES, &self.kernel, Hook::Files)?;
-            prepare_iterator(&mut inner.ebpf, program::NAMESPACES)?
+            inner.load(program::SURVEY, &self.kernel, Hook::Files)?;
+            inner
+                .pass
+                .set(0, pass, 0)
+                .map_err(Error::map("starting a survey"))?;
+            prepare_iterator(&mut inner.ebpf, program::SURVEY)?
         };
-        let mut held = Vec::new();
-        run_descriptors(link, |record| {
-            held.push(Descriptor {
-                process: record.process,
-                number: record.descriptor,
-            });
-        })?;
-        Ok(held)
+        Survey::read(link.into_file().context("opening the iterator")?)
     }
 
     /// Makes a pass over the connections of a namespace. `pause` is called after

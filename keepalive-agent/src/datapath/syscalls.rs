@@ -46,7 +46,7 @@ pub(super) struct ProgramInfo {
     pub(super) loaded_at: u64,
 }
 
-fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
+pub(super) fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
     // SAFETY: the attributes are of the size that is told, and every pointer in
     // them points to memory that the caller holds until the call returns.
     let result = unsafe {
@@ -65,14 +65,14 @@ fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
 }
 
 /// The same for a command that returns a descriptor.
-fn descriptor(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+pub(super) fn descriptor(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
     let number = call(command, attr)?;
     let number = i32::try_from(number).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-fn empty() -> bpf_attr {
+pub(super) fn empty() -> bpf_attr {
     // SAFETY: a union of plain numbers, for which zero is a value.
     unsafe { std::mem::zeroed() }
 }
@@ -81,7 +81,7 @@ fn number(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-fn pointer<T: ?Sized>(to: *const T) -> u64 {
+pub(super) fn pointer<T: ?Sized>(to: *const T) -> u64 {
     to.cast::<u8>().expose_provenance() as u64
 }
 

@@ -1,11 +1,15 @@
 //! Takes the [`Layout`] from the kernel's BTF.
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use btf_rs::{Backend, Btf, Member, Type};
 use keepalive_common::layout::{Field, Layout};
 use rustix::time::{ClockId, clock_getres};
+
+use super::{
+    btf::{Btf, Kind},
+    mapped_file::MappedFile,
+};
 
 /// Where a kernel built with `CONFIG_DEBUG_INFO_BTF` shows its types
 /// (since Linux 5.4).
@@ -68,11 +72,11 @@ impl Hook {
         matches!(self, Self::Tcp | Self::Files)
     }
 
-    fn is(self, found: &Type) -> bool {
-        match found {
-            Type::Func(_) => self.is_function(),
-            Type::Typedef(_) => !self.is_function(),
-            _ => false,
+    const fn kind(self) -> Kind {
+        if self.is_function() {
+            Kind::Function
+        } else {
+            Kind::Typedef
         }
     }
 }
@@ -85,10 +89,21 @@ impl Kernel {
     /// When the kernel shows no BTF, or one in which a field cannot be found: an
     /// offset is never guessed.
     pub fn running() -> Result<Self> {
-        let btf = types()?;
+        let reading = || {
+            format!(
+                "reading the kernel's types from {KERNEL_BTF}: without them no program can be \
+                 loaded; the kernel must be built with CONFIG_DEBUG_INFO_BTF=y"
+            )
+        };
+        let types = MappedFile::open(Path::new(KERNEL_BTF)).with_context(reading)?;
+        let btf = Btf::parse(&types).with_context(reading)?;
+        let mut numbers = [None; Hook::ALL.len()];
+        for (number, hook) in numbers.iter_mut().zip(Hook::ALL) {
+            *number = btf.find(hook.kind(), &hook.type_name())?;
+        }
         Ok(Self {
             layout: resolve(&btf, jiffies_per_second()?)?,
-            numbers: Hook::ALL.map(|hook| number(&btf, hook)),
+            numbers,
         })
     }
 
@@ -101,30 +116,6 @@ impl Kernel {
         self.numbers[hook as usize]
             .with_context(|| format!("the kernel's BTF has no {}", hook.type_name()))
     }
-}
-
-fn number(btf: &Btf, hook: Hook) -> Option<u32> {
-    let ids = btf.resolve_ids_by_name(&hook.type_name()).ok()?;
-    ids.into_iter().find(|id| {
-        btf.resolve_type_by_id(*id)
-            .is_ok_and(|found| hook.is(&found))
-    })
-}
-
-fn types() -> Result<Btf> {
-    open(Path::new(KERNEL_BTF)).with_context(|| {
-        format!(
-            "reading the kernel's types from {KERNEL_BTF}: without them no program can be loaded; \
-             the kernel must be built with CONFIG_DEBUG_INFO_BTF=y"
-        )
-    })
-}
-
-/// Maps the file where the kernel can (cheaper by far), reads it where not
-/// (sysfs files can be mapped since Linux 6.16).
-fn open(path: &Path) -> Result<Btf> {
-    Ok(Btf::from_file_with_backend(path, Backend::Mmap)
-        .or_else(|_| Btf::from_file_with_backend(path, Backend::Cache))?)
 }
 
 /// HZ, from the resolution of the clock that advances once per tick
@@ -149,16 +140,14 @@ fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Option<u32> {
 /// # Errors
 ///
 /// Names the structure and field that cannot be found.
-pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
+pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
     let tcp_sock = Structure::named(btf, "tcp_sock")?;
     let cgroup = Structure::named(btf, "cgroup")?;
     let file = Structure::named(btf, "file")?;
     let inode = Structure::named(btf, "inode")?;
+    let net = Structure::named(btf, "net")?;
+    let socket = Structure::named(btf, "socket")?;
     let sock = "inet_conn.icsk_inet.sk";
-    let sock_cgroup = tcp_sock.field(&format!("{sock}.sk_cgrp_data"))?;
-    let typed_cgroup = Structure::named(btf, "sock_cgroup_data")?
-        .field("cgroup")
-        .is_ok();
     // The keepalive timer had the socket's general timer to itself until it got
     // one of its own.
     let timer_expires = tcp_sock
@@ -172,13 +161,22 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         keepalive_intvl: tcp_sock.number("keepalive_intvl")?,
         keepalive_probes: tcp_sock.number("keepalive_probes")?,
         user_timeout: tcp_sock.number("inet_conn.icsk_user_timeout")?,
-        sock_cgroup,
+        // A pointer with a type since Linux 5.15 (`sock_cgroup_data` in
+        // include/linux/cgroup-defs.h).
+        sock_cgroup: tcp_sock.number(&format!("{sock}.sk_cgrp_data.cgroup"))?,
         cgroup_parent: cgroup.number("self.parent")?,
         css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,
         cgroup_kn: cgroup.number("kn")?,
         kernfs_id: Structure::named(btf, "kernfs_node")?.number("id")?,
         cgroup_root: cgroup.number("root")?,
         hierarchy_id: Structure::named(btf, "cgroup_root")?.number("hierarchy_id")?,
+        sock_net: common("skc_net.net")?,
+        net_inode: net.number("ns.inum")?,
+        net_keepalive_time: net.number("ipv4.sysctl_tcp_keepalive_time")?,
+        net_keepalive_intvl: net.number("ipv4.sysctl_tcp_keepalive_intvl")?,
+        net_keepalive_probes: net.number("ipv4.sysctl_tcp_keepalive_probes")?,
+        sock_uid: tcp_sock.number(&format!("{sock}.sk_uid.val"))?,
+        sock_protocol: Structure::named(btf, "sock")?.number("sk_protocol")?,
         state: common("skc_state")?,
         family: common("skc_family")?,
         local_port: common("skc_num")?,
@@ -192,7 +190,8 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         last_data: tcp_sock.number("inet_conn.icsk_ack.lrcvtime")?,
         packets_out: tcp_sock.number("packets_out")?,
         socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
-        socket_inode: Structure::named(btf, "socket_alloc")?.number("vfs_inode.i_ino")?,
+        socket_file: socket.number("file")?,
+        socket_sock: socket.number("sk")?,
         file_mode: file.number("f_mode")?,
         file_inode: file.number("f_inode")?,
         inode_number: inode.number("i_ino")?,
@@ -202,34 +201,22 @@ pub fn resolve(btf: &Btf, hz: u32) -> Result<Layout> {
         keepopen_bit,
         dead_bit,
         hz,
-        typed_cgroup: u32::from(typed_cgroup),
     })
 }
 
 /// A structure of the kernel.
 struct Structure<'a> {
-    btf: &'a Btf,
+    btf: &'a Btf<'a>,
     name: &'a str,
-    definition: btf_rs::Struct,
+    number: u32,
 }
 
 impl<'a> Structure<'a> {
-    fn named(btf: &'a Btf, name: &'a str) -> Result<Self> {
-        let types = btf
-            .resolve_types_by_name(name)
-            .with_context(|| format!("struct {name} in the kernel's BTF"))?;
-        let definition = types
-            .into_iter()
-            .find_map(|found| match found {
-                Type::Struct(definition) => Some(definition),
-                _ => None,
-            })
+    fn named(btf: &'a Btf<'a>, name: &'a str) -> Result<Self> {
+        let number = btf
+            .find(Kind::Struct, name)?
             .with_context(|| format!("the kernel's BTF has no struct {name}"))?;
-        Ok(Self {
-            btf,
-            name,
-            definition,
-        })
+        Ok(Self { btf, name, number })
     }
 
     /// A field of a width that one load can read, by its dotted path.
@@ -247,99 +234,50 @@ impl<'a> Structure<'a> {
     /// Any field, by its dotted path. Members of anonymous structures and
     /// unions count as members of what contains them, as in C.
     fn field(&self, path: &str) -> Result<Field> {
-        let mut definition = self.definition.clone();
-        let mut offset = 0;
-        let mut width = 0;
-        for (depth, name) in path.split('.').enumerate() {
-            if depth > 0 && width == 0 {
+        let mut within = Some(self.number);
+        let mut field = Field {
+            offset: 0,
+            width: 0,
+        };
+        for name in path.split('.') {
+            let Some(structure) = within else {
                 bail!("{}.{path}: a part of it is not a structure", self.name);
-            }
-            let (bits, member) = find_member(self.btf, &definition, name)?.with_context(|| {
+            };
+            let member = self.btf.member(structure, name)?.with_context(|| {
                 format!("struct {} of this kernel has no field {path}", self.name)
             })?;
             ensure!(
-                bits % 8 == 0 && member.bitfield_size().unwrap_or(0) == 0,
+                !member.is_bit_field,
                 "{}.{path} is a bit field in this kernel",
                 self.name
             );
-            offset += bits / 8;
-            let target = strip(self.btf, &member)?;
-            width = size_of_type(&target)?;
-            if let Type::Struct(inner) | Type::Union(inner) = target {
-                definition = inner;
-            }
+            let content = self
+                .btf
+                .content(&member)?
+                .with_context(|| format!("{}.{path} has no type", self.name))?;
+            field = Field {
+                offset: field.offset.saturating_add(member.bit_offset / 8),
+                width: content.size,
+            };
+            within = content.has_members.then_some(content.number);
         }
-        Ok(Field { offset, width })
+        Ok(field)
     }
-}
-
-/// A member and its offset in bits, looked for in anonymous members too.
-fn find_member(btf: &Btf, within: &btf_rs::Struct, name: &str) -> Result<Option<(u32, Member)>> {
-    for member in &within.members {
-        let found = btf.resolve_name(member)?;
-        if found == name {
-            return Ok(Some((member.bit_offset(), member.clone())));
-        }
-        if !found.is_empty() {
-            continue;
-        }
-        if let Type::Struct(inner) | Type::Union(inner) = strip(btf, member)?
-            && let Some((bits, member_of_inner)) = find_member(btf, &inner, name)?
-        {
-            return Ok(Some((member.bit_offset() + bits, member_of_inner)));
-        }
-    }
-    Ok(None)
-}
-
-/// The type of a member, behind typedefs and qualifiers.
-fn strip(btf: &Btf, member: &Member) -> Result<Type> {
-    let mut target = btf.resolve_chained_type(member)?;
-    loop {
-        target = match &target {
-            Type::Typedef(outer) => btf.resolve_chained_type(outer)?,
-            Type::Volatile(outer) | Type::Const(outer) | Type::Restrict(outer) => {
-                btf.resolve_chained_type(outer)?
-            }
-            Type::TypeTag(outer) => btf.resolve_chained_type(outer)?,
-            _ => return Ok(target),
-        }
-    }
-}
-
-/// Bytes of a type; 0 for what has no size of its own.
-fn size_of_type(target: &Type) -> Result<u32> {
-    let size = match target {
-        Type::Int(number) => number.size(),
-        Type::Enum(choice) => choice.size(),
-        Type::Struct(inner) | Type::Union(inner) => inner.size(),
-        // BPF runs on 64-bit kernels here.
-        Type::Ptr(_) => 8,
-        _ => 0,
-    };
-    Ok(u32::try_from(size)?)
 }
 
 /// The values of some enumerators.
 fn enumerators<const COUNT: usize>(
-    btf: &Btf,
+    btf: &Btf<'_>,
     name: &str,
     wanted: [&str; COUNT],
 ) -> Result<[u32; COUNT]> {
-    let types = btf
-        .resolve_types_by_name(name)
-        .with_context(|| format!("enum {name} in the kernel's BTF"))?;
-    let mut found = BTreeMap::new();
-    for choice in types {
-        let Type::Enum(choice) = choice else { continue };
-        for member in &choice.members {
-            found.insert(btf.resolve_name(member)?, member.val());
-        }
-    }
+    let number = btf
+        .find(Kind::Enum, name)?
+        .with_context(|| format!("the kernel's BTF has no enum {name}"))?;
     let mut values = [0; COUNT];
     for (value, wanted) in values.iter_mut().zip(wanted) {
-        *value = *found
-            .get(wanted)
+        *value = btf
+            .enumerator(number, wanted)?
             .with_context(|| format!("the kernel's BTF has no {wanted} in enum {name}"))?;
     }
     Ok(values)

@@ -173,7 +173,7 @@ mod tests {
         paths::AWS_NAT,
         sockets::{
             cgroups::Known,
-            trial::{SYSCTLS, protected, record},
+            trial::{protected, record},
         },
     };
 
@@ -268,10 +268,10 @@ mod tests {
         };
         for (path, expected) in [("/a", true), ("/a/b", true), ("/ab", false), ("/", false)] {
             let cgroup = Known::unclaimed(path);
-            let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+            let connection = Connection::new(&netns, &found, Some(&cgroup), None);
             assert_eq!(filter.wants(&connection), expected, "{path}");
         }
-        let gone = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let gone = Connection::new(&netns, &found, None, None);
         assert!(!filter.wants(&gone));
     }
 
@@ -301,7 +301,7 @@ mod tests {
             ),
             (record("192.0.2.1:1", "192.0.2.1:2", &off), false, true),
         ] {
-            let connection = Connection::new(&netns, &SYSCTLS, &record, None, None);
+            let connection = Connection::new(&netns, &record, None, None);
             for (loopback, expected) in [(false, threatened), (true, with_loopback)] {
                 let risk = Risk {
                     timeout: AWS_NAT.into(),
@@ -322,7 +322,7 @@ mod tests {
             let mut ranked: Vec<_> = (0..)
                 .zip(&records)
                 .map(|(index, record)| {
-                    let connection = Connection::new(&netns, &SYSCTLS, record, None, None);
+                    let connection = Connection::new(&netns, record, None, None);
                     (key.rank(&connection), index)
                 })
                 .collect();

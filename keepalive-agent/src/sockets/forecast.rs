@@ -82,7 +82,8 @@ impl Forecast {
             missing.div_ceil(interval.max(1)).max(u64::from(sent == 0))
         };
         Self {
-            next_probe: Some(next_probe),
+            // The firing that ends it sends none.
+            next_probe: (after > 0).then_some(next_probe),
             noticed: Noticed::After(next_probe.saturating_add(after.saturating_mul(interval))),
         }
     }
@@ -118,7 +119,7 @@ mod tests {
         user_timeout: 0,
     };
 
-    fn forecast(timers: Timers, timer_ms: i64, silent_ms: i64) -> (u64, u64) {
+    fn forecast(timers: Timers, timer_ms: i64, silent_ms: i64) -> (Option<u64>, u64) {
         let moment = Moment {
             timer_ms,
             silent_ms,
@@ -128,29 +129,29 @@ mod tests {
         let Noticed::After(noticed) = forecast.noticed else {
             panic!("keepalive is on: {forecast:?}");
         };
-        (forecast.next_probe.unwrap(), noticed)
+        (forecast.next_probe, noticed)
     }
 
     #[test]
     fn counts_probes_without_a_user_timeout() {
         for (timer, silent, next_probe, noticed) in [
             // Just established.
-            (60_000, 0, 60_000, 120_000),
-            (45_000, 15_000, 45_000, 105_000),
+            (60_000, 0, Some(60_000), 120_000),
+            (45_000, 15_000, Some(45_000), 105_000),
             // Something came since the timer was set: it will be set anew.
-            (10_000, 5_000, 55_000, 115_000),
-            (0, 0, 60_000, 120_000),
+            (10_000, 5_000, Some(55_000), 115_000),
+            (0, 0, Some(60_000), 120_000),
             // Late, but not yet run.
-            (-3, 60_003, 0, 60_000),
+            (-3, 60_003, Some(0), 60_000),
             // One probe is out, and five.
-            (10_000, 60_000, 10_000, 60_000),
-            (4_000, 106_000, 4_000, 14_000),
+            (10_000, 60_000, Some(10_000), 60_000),
+            (4_000, 106_000, Some(4_000), 14_000),
             // All are out: the next firing ends it.
-            (5_000, 115_000, 5_000, 5_000),
+            (5_000, 115_000, None, 5_000),
             // Turned on after two hours of silence: nothing is out yet, whether
             // it waits for a whole idle period or fires at once.
-            (60_000, 7_200_000, 60_000, 120_000),
-            (0, 7_200_000, 0, 60_000),
+            (60_000, 7_200_000, Some(60_000), 120_000),
+            (0, 7_200_000, Some(0), 60_000),
         ] {
             assert_eq!(
                 forecast(BUILT_IN, timer, silent),
@@ -164,19 +165,19 @@ mod tests {
     fn a_user_timeout_replaces_the_number_of_probes() {
         for (user_timeout, timer, silent, next_probe, noticed) in [
             // Shorter than idle: the first firing after the first probe.
-            (30_000, 60_000, 0, 60_000, 70_000),
-            (60_000, 60_000, 0, 60_000, 70_000),
-            (75_000, 60_000, 0, 60_000, 80_000),
+            (30_000, 60_000, 0, Some(60_000), 70_000),
+            (60_000, 60_000, 0, Some(60_000), 70_000),
+            (75_000, 60_000, 0, Some(60_000), 80_000),
             // As derived.
-            (120_000, 60_000, 0, 60_000, 120_000),
+            (120_000, 60_000, 0, Some(60_000), 120_000),
             // Far beyond the number of probes.
-            (600_000, 60_000, 0, 60_000, 600_000),
+            (600_000, 60_000, 0, Some(60_000), 600_000),
             // In the middle of it.
-            (120_000, 5_000, 85_000, 5_000, 35_000),
-            (30_000, 5_000, 65_000, 5_000, 5_000),
+            (120_000, 5_000, 85_000, Some(5_000), 35_000),
+            (30_000, 5_000, 65_000, None, 5_000),
             // Late: beyond it already, but one probe must go out first.
-            (30_000, 0, 7_200_000, 0, 10_000),
-            (30_000, 60_000, 7_200_000, 60_000, 70_000),
+            (30_000, 0, 7_200_000, Some(0), 10_000),
+            (30_000, 60_000, 7_200_000, Some(60_000), 70_000),
         ] {
             let timers = Timers {
                 user_timeout,

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeSet,
     io::{self, Write},
     net::IpAddr,
     time::Duration,
@@ -13,6 +14,7 @@ use serde::Serialize;
 use super::{
     Connection,
     cgroups::Known,
+    columns::{self, Column},
     forecast::Noticed,
     source::{Setting, SettingsRecord, Source},
     summary::Summary,
@@ -25,47 +27,32 @@ use crate::{
     paths::IdleTimeout,
 };
 
-/// The columns of [`row`].
-pub const HEADER: [&str; 13] = [
-    "NETNS",
-    "WHERE",
-    "PROCESS",
-    "LOCAL",
-    "REMOTE",
-    "KEEPALIVE",
-    "IDLE",
-    "INTERVAL",
-    "PROBES",
-    "USER-TIMEOUT",
-    "NEXT PROBE",
-    "NOTICED",
-    "POLICY",
-];
-
-/// What the letters in the rows mean.
-pub const LEGEND: &str = "\
-    set by: a the application, p the policy, b a bound of the policy, \
-    s a sysctl of the namespace, k nobody (the kernel's default)\n\
-    noticed: when it would be found out that the peer is dead from now on\n\
-    → what the policy would set, were it not in dry run";
-
 /// The columns of [`summary_row`].
 pub const SUMMARY_HEADER: [&str; 7] = [
     "CGROUP",
     "CONNECTIONS",
     "PROTECTED",
     "UNPROTECTED",
-    "SHORTEST IDLE",
-    "LONGEST IDLE",
+    "MIN IDLE",
+    "MAX IDLE",
     "AT RISK",
 ];
 
 /// What stands where nothing does.
 const NONE: &str = "-";
 
-/// A connection as the cells of a row.
+/// Between what is and what would be.
+const ARROW: &str = " → ";
+
+/// A cgroup without a path.
+const GONE: &str = "(gone)";
+
+/// Instead of a process.
+const KERNEL: &str = "(kernel)";
+
+/// A connection as the cells of a row, in the order of [`Column::ALL`].
 #[must_use]
-pub fn row(connection: &Connection<'_>) -> [String; 13] {
+pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
     let settings = &connection.settings;
     let has = connection.record.options();
     let would = connection.would.unwrap_or(has);
@@ -123,6 +110,7 @@ pub fn row(connection: &Connection<'_>) -> [String; 13] {
             .policy
             .map_or(NONE, |policy| policy.name.as_str())
             .to_owned(),
+        path(connection),
     ]
 }
 
@@ -133,26 +121,114 @@ fn on_or_off(on: bool) -> &'static str {
 /// A cell, and what would stand in it.
 fn changing(shown: String, would_be: Option<String>) -> String {
     match would_be {
-        Some(would_be) => format!("{shown} → {would_be}"),
+        Some(would_be) => format!("{shown}{ARROW}{would_be}"),
         None => shown,
     }
 }
 
 /// A value with the letter of its source.
 fn marked(value: &str, source: Source) -> String {
-    let letter = match source {
+    format!("{value} {}", letter(source))
+}
+
+const fn letter(source: Source) -> char {
+    match source {
         Source::App => 'a',
         Source::Policy => 'p',
         Source::PolicyBound => 'b',
         Source::Sysctl => 's',
         Source::Kernel => 'k',
-    };
-    format!("{value} {letter}")
+    }
+}
+
+/// What the letters, words and signs in some cells mean.
+#[derive(Clone, Debug, Default)]
+pub struct Legend {
+    letters: BTreeSet<char>,
+    has_arrow: bool,
+    has_off_by_application: bool,
+    has_gone: bool,
+    has_kernel: bool,
+    has_noticed: bool,
+}
+
+impl Legend {
+    /// Takes in a cell that is shown.
+    pub fn add(&mut self, column: Column, cell: &str) {
+        match column {
+            Column::Keepalive
+            | Column::Idle
+            | Column::Interval
+            | Column::Probes
+            | Column::UserTimeout => {
+                let (now, would) = cell
+                    .split_once(ARROW)
+                    .map_or((cell, false), |(now, _)| (now, true));
+                self.has_arrow |= would;
+                self.has_off_by_application |= now == "off a";
+                if let Some((_, letter)) = now.rsplit_once(' ') {
+                    self.letters.extend(letter.chars());
+                }
+            }
+            Column::Where => self.has_gone |= cell.starts_with(GONE),
+            Column::Process => self.has_kernel |= cell == KERNEL,
+            Column::Noticed => self.has_noticed = true,
+            _ => {}
+        }
+    }
+
+    /// The sentences, each a line.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let words = [
+            (Source::App, "the application"),
+            (Source::Policy, "the policy"),
+            (Source::PolicyBound, "a bound of the policy"),
+            (Source::Sysctl, "a sysctl of the namespace"),
+            (Source::Kernel, "nobody (the kernel's default)"),
+        ];
+        let meanings: Vec<_> = words
+            .into_iter()
+            .filter(|(source, _)| self.letters.contains(&letter(*source)))
+            .map(|(source, words)| format!("{} {words}", letter(source)))
+            .collect();
+        if !meanings.is_empty() {
+            lines.push(format!("set by: {}", meanings.join(", ")));
+        }
+        for (is_shown, line) in [
+            (
+                self.has_noticed,
+                "noticed: when it would be found out that the peer is dead from now on",
+            ),
+            (
+                self.has_off_by_application,
+                "off a: turned off by the application, or by MPTCP, which has subflows that join \
+                 take over what the application has set on the whole",
+            ),
+            (
+                self.has_arrow,
+                "→ what the policy would set, were it not in dry run",
+            ),
+            (
+                self.has_gone,
+                "(gone): the cgroup was removed or is out of sight; the root's policies count",
+            ),
+            (
+                self.has_kernel,
+                "(kernel): no process holds it, such as a mounted NFS or NVMe/TCP",
+            ),
+        ] {
+            if is_shown {
+                lines.push(line.to_owned());
+            }
+        }
+        lines
+    }
 }
 
 /// The path of its cgroup.
-#[must_use]
-pub fn path(connection: &Connection<'_>) -> String {
+fn path(connection: &Connection<'_>) -> String {
     let cgroup = connection.cgroup.map(|cgroup| cgroup.path.to_string());
     cgroup.unwrap_or_else(|| NONE.to_owned())
 }
@@ -162,7 +238,7 @@ fn location(connection: &Connection<'_>) -> String {
     let Some(cgroup) = connection.cgroup else {
         return match connection.record.cgroup {
             0 => NONE.to_owned(),
-            id => format!("cgroup {id}"),
+            id => format!("{GONE} {id}"),
         };
     };
     let known = cgroup.identity().filter(|identity| identity.is_known());
@@ -172,13 +248,22 @@ fn location(connection: &Connection<'_>) -> String {
 /// `nginx/1234`, and how many more hold it.
 fn process(connection: &Connection<'_>) -> String {
     let Some(holder) = connection.holder else {
-        return NONE.to_owned();
+        let is_kernels = is_kernels(connection);
+        return if is_kernels { KERNEL } else { NONE }.to_owned();
     };
     let first = format!("{}/{}", printable(holder.comm), holder.pid);
     match holder.count {
         0 | 1 => first,
         count => format!("{first} +{}", count - 1),
     }
+}
+
+/// Whether it looks like a connection of the kernel itself: sockets of NFS, NVMe/TCP
+/// and their like belong to the root's cgroup and to root, whoever mounted, and no
+/// process has a descriptor of them.
+fn is_kernels(connection: &Connection<'_>) -> bool {
+    let of_root = connection.cgroup.is_some_and(|own| own.path.depth() == 0);
+    connection.is_held_by_nobody && of_root && connection.record.uid == 0
 }
 
 /// `4m10s`: a column has no room for spaces.
@@ -208,6 +293,7 @@ struct Line<'a> {
     pid: Option<u32>,
     comm: Option<Cow<'a, str>>,
     holders: u32,
+    kernel: bool,
     uid: u32,
     inode: u64,
     state: &'static str,
@@ -292,6 +378,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         cgroup,
         policy,
         holder,
+        is_held_by_nobody: _,
         settings,
         would,
         forecast,
@@ -311,6 +398,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         pid: holder.map(|holder| holder.pid),
         comm: holder.map(|holder| to_json(holder.comm)),
         holders: holder.map_or(0, |holder| holder.count),
+        kernel: is_kernels(connection),
         uid: record.uid,
         inode: record.inode,
         state: state(record.state),
@@ -402,7 +490,7 @@ mod tests {
         sockets::{
             cgroups::Known,
             holders::Holder,
-            trial::{SYSCTLS, protected, record},
+            trial::{protected, record},
         },
     };
 
@@ -431,8 +519,7 @@ mod tests {
             policy: Policy::BUILT_IN,
             rules: Rules::default(),
         };
-        let mut connection =
-            Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), Some(&policy));
+        let mut connection = Connection::new(&netns, &found, Some(&cgroup), Some(&policy));
         connection.holder = Some(Holder {
             pid: 7,
             comm: b"ng\tinx\x1b[2J",
@@ -452,6 +539,7 @@ mod tests {
             "45s",
             "1m45s",
             "web",
+            "/system.slice/nginx.service",
         ];
         assert_eq!(row(&connection), expected);
         assert_eq!(
@@ -472,6 +560,7 @@ mod tests {
                 "pid": 7,
                 "comm": "ng\tinx\u{1b}[2J",
                 "holders": 3,
+                "kernel": false,
                 "uid": 33,
                 "inode": 4711,
                 "state": "established",
@@ -507,11 +596,11 @@ mod tests {
             ..Options::default()
         };
         let mut found = record("[2001:db8::1]:1", "[2001:db8::2]:2", &options);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let connection = Connection::new(&netns, &found, None, None);
         assert_eq!(
             row(&connection)[1..],
             [
-                "cgroup 42",
+                "(gone) 42",
                 "-",
                 "[2001:db8::1]:1",
                 "[2001:db8::2]:2",
@@ -522,6 +611,7 @@ mod tests {
                 "1s500ms a",
                 "-",
                 "never",
+                "-",
                 "-"
             ]
         );
@@ -532,9 +622,39 @@ mod tests {
         assert_eq!(line["noticed_by"], "never");
         assert_eq!(line["pid"], Value::Null);
         found.packets_out = 1;
-        let connection = Connection::new(&netns, &SYSCTLS, &found, None, None);
+        let connection = Connection::new(&netns, &found, None, None);
         assert_eq!(row(&connection)[11], "in flight");
         assert_eq!(json(&connection)["noticed_by"], "retransmission");
+    }
+
+    #[test]
+    fn a_socket_of_the_kernel_is_shown_as_such() {
+        let netns = own_netns();
+        let found = protected(60);
+        let root = Known::unclaimed("/");
+        let mut connection = Connection::new(&netns, &found, Some(&root), None);
+        assert_eq!(row(&connection)[Column::Process.index()], "-");
+        connection.is_held_by_nobody = true;
+        assert_eq!(row(&connection)[Column::Process.index()], "(kernel)");
+        assert_eq!(json(&connection)["kernel"], true);
+    }
+
+    #[test]
+    fn the_legend_explains_what_is_shown_and_no_more() {
+        let mut legend = Legend::default();
+        assert_eq!(legend.lines(), [""; 0]);
+        legend.add(Column::Remote, "a p");
+        legend.add(Column::Keepalive, "on p");
+        legend.add(Column::Idle, "2h s");
+        legend.add(Column::UserTimeout, "-");
+        assert_eq!(
+            legend.lines(),
+            ["set by: p the policy, s a sysctl of the namespace"]
+        );
+        legend.add(Column::Keepalive, "off k → on");
+        legend.add(Column::Where, "(gone) 7");
+        legend.add(Column::Noticed, "never");
+        assert_eq!(legend.lines().len(), 4);
     }
 
     #[test]
@@ -543,7 +663,7 @@ mod tests {
         let id = "0123456789abcdef".repeat(4);
         let cgroup = Known::unclaimed(&format!("/system.slice/docker-{id}.scope/a.service"));
         let found = protected(60);
-        let connection = Connection::new(&netns, &SYSCTLS, &found, Some(&cgroup), None);
+        let connection = Connection::new(&netns, &found, Some(&cgroup), None);
         assert_eq!(row(&connection)[1], "docker:0123456789ab");
         assert_eq!(json(&connection)["container"], id);
     }

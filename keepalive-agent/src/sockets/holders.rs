@@ -1,4 +1,4 @@
-//! Which processes hold which sockets, from the kernel or from /proc/PID/fd.
+//! Which processes hold which sockets.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -8,10 +8,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use keepalive_common::descriptor::SOCKFS;
+use keepalive_common::socket::SocketRecord;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
-
-use crate::{datapath::Lister, netns::Descriptor};
 
 const PROC: &str = "/proc";
 
@@ -21,8 +19,42 @@ const ENTRIES: usize = 16 * 1024;
 /// Every socket that some process holds.
 #[derive(Debug, Default)]
 pub struct Holders {
-    by_inode: HashMap<u64, Held>,
+    by_key: HashMap<Key, Held>,
     names: HashMap<u32, Vec<u8>>,
+}
+
+/// What a socket is known by. An inode number alone may come twice: the kernel
+/// counts them in 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    inode: u64,
+    netns: u32,
+    local_port: u16,
+    remote_port: u16,
+}
+
+impl Key {
+    /// Of a socket with this inode number, of which more is known.
+    #[must_use]
+    pub fn of(inode: u64, record: &SocketRecord) -> Self {
+        Self {
+            inode,
+            netns: record.netns,
+            local_port: record.local().port(),
+            remote_port: record.remote().port(),
+        }
+    }
+
+    /// Of a socket of which only the inode number is known.
+    #[must_use]
+    pub const fn of_inode(inode: u64) -> Self {
+        Self {
+            inode,
+            netns: 0,
+            local_port: 0,
+            remote_port: 0,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -32,7 +64,7 @@ struct Held {
     count: u32,
 }
 
-/// A process that holds a socket, as far as /proc shows it.
+/// A process that holds a socket, as far as can be seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder<'a> {
     /// Process id of the first one that was found.
@@ -44,8 +76,8 @@ pub struct Holder<'a> {
 }
 
 impl Holders {
-    /// Reads all processes. Those that end meanwhile, or that this one may not
-    /// look into, hold nothing.
+    /// Reads all processes in /proc. Those that end meanwhile, or that this one
+    /// may not look into, hold nothing.
     ///
     /// # Errors
     ///
@@ -57,69 +89,55 @@ impl Holders {
                 .with_context(|| format!("reading {PROC}"))?
                 .file_name();
             if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
-                holders.read_process(pid);
-            }
-        }
-        Ok(holders)
-    }
-
-    /// Asks the kernel instead, ten times faster; also returns who holds
-    /// namespaces open, which it tells at the same time.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel breaks off.
-    pub fn list(lister: &mut Lister) -> Result<(Self, Vec<Descriptor>)> {
-        let mut holders = Self::default();
-        let mut namespaces = Vec::new();
-        lister.descriptors(|record| {
-            if record.magic == SOCKFS {
-                holders.add(record.process, record.inode);
-            } else {
-                namespaces.push(Descriptor {
-                    process: record.process,
-                    number: record.descriptor,
+                // It may have ended, or not be ours to see.
+                let _ = each_socket(pid, |_, inode| {
+                    holders.add(pid, Key::of_inode(inode));
                 });
             }
-        })?;
-        let named: HashSet<u32> = holders.by_inode.values().map(|held| held.first).collect();
-        holders.names = named.into_iter().map(|pid| (pid, comm(pid))).collect();
-        Ok((holders, namespaces))
-    }
-
-    fn read_process(&mut self, pid: u32) {
-        let mut holds_any = false;
-        let _ = each_socket(pid, |_, inode| {
-            holds_any = true;
-            self.add(pid, inode);
-        });
-        if holds_any {
-            self.names.insert(pid, comm(pid));
         }
+        Ok(holders.named())
     }
 
-    fn add(&mut self, pid: u32, inode: u64) {
-        match self.by_inode.entry(inode) {
+    /// The same, with the names of the processes.
+    #[must_use]
+    pub fn named(mut self) -> Self {
+        let named: HashSet<u32> = self.by_key.values().map(|held| held.first).collect();
+        self.names = named.into_iter().map(|pid| (pid, comm(pid))).collect();
+        self
+    }
+
+    /// Adds that a process holds a socket; whether that is a new one.
+    pub fn add(&mut self, pid: u32, key: Key) -> bool {
+        match self.by_key.entry(key) {
             Entry::Vacant(vacant) => {
                 vacant.insert(Held {
                     first: pid,
                     last: pid,
                     count: 1,
                 });
+                true
             }
             Entry::Occupied(mut occupied) => {
                 let held = occupied.get_mut();
                 // A process can hold it twice.
                 held.count += u32::from(held.last != pid);
                 held.last = pid;
+                false
             }
         }
     }
 
-    /// Who holds the socket with this inode number.
+    /// Whether this very connection is among them, not only its inode number.
     #[must_use]
-    pub fn of(&self, inode: u64) -> Option<Holder<'_>> {
-        let held = self.by_inode.get(&inode)?;
+    pub fn knows(&self, record: &SocketRecord) -> bool {
+        self.by_key.contains_key(&Key::of(record.inode, record))
+    }
+
+    /// Who holds a connection.
+    #[must_use]
+    pub fn of(&self, record: &SocketRecord) -> Option<Holder<'_>> {
+        let known = self.by_key.get(&Key::of(record.inode, record));
+        let held = known.or_else(|| self.by_key.get(&Key::of_inode(record.inode)))?;
         Some(Holder {
             pid: held.first,
             comm: self.names.get(&held.first).map_or(&[], Vec::as_slice),
@@ -171,7 +189,7 @@ pub fn each_socket(pid: u32, mut found: impl FnMut(i32, u64)) -> io::Result<()> 
         let mut target = [0_u8; 64];
         // `.`, `..` and what was closed meanwhile are no links.
         if let Ok(length) = readlinkat_raw(&directory, entry.file_name(), &mut target)
-            && let Some(inode) = inode(&target[..length])
+            && let Some(inode) = target.get(..length).and_then(inode)
             && let Ok(descriptor) = entry.file_name().to_string_lossy().parse()
         {
             found(descriptor, inode);
@@ -206,22 +224,40 @@ mod tests {
         }
     }
 
+    fn record(netns: u32, inode: u64) -> SocketRecord {
+        let mut record = SocketRecord::NOTHING;
+        (record.netns, record.inode) = (netns, inode);
+        record
+    }
+
     #[test]
     fn a_process_counts_once_and_the_first_is_named() {
         let mut holders = Holders::default();
-        for pid in [7, 7, 9, 9] {
-            holders.add(pid, 1);
-        }
+        let seven = record(1, 70);
+        let key = Key::of(70, &seven);
+        let added = [7, 7, 9, 9].map(|pid| holders.add(pid, key));
+        assert_eq!(added, [true, false, false, false]);
         holders.names.insert(7, b"seven".to_vec());
         assert_eq!(
-            holders.of(1),
+            holders.of(&seven),
             Some(Holder {
                 pid: 7,
                 comm: b"seven",
                 count: 2
             })
         );
-        assert_eq!(holders.of(2), None);
+        assert!(holders.knows(&seven));
+    }
+
+    #[test]
+    fn an_inode_number_that_comes_twice_is_two_sockets() {
+        let mut holders = Holders::default();
+        let (one, other) = (record(1, 70), record(2, 70));
+        assert!(holders.add(7, Key::of(70, &one)));
+        assert!(!holders.knows(&other));
+        assert_eq!(holders.of(&other), None);
+        assert!(holders.add(9, Key::of(70, &other)));
+        assert_eq!(holders.of(&other).map(|holder| holder.pid), Some(9));
     }
 
     #[test]
@@ -231,9 +267,10 @@ mod tests {
         let pid = process::id();
         assert!(sockets_of(pid).unwrap().contains(&inode));
         let holders = Holders::read().unwrap();
-        let holder = holders.of(inode).unwrap();
+        let holder = holders.of(&record(1, inode)).unwrap();
         assert_eq!(holder.pid, pid);
         assert!(!holder.comm.is_empty());
+        assert!(!holders.knows(&record(1, inode)));
         drop(socket);
         assert!(!sockets_of(pid).unwrap().contains(&inode));
     }

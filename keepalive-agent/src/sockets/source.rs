@@ -9,6 +9,7 @@ use keepalive_common::{
     history::given,
     plan::{Options, plan},
     policy::{Keepalive, Policy, Range},
+    socket::SocketRecord,
 };
 use serde::Serialize;
 
@@ -26,6 +27,16 @@ pub struct Sysctls {
 }
 
 impl Sysctls {
+    /// Those of the namespace that a connection is in.
+    #[must_use]
+    pub const fn of(record: &SocketRecord) -> Self {
+        Self {
+            idle: record.sysctl_idle,
+            interval: record.sysctl_interval,
+            probes: record.sysctl_probes,
+        }
+    }
+
     /// Those of the namespace that the calling thread is in.
     ///
     /// # Errors
@@ -143,7 +154,7 @@ pub fn settings(has: &Options, policy: Option<&Policy>, sysctls: &Sysctls) -> Se
     Settings {
         keepalive: Setting {
             value: has.keepalive,
-            source: keepalive_source(policy, has.keepalive),
+            source: keepalive_source(policy, has),
         },
         idle: timer(has.idle, shaping.map(|policy| &policy.idle), sysctls.idle),
         interval: timer(
@@ -186,9 +197,22 @@ fn timer_source(range: Option<&Range>, value: u32) -> Source {
     }
 }
 
-/// Against the wish of the policy it is the application: it has the last word.
-fn keepalive_source(policy: Option<&Policy>, on: bool) -> Source {
+/// Against the wish of the policy it is the application: it has the last word. With
+/// it, the policy's; but not where the policy has never come to fill in the timers.
+fn keepalive_source(policy: Option<&Policy>, has: &Options) -> Source {
+    let on = has.keepalive;
+    let is_untouched = policy.is_some_and(|policy| {
+        let timers = [
+            (&policy.idle, has.idle),
+            (&policy.interval, has.interval),
+            (&policy.probes, has.probes),
+        ];
+        timers
+            .iter()
+            .any(|(range, value)| *value == 0 && range.effective(0) != 0)
+    });
     match (policy.map(Policy::keepalive), on) {
+        (Some(Keepalive::On), true) if is_untouched => Source::App,
         (Some(Keepalive::On), true) | (Some(Keepalive::Off), false) => Source::Policy,
         (Some(Keepalive::On), false) | (_, true) => Source::App,
         (_, false) => Source::Kernel,
@@ -257,8 +281,26 @@ mod tests {
             (Some(Keepalive::Leave), false, Source::Kernel),
         ] {
             let policy = wish.map(policy);
-            assert_eq!(keepalive_source(policy.as_ref(), on), expected, "{wish:?}");
+            let has = Options {
+                keepalive: on,
+                idle: 60,
+                interval: 10,
+                probes: 6,
+                ..Options::default()
+            };
+            assert_eq!(
+                keepalive_source(policy.as_ref(), &has),
+                expected,
+                "{wish:?}"
+            );
         }
+        // Not swept yet.
+        let has = Options {
+            keepalive: true,
+            ..Options::default()
+        };
+        let source = keepalive_source(Some(&Policy::BUILT_IN), &has);
+        assert_eq!(source, Source::App);
     }
 
     #[test]

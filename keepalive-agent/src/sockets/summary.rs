@@ -55,7 +55,7 @@ mod tests {
     use super::*;
     use crate::{
         netns,
-        sockets::trial::{SYSCTLS, protected, record},
+        sockets::trial::{protected, record},
     };
 
     #[test]
@@ -68,7 +68,7 @@ mod tests {
         );
         let mut summary = Summary::default();
         for (record, at_risk) in [(off, true), (protected(300), true), (protected(60), false)] {
-            let connection = Connection::new(&netns, &SYSCTLS, &record, None, None);
+            let connection = Connection::new(&netns, &record, None, None);
             summary.add(&connection, at_risk);
         }
         let expected = Summary {

@@ -150,10 +150,7 @@ mod tests {
             "2026-01-01",
             "0.1.0",
         );
-        assert!(
-            page.contains(".TH KEEPALIVE.TOML 5 2026\\-01\\-01"),
-            "{page}"
-        );
+        assert!(page.contains(".TH KEEPALIVE.TOML 5 2026-01-01"), "{page}");
         assert!(
             page.contains(".SH KEYS\n.TP\n\\fBidle\\fR\ntype: duration; silence"),
             "{page}"

@@ -1,0 +1,206 @@
+//! Tables and paragraphs that fit the terminal.
+
+use std::{env, io};
+
+use rustix::termios::{Winsize, tcgetwinsize};
+use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
+
+/// Where there is no terminal to ask: what every one has.
+const DEFAULT_WIDTH: usize = 80;
+
+/// Between two columns.
+const GAP: &str = "  ";
+
+/// No column is made narrower than this to make room for others.
+const NARROWEST: usize = 12;
+
+/// Columns and lines of the terminal that standard output is; none where it is
+/// none.
+pub(super) fn terminal() -> Option<(usize, usize)> {
+    let Winsize { ws_col, ws_row, .. } = tcgetwinsize(io::stdout()).ok()?;
+    (ws_col > 0 && ws_row > 0).then_some((ws_col.into(), ws_row.into()))
+}
+
+/// How wide lines may be: as the terminal, as `COLUMNS` says where there is none,
+/// or 80.
+pub(super) fn width() -> usize {
+    terminal()
+        .map(|(columns, _)| columns)
+        .or_else(|| env::var("COLUMNS").ok()?.parse().ok())
+        .filter(|columns| *columns > 0)
+        .unwrap_or(DEFAULT_WIDTH)
+}
+
+/// How many places of a terminal a text takes.
+pub(super) fn width_of(text: &str) -> usize {
+    text.width()
+}
+
+/// How wide a row of these columns is.
+pub(super) fn width_of_row(columns: impl Iterator<Item = usize>) -> usize {
+    columns
+        .map(|column| column + GAP.len())
+        .sum::<usize>()
+        .saturating_sub(GAP.len())
+}
+
+/// Appends a line of cells, aligned; each as wide as its column at the most.
+pub(super) fn push_row<'a>(
+    out: &mut String,
+    cells: impl Iterator<Item = &'a str>,
+    widths: &[usize],
+) {
+    let start = out.len();
+    for (cell, width) in cells.zip(widths) {
+        let cell = end_of(cell, *width);
+        out.push_str(&cell);
+        let padding = width.saturating_sub(width_of(&cell)) + GAP.len();
+        out.extend(std::iter::repeat_n(' ', padding));
+    }
+    out.truncate(start + out.get(start..).map_or(0, |line| line.trim_end().len()));
+    out.push('\n');
+}
+
+/// A text, or where it is too wide, its end: what tells most of a path.
+pub(super) fn end_of(text: &str, width: usize) -> String {
+    if width_of(text) <= width {
+        return text.to_owned();
+    }
+    let mut left = width.saturating_sub(1);
+    let kept = text.char_indices().rev().take_while(|(_, character)| {
+        let width = character.width().unwrap_or(0);
+        let fits = width <= left;
+        left = left.saturating_sub(width);
+        fits
+    });
+    let start = kept.last().map_or(text.len(), |(start, _)| start);
+    format!("…{}", text.get(start..).unwrap_or_default())
+}
+
+/// Breaks a text into lines, between words where there are any.
+pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let width = width.max(1);
+    let mut lines = Vec::new();
+    for paragraph in text.split('\n') {
+        let mut line = String::new();
+        for word in paragraph.split(' ') {
+            if !line.is_empty() && width_of(&line) + 1 + width_of(word) > width {
+                lines.push(std::mem::take(&mut line));
+            } else if !line.is_empty() {
+                line.push(' ');
+            }
+            for character in word.chars() {
+                if width_of(&line) + character.width().unwrap_or(0) > width {
+                    lines.push(std::mem::take(&mut line));
+                }
+                line.push(character);
+            }
+        }
+        lines.push(line);
+    }
+    lines
+}
+
+/// A table whose cells are broken into lines where it would be too wide.
+pub(super) fn lay_out(header: &[&str], rows: &[Vec<String>], available: usize) -> String {
+    let mut widths: Vec<_> = header.iter().map(|title| width_of(title)).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(width_of(cell));
+        }
+    }
+    while width_of_row(widths.iter().copied()) > available
+        && let Some(widest) = widths.iter_mut().max()
+        && *widest > NARROWEST
+    {
+        *widest -= 1;
+    }
+    let mut out = String::new();
+    let header = header.iter().map(|title| (*title).to_owned()).collect();
+    for row in std::iter::once(&header).chain(rows) {
+        let cells: Vec<_> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| wrap(cell, *width))
+            .collect();
+        let height = cells.iter().map(Vec::len).max().unwrap_or(0);
+        for line in 0..height {
+            let cells = cells
+                .iter()
+                .map(|lines| lines.get(line).map_or("", String::as_str));
+            push_row(&mut out, cells, &widths);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn rows(rows: &[&[&str]]) -> Vec<Vec<String>> {
+        let row = |row: &&[&str]| row.iter().map(|cell| (*cell).to_owned()).collect();
+        rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let table = lay_out(
+            &["A", "LONG", "B"],
+            &rows(&[&["x", "é日", "-"], &["", "", "z"]]),
+            80,
+        );
+        assert_eq!(table, "A  LONG  B\nx  é日   -\n         z\n");
+    }
+
+    #[test]
+    fn the_widest_cells_are_broken() {
+        let table = lay_out(
+            &["NAME", "DETAIL"],
+            &rows(&[&["a name", "one two three four five"]]),
+            24,
+        );
+        assert_eq!(
+            table,
+            "NAME    DETAIL\na name  one two three\n        four five\n"
+        );
+    }
+
+    #[test]
+    fn of_a_path_the_end_is_kept() {
+        assert_eq!(end_of("/a/b/c", 6), "/a/b/c");
+        assert_eq!(end_of("/a/b/c", 4), "…b/c");
+        assert_eq!(end_of("/a/日本", 4), "…本");
+        assert_eq!(end_of("abc", 1), "…");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_wider_than_allowed_and_no_word_is_lost(
+            words in vec("[a-zé日]{0,30}", 0..12),
+            width in 2_usize..40,
+        ) {
+            let text = words.join(" ");
+            let lines = wrap(&text, width);
+            for line in &lines {
+                prop_assert!(width_of(line) <= width, "{line:?}");
+            }
+            let letters = |text: &str| text.replace([' ', '\n'], "");
+            prop_assert_eq!(letters(&lines.join("\n")), letters(&text));
+            prop_assert!(width_of(&end_of(&text, width)) <= width);
+        }
+
+        #[test]
+        fn a_table_fits_where_it_can(
+            cells in vec(vec("[a-z ]{0,60}", 4), 0..5),
+            available in 60_usize..120,
+        ) {
+            let table = lay_out(&["A", "B", "C", "D"], &cells, available);
+            for line in table.lines() {
+                prop_assert!(width_of(line) <= available, "{line:?}");
+            }
+        }
+    }
+}
