@@ -22,7 +22,7 @@ const NAME: &str = "keepalive-agent";
 const DATE: &str = env!("KEEPALIVE_DATE");
 
 /// What an agent reads and writes, as the man pages list it.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 4] = [
     (
         "/etc/keepalive/keepalive.toml",
         "The config, where --config names no other; see keepalive.toml(5).",
