@@ -73,7 +73,11 @@ fn ends_as_the_command_does() -> Result<()> {
         (&["sh", "-c", "exit 7"][..], 7),
         // Its own children are all that it finds.
         (
-            &["sh", "-c", "read -r all </proc/$$/task/$$/children; test -z \"$all\""],
+            &[
+                "sh",
+                "-c",
+                "read -r all </proc/$$/task/$$/children; test -z \"$all\"",
+            ],
             0,
         ),
         (&["/nonexistent"], 127),
