@@ -396,7 +396,7 @@ impl Claimants {
     /// When the hierarchy cannot be read.
     pub fn assign(&self, hierarchy: &Hierarchy) -> io::Result<(Assignment, Vec<Warning>)> {
         let mut survey = Survey::of(self);
-        hierarchy.descend(&self.root, Nearest::default(), |cgroup, above| {
+        hierarchy.descend(&self.root, &Nearest::default(), |cgroup, above| {
             survey.visit(cgroup, above)
         })?;
         Ok(survey.finish())

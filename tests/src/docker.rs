@@ -18,7 +18,7 @@ pub struct Docker {
     daemon: Process,
     socket: String,
     // Removed last.
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 /// The image that has the helper program in it.
@@ -49,7 +49,7 @@ impl Docker {
         let docker = Self {
             daemon: Process::start(&mut command)?.ended_by(Signal::TERM),
             socket,
-            _directory: directory,
+            directory,
         };
         // The guard of the test's cgroup removes this one too.
         std::mem::forget(own);
@@ -62,13 +62,13 @@ impl Docker {
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self._directory.path().join("log")).unwrap_or_default()
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }
 
     fn import(&self) -> Result<()> {
         let root = tempfile::tempdir()?;
         fs::copy(Program::First.path()?, root.path().join("first"))?;
-        let archive = self._directory.path().join("image.tar");
+        let archive = self.directory.path().join("image.tar");
         let mut tar = Command::new("tar");
         tar.arg("-C")
             .arg(root.path())

@@ -59,7 +59,7 @@ impl<'a> Location<'a> {
             match unit {
                 Some(unit) if slices == Slices::Within => {
                     location.unit = Some(unit);
-                    if !unit.ends_with(".slice") {
+                    if unit.strip_suffix(".slice").is_none() {
                         slices = Slices::Over;
                         is_rootless = unit.starts_with("user@");
                     }
@@ -386,7 +386,7 @@ mod tests {
                 .iter()
                 .chain([&middle])
                 .chain(&below)
-                .map(|part| format!("/{part}"))
+                .flat_map(|part| ["/", part.as_str()])
                 .collect();
             let found = Location::of(path.as_bytes());
             prop_assert_eq!(found.containers[0].id, id('a'));

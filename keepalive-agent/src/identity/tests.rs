@@ -211,7 +211,7 @@ fn hostile_files_are_nothing() {
         format!(r#"{{"Name": "/a", "Pad": "{}"}}"#, "x".repeat(5 << 20)),
     ] {
         disk.write(&file, &content);
-        assert_eq!(name(), None, "{:.60}", content);
+        assert_eq!(name(), None, "{content:.60}");
     }
     disk.write(&file, b"{\"Name\": \"/\xff\"}");
     assert_eq!(name(), None);

@@ -193,13 +193,7 @@ fn answer(request: &Request<Incoming>, exposed: &Exposed) -> Response<Full<Bytes
     /// What Prometheus asks for (OpenMetrics 1.0.0, "Overall structure").
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     const TEXT: &str = "text/plain; charset=utf-8";
-    let (status, kind, body) = if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        (
-            StatusCode::METHOD_NOT_ALLOWED,
-            TEXT,
-            "only GET\n".to_owned(),
-        )
-    } else {
+    let (status, kind, body) = if matches!(*request.method(), Method::GET | Method::HEAD) {
         match request.uri().path() {
             "/metrics" => match scrape(exposed) {
                 Ok(text) => (StatusCode::OK, OPENMETRICS, text),
@@ -217,6 +211,12 @@ fn answer(request: &Request<Incoming>, exposed: &Exposed) -> Response<Full<Bytes
                 "here are /metrics, /healthz and /readyz\n".to_owned(),
             ),
         }
+    } else {
+        (
+            StatusCode::METHOD_NOT_ALLOWED,
+            TEXT,
+            "only GET\n".to_owned(),
+        )
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;

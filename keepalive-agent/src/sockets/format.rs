@@ -137,6 +137,10 @@ const fn letter(source: Source) -> char {
 }
 
 /// What the letters, words and signs in some cells mean.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is something that was shown or not"
+)]
 #[derive(Clone, Debug, Default)]
 pub struct Legend {
     letters: BTreeSet<char>,
