@@ -142,7 +142,6 @@ const fn letter(source: Source) -> char {
     reason = "each is something that was shown or not"
 )]
 #[derive(Clone, Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a line of its own")]
 pub struct Legend {
     letters: BTreeSet<char>,
     has_arrow: bool,
