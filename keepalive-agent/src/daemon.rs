@@ -1330,6 +1330,7 @@ impl Daemon {
             self.look_at_cgroup(reporter);
             return;
         }
+        self.claimants.forget(&cgroup.path);
         if let Some(enforcement) = &mut self.enforcement
             && let Err(error) = enforcement.set.remove_cgroup(cgroup)
         {
