@@ -128,6 +128,7 @@ impl Node {
             dry_run: false,
             pin: Some(PathBuf::from(self.pins.name())),
             take_over: false,
+            metrics: None,
         };
         let (sender, events) = channel();
         let thread = spawn(move || daemon::run(&options, &mut Recorder(sender)));

@@ -129,8 +129,8 @@ fn nested_and_renamed() -> Result<()> {
 /// A hundred containers, each of which connects in its first millisecond.
 #[test]
 fn many_come_and_go() -> Result<()> {
-    require!(Need::Program("dockerd"), Need::Program("ip"));
     const COUNT: u64 = 100;
+    require!(Need::Program("dockerd"), Need::Program("ip"));
     let cgroup = Cgroup::new()?;
     let docker = Docker::start(&cgroup)?;
     let agent = agent(&cgroup, &docker, CONFIG)?;

@@ -186,8 +186,8 @@ fn what_half_a_start_left_is_cleared_up() -> Result<()> {
 /// next agent knows whose values the rest of them have.
 #[test]
 fn a_sweep_that_was_cut_off_is_finished() -> Result<()> {
-    require!(Need::Program("ip"));
     const SILENCE: Duration = Duration::from_secs(4);
+    require!(Need::Program("ip"));
     let cgroup = Cgroup::new()?;
     let netns = Netns::new()?;
     let pins = Pins::new();

@@ -68,7 +68,7 @@ fn take_over(pins: Option<&Pins>, times: u32) -> Result<()> {
     let mut steady = Crowd::start((&cgroup, &netns), "127.0.2.1:0")?;
     steady.connect(200)?;
     let start = |n: u32| -> Result<Agent> {
-        let binary = if n % 2 == 0 {
+        let binary = if n.is_multiple_of(2) {
             agent_binary()
         } else {
             other_build.path.clone()
