@@ -24,7 +24,7 @@ use keepalive_tests::{
 };
 use rustix::process::{Signal, getpid, kill_process};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// More places than anything here has.
 const PLACES: u32 = 200;
@@ -72,7 +72,7 @@ impl Reporter for Recorder {
             Event::Swept(_) => "swept",
             Event::Stopped { .. } => "stopped",
         };
-        drop(self.0.send(name));
+        let _ = self.0.send(name);
     }
 }
 
@@ -416,7 +416,7 @@ fn changes_that_fail() -> Result<()> {
     assert!(failed.contains(&fault::Operation::LinkUpdate), "{failed:?}");
     let mut made = 0;
     at_every_place("new cgroup", |_| {
-        let service = node.cgroup.child(&format!("s{made}"))?;
+        let service = node.cgroup.child(format!("s{made}"))?;
         made += 1;
         node.services.push(service);
         // Its claim is there, or said not to be.
@@ -486,7 +486,7 @@ fn anything_at_any_time() -> Result<()> {
                 }
                 2 => {
                     did.push("a cgroup made".to_owned());
-                    node.services.push(node.cgroup.child(&format!("s{made}"))?);
+                    node.services.push(node.cgroup.child(format!("s{made}"))?);
                     made += 1;
                 }
                 _ => {
