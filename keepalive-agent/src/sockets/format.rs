@@ -626,7 +626,7 @@ mod tests {
         assert_eq!(line["pid"], Value::Null);
         found.packets_out = 1;
         let connection = Connection::new(&netns, &found, None, None);
-        assert_eq!(row(&connection)[11], "in flight");
+        assert_eq!(row(&connection)[11], "data 1s");
         assert_eq!(json(&connection)["noticed_by"], "retransmission");
     }
 
