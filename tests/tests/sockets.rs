@@ -505,10 +505,12 @@ fn containers_and_units() -> Result<()> {
     require!();
     let root = Cgroup::new()?;
     let id = "0123456789abcdef".repeat(4);
-    let service = root.child("web.service")?;
+    // Units are those right below the slices of the hierarchy's root.
+    let service = Cgroup::with_suffix(".service")?;
+    let name = service.path().trim_start_matches('/');
     let container = root.child(format!("docker-{id}.scope"))?;
     for (cgroup, expected) in [
-        (&service, (Value::Null, json!("web.service"))),
+        (&service, (Value::Null, json!(name))),
         (&container, (json!(id), Value::Null)),
         (&root, (Value::Null, Value::Null)),
     ] {

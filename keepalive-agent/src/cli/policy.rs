@@ -606,6 +606,9 @@ impl Agents {
             now.retain(|now| agents.iter().any(|agent| agent.agent == now.agent));
             let waits = |now: &Enforcing| before.is_some_and(|before| goes_by(now, before));
             let waiting = now.iter().any(|now| waits(now) && !goes_by(now, after));
+            // One that is just going over to another set is seen by neither.
+            let is_seen = |agent: &Enforcing| now.iter().any(|now| now.agent == agent.agent);
+            let waiting = waiting || !agents.iter().all(is_seen);
             if !waiting || Instant::now() > end {
                 break now;
             }
