@@ -241,6 +241,9 @@ struct Daemon {
     successor: Option<Asked>,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
+    /// What was in force on the cgroup before it went, whose counters go on when it
+    /// comes again.
+    earlier: Option<Arc<SetRecord>>,
     dead_peers: DeadPeerWatch,
     journal: Arc<Journal>,
     exposed: Arc<Exposed>,
@@ -318,6 +321,7 @@ impl Daemon {
             predecessor,
             successor: None,
             enforcement: None,
+            earlier: None,
             dead_peers: DeadPeerWatch::new(journal.clone()),
             journal,
             exposed: Arc::default(),
@@ -452,7 +456,8 @@ impl Daemon {
         let previous = self
             .enforcement
             .as_ref()
-            .map(|enforcement| enforcement.set.record().clone());
+            .map(|enforcement| enforcement.set.record().clone())
+            .or_else(|| self.earlier.clone());
         Job {
             kernel: self.kernel,
             hierarchy: self.hierarchy.clone(),
@@ -1357,6 +1362,7 @@ impl Daemon {
         self.sweep_due = None;
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
+        self.earlier = Some(gone.set.record().clone());
         if let Err(error) = gone.attachment.discard() {
             warn!("{}", chain(&error));
         }
@@ -1466,7 +1472,7 @@ impl Daemon {
                 by,
                 after,
                 leaves: Leaves::Nothing,
-                record: None,
+                record: self.earlier.as_deref(),
             });
             return;
         };

@@ -492,6 +492,7 @@ fn record(
         built_at,
         enforced_since: blueprint
             .previous
+            .filter(|set| set.description.root == *blueprint.root)
             .map_or(built_at, |set| set.description.enforced_since),
         slots: own.slots.clone(),
         maps,
