@@ -309,20 +309,6 @@ fn more_than_the_agent_is_told_of() -> Result<()> {
     gets(&new, GLOB)
 }
 
-/// The kernel tells the first 1023 bytes of a path.
-#[test]
-fn a_path_that_is_too_long_to_be_told() -> Result<()> {
-    require!();
-    let root = Cgroup::new()?;
-    let config = format!(
-        "[[policy]]\nname = \"glob\"\ncgroup = \"{}/**/x-*.scope\"\nidle = \"71s\"\n",
-        root.path()
-    );
-    let _agent = Agent::start(&root, &config)?;
-    let between = vec!["a".repeat(250); 5].join("/");
-    gets(&root.descendant(&format!("{between}/x-1.scope"))?, GLOB)
-}
-
 /// Cgroup v1 hierarchies have cgroups with the same paths; they are not meant.
 #[test]
 fn of_another_hierarchy() -> Result<()> {
