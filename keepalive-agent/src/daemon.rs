@@ -644,12 +644,12 @@ impl Daemon {
         };
         let state = record.state().unwrap_or_default();
         self.state.reload = state.reload;
-        let (attachment, built) = match record.before() {
+        let (attachment, built) = match record.description.before.clone() {
             // Connections may have values of the set before the one in force: the
             // sweep that the other agent had begun is done first.
-            Ok(Some(before)) if !state.settled => {
+            Some(before) if !state.settled => {
                 let mut job = self.job(record.description.config.clone(), self.origin.clone());
-                job.before = Some(before.config);
+                job.before = Some(before);
                 job.previous = Some(record);
                 let built = job.build()?;
                 let attachment = found.replace(&built.set, self.pins.as_ref())?;
@@ -668,10 +668,7 @@ impl Daemon {
                 }
                 (attachment, built)
             }
-            before => {
-                if let Err(error) = before {
-                    debug!("what was before the set in force: {error}");
-                }
+            _ => {
                 let mut job = self.job(self.config.clone(), self.origin.clone());
                 job.before = Some(record.description.config.clone());
                 job.previous = Some(record);

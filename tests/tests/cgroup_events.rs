@@ -316,26 +316,6 @@ fn more_than_the_agent_is_told_of() -> Result<()> {
     gets(&new, GLOB)
 }
 
-/// The kernel tells the first 1023 bytes of a path: such a cgroup goes by the policy
-/// above it, which is said.
-#[test]
-fn a_path_that_is_too_long_to_be_told() -> Result<()> {
-    require!();
-    let root = Cgroup::new()?;
-    let config = format!(
-        "[default]\nidle = \"72s\"\n\
-         [[policy]]\nname = \"glob\"\ncgroup = \"{}/**/x-*.scope\"\nidle = \"71s\"\n",
-        root.path()
-    );
-    let agent = Agent::start(&root, &config)?;
-    let between = vec!["a".repeat(250); 5].join("/");
-    let scope = root.descendant(&format!("{between}/x-1.scope"))?;
-    wait_until(LIMIT, "a warning", || {
-        Ok(agent.said().contains("paths of more than"))
-    })?;
-    gets(&scope, Options::on(72, 10, 6))
-}
-
 /// Cgroup v1 hierarchies have cgroups with the same paths; they are not meant.
 #[test]
 fn of_another_hierarchy() -> Result<()> {

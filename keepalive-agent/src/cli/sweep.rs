@@ -61,7 +61,10 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         config: &read.config,
         origin: &read.origin,
         assignment: &assignment,
-        before: before.as_ref(),
+        before: in_force
+            .as_ref()
+            .map(|set| &set.description.config)
+            .zip(before.as_ref()),
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);

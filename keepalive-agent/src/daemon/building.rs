@@ -62,7 +62,7 @@ impl Job {
             config: &self.config,
             origin: &self.origin,
             assignment: &assignment,
-            before: before.as_ref(),
+            before: self.before.as_ref().zip(before.as_ref()),
             previous: self.previous.as_deref(),
         })?;
         Ok(Built {

@@ -224,21 +224,6 @@ impl SetRecord {
         }))
     }
 
-    /// What the set before this one was, while connections may still have its
-    /// values.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be read.
-    pub fn before(&self) -> Result<Option<Description>, Error> {
-        let Some(previous) = &self.description.previous else {
-            return Ok(None);
-        };
-        Document::open(by_id(previous.description)?)?
-            .read()
-            .map(Some)
-    }
-
     /// What each policy did so far: the ones in force first, then earlier ones.
     ///
     /// # Errors
