@@ -352,13 +352,10 @@ impl SetRecord {
     }
 }
 
-/// The description that a program keeps alive. It keeps that of the set before
-/// alive too, which is the older map.
+/// The description that a program keeps alive.
 fn document_of(program: BorrowedFd<'_>) -> Result<Option<Document>, Error> {
     let info = syscalls::program_info(program).map_err(Error::call("looking at a program"))?;
-    let mut ids = info.maps;
-    ids.sort_unstable();
-    for id in ids.into_iter().rev() {
+    for id in info.maps {
         let map = by_id(id)?;
         let info = map.info().map_err(Error::map("looking at a map"))?;
         if info.name_as_str() == Some(DESCRIPTION) {
