@@ -960,7 +960,7 @@ impl Daemon {
         }
         let read = read?;
         self.last_reported_error = None;
-        if read.config == self.config && read.origin == self.origin && !demanded {
+        if read.config == self.config && !demanded {
             return Ok(None);
         }
         Ok(Some(read))

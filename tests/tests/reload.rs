@@ -390,7 +390,11 @@ fn a_user_timeout_is_given_back() -> Result<()> {
         ("user-timeout = \"30s\"", 30_000, 400_000),
         ("user-timeout = \"leave\"", 0, 400_000),
         ("user-timeout = \"derive\"", 120_000, 400_000),
-        ("user-timeout = \"derive\"\nidle = \"50s\"", 110_000, 400_000),
+        (
+            "user-timeout = \"derive\"\nidle = \"50s\"",
+            110_000,
+            400_000,
+        ),
         ("user-timeout = { exactly = \"20s\" }", 20_000, 20_000),
         ("user-timeout = \"leave\"", 0, 400_000),
         ("", 0, 400_000),

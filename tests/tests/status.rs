@@ -180,7 +180,7 @@ fn agents_one_above_the_other() -> Result<()> {
         .into_iter()
         .find(|record| record["local_port"] == address.port())
         .context("not listed")?;
-    assert_eq!(record["idle_source"], "bound", "{record}");
+    assert_eq!(record["idle_source"], "policy", "{record}");
     Ok(())
 }
 
