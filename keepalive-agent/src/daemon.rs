@@ -275,6 +275,8 @@ struct Daemon {
     /// What the kernel refused, as last reported.
     reported_refusals: Vec<Refusals>,
     watchdog: Option<(Instant, Duration)>,
+    /// What was counted on a cgroup that is gone.
+    last_record: Option<Arc<SetRecord>>,
 }
 
 impl Daemon {
@@ -343,6 +345,7 @@ impl Daemon {
             last_reported_error: None,
             warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
+            last_record: None,
             watchdog: sd_notify::watchdog_enabled().map(|within| {
                 let every = within / 3;
                 (now + every, every)
@@ -1357,6 +1360,7 @@ impl Daemon {
         self.sweep_due = None;
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
+        self.last_record = Some(gone.set.record().clone());
         if let Err(error) = gone.attachment.discard() {
             warn!("{}", chain(&error));
         }
@@ -1466,7 +1470,7 @@ impl Daemon {
                 by,
                 after,
                 leaves: Leaves::Nothing,
-                record: None,
+                record: self.last_record.as_deref(),
             });
             return;
         };

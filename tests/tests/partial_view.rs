@@ -142,7 +142,8 @@ fn few_capabilities_are_partial() -> Result<()> {
         "--bounding-set",
         few,
     ])?;
-    assert_eq!(asked.code, PARTIAL, "{asked:?}");
+    // What it sees is at risk, and it says what it does not see: never clean.
+    assert_eq!(asked.code, Some(3), "{asked:?}");
     for missing in ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"] {
         assert!(asked.stderr.contains(missing), "{}", asked.stderr);
     }

@@ -225,7 +225,7 @@ fn another_schema_is_replaced() -> Result<()> {
     let pins = Pins::new();
     Agent::start_pinned(&cgroup, POLICY, &pins, &[])?.kill()?;
     let loaded = Loaded::on(&cgroup)?.context("nothing is attached")?;
-    rewrite(loaded.map("keepalive_set")?, "\"schema\":1", "\"schema\":9")?;
+    rewrite(loaded.map("keepalive_set")?, "\"schema\":2", "\"schema\":9")?;
     let found = status(&cgroup)?;
     assert_eq!(found.code, Some(4), "{}", found.report);
     let error = found.set["error"].as_str().context("no error")?;
