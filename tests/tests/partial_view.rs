@@ -11,8 +11,6 @@ use keepalive_tests::{
 
 const LIMIT: Duration = Duration::from_mins(2);
 
-/// Partial, and: some connections are at risk.
-const PARTIAL: Option<i32> = Some(4);
 const AT_RISK: Option<i32> = Some(3);
 
 /// Starts the agent and ends it once it enforces; its output follows. A function of
