@@ -241,9 +241,6 @@ struct Daemon {
     successor: Option<Asked>,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
-    /// What was in force on the cgroup before it went, whose counters go on when it
-    /// comes again.
-    earlier: Option<Arc<SetRecord>>,
     dead_peers: DeadPeerWatch,
     journal: Arc<Journal>,
     exposed: Arc<Exposed>,
@@ -278,6 +275,8 @@ struct Daemon {
     /// What the kernel refused, as last reported.
     reported_refusals: Vec<Refusals>,
     watchdog: Option<(Instant, Duration)>,
+    /// What was counted on a cgroup that is gone.
+    last_record: Option<Arc<SetRecord>>,
 }
 
 impl Daemon {
@@ -321,7 +320,6 @@ impl Daemon {
             predecessor,
             successor: None,
             enforcement: None,
-            earlier: None,
             dead_peers: DeadPeerWatch::new(journal.clone()),
             journal,
             exposed: Arc::default(),
@@ -347,6 +345,7 @@ impl Daemon {
             last_reported_error: None,
             warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
+            last_record: None,
             watchdog: sd_notify::watchdog_enabled().map(|within| {
                 let every = within / 3;
                 (now + every, every)
@@ -457,7 +456,7 @@ impl Daemon {
             .enforcement
             .as_ref()
             .map(|enforcement| enforcement.set.record().clone())
-            .or_else(|| self.earlier.clone());
+            .or_else(|| self.last_record.clone());
         Job {
             kernel: self.kernel,
             hierarchy: self.hierarchy.clone(),
@@ -962,7 +961,7 @@ impl Daemon {
         }
         let read = read?;
         self.last_reported_error = None;
-        if read.config == self.config && read.origin == self.origin && !demanded {
+        if read.config == self.config && !demanded {
             return Ok(None);
         }
         Ok(Some(read))
@@ -1359,7 +1358,7 @@ impl Daemon {
         self.sweep_due = None;
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
-        self.earlier = Some(gone.set.record().clone());
+        self.last_record = Some(gone.set.record().clone());
         if let Err(error) = gone.attachment.discard() {
             warn!("{}", chain(&error));
         }
@@ -1469,7 +1468,7 @@ impl Daemon {
                 by,
                 after,
                 leaves: Leaves::Nothing,
-                record: self.earlier.as_deref(),
+                record: self.last_record.as_deref(),
             });
             return;
         };
