@@ -37,5 +37,5 @@ pub use pins::Pins;
 pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno};
 pub use process::{Output, Place, Process, output, wait_until};
 pub use programs::{Program, libkeepalive};
-pub use skip::{Need, missing, postgres, skip};
+pub use skip::{Need, missing, postgres, skip, soak_or};
 pub use ss::{Timer, between, timer, timers, timers_in_state};
