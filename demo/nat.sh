@@ -97,7 +97,8 @@ PYTHON
 printf '[default]\nidle = "3s"\ninterval = "1s"\nprobes = 3\n' > "$work/keepalive.toml"
 
 mkdir "$root/$name" "$root/$name/governed" "$root/$name/other"
-in_part server python3 "$work/server.py" &
+# Not by the function: the process to end is the one that bash starts here.
+ip netns exec $name-server python3 "$work/server.py" > "$work/server.log" 2>&1 &
 pids+=($!)
 "$agent" run --cgroup "/$name/governed" --config "$work/keepalive.toml" > "$work/agent.log" 2>&1 &
 pids+=($!)
@@ -107,7 +108,7 @@ started || { echo "the agent or the server did not start:" >&2; cat "$work/agent
 
 client() { # CGROUP
     echo $BASHPID > "$root/$name/$1/cgroup.procs"
-    in_part client python3 "$work/client.py"
+    exec ip netns exec $name-client python3 "$work/client.py"
 }
 echo "two connections through a NAT that forgets after 10 s of silence; both are silent for 15 s"
 client governed &

@@ -17,6 +17,7 @@ use keepalive_common::{
 use crate::{
     config::Config,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
+    identity::{Identities, Identity, Selector},
     rules::Rules,
 };
 
@@ -149,8 +150,37 @@ pub struct Claimants {
     globs: GlobSet,
     /// The policy of each glob, and the glob as configured.
     by_glob: Vec<(usize, String)>,
+    /// The policies that say what a cgroup has to be.
+    by_selector: Vec<(usize, Selector)>,
+    /// Whether one of them goes by what only the runtimes know.
+    needs_names: bool,
+    identities: Identities,
     /// Policies for everything that is governed.
     everywhere: Vec<usize>,
+}
+
+/// Why the config has a policy for a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason<'a> {
+    /// It is named by its path.
+    Path,
+    /// It is what the policy selects.
+    Selector(&'a Selector),
+    /// Its path matches this glob.
+    Glob(&'a str),
+    /// The policy is for all that is governed.
+    Everywhere,
+}
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path => f.write_str("its path"),
+            Self::Selector(selector) => selector.fmt(f),
+            Self::Glob(glob) => write!(f, "glob {glob}"),
+            Self::Everywhere => f.write_str("everything that is governed"),
+        }
+    }
 }
 
 impl Claimants {
@@ -177,6 +207,9 @@ impl Claimants {
             by_path: HashMap::new(),
             globs: GlobSet::empty(),
             by_glob: Vec::new(),
+            by_selector: Vec::new(),
+            needs_names: false,
+            identities: Identities::default(),
             everywhere: Vec::new(),
         };
         let mut globs = GlobSetBuilder::new();
@@ -190,7 +223,10 @@ impl Claimants {
                     claimants.by_path.entry(path).or_default().push(index);
                 }
             }
-            if named.cgroups.is_empty() {
+            if !named.selector.is_empty() {
+                claimants.needs_names |= named.selector.needs_names();
+                claimants.by_selector.push((index, named.selector.clone()));
+            } else if named.cgroups.is_empty() {
                 claimants.everywhere.push(index);
             }
         }
@@ -242,6 +278,7 @@ impl Claimants {
             return Vec::new();
         }
         let mut all = self.by_path.get(path).cloned().unwrap_or_default();
+        all.extend(self.selecting(path).map(|(index, _)| *index));
         let matching = self.globs.matches(path);
         all.extend(matching.into_iter().map(|glob| self.by_glob[glob].0));
         if *path == self.root.path {
@@ -258,6 +295,50 @@ impl Claimants {
         }
         claiming.extend(without_rules);
         claiming
+    }
+
+    /// What a cgroup is, as far as it matters to any policy.
+    fn identity(&self, path: &CgroupPath) -> Identity {
+        if self.needs_names {
+            self.identities.of(path.as_bytes())
+        } else {
+            Identity::of_path(path.as_bytes())
+        }
+    }
+
+    /// The policies that select a cgroup by what it is.
+    fn selecting(&self, path: &CgroupPath) -> impl Iterator<Item = &(usize, Selector)> {
+        // Nothing is looked at for a config without any.
+        let identity = (!self.by_selector.is_empty()).then(|| self.identity(path));
+        let selects = move |(_, selector): &&(usize, Selector)| {
+            identity
+                .as_ref()
+                .is_some_and(|identity| selector.selects(identity))
+        };
+        self.by_selector.iter().filter(selects)
+    }
+
+    /// Why a policy, by its index, is among [`Self::of`] a cgroup.
+    #[must_use]
+    pub fn reason(&self, policy: usize, path: &CgroupPath) -> Reason<'_> {
+        let has = |policies: &Vec<usize>| policies.contains(&policy);
+        if self.by_path.get(path).is_some_and(has) {
+            return Reason::Path;
+        }
+        let mut selecting = self.selecting(path);
+        if let Some((_, selector)) = selecting.find(|(index, _)| *index == policy) {
+            return Reason::Selector(selector);
+        }
+        let mut matching = self.globs.matches(path).into_iter();
+        match matching.find(|glob| self.by_glob[*glob].0 == policy) {
+            Some(glob) => Reason::Glob(&self.by_glob[glob].1),
+            None => Reason::Everywhere,
+        }
+    }
+
+    /// Forgets what is known of a cgroup that is gone.
+    pub fn forget(&self, path: &CgroupPath) {
+        self.identities.forget(path.as_bytes());
     }
 
     fn is_claimable(&self, path: &CgroupPath) -> bool {
@@ -361,7 +442,7 @@ impl Claimants {
     /// When the hierarchy cannot be read.
     pub fn assign(&self, hierarchy: &Hierarchy) -> io::Result<(Assignment, Vec<Warning>)> {
         let mut survey = Survey::of(self);
-        hierarchy.descend(&self.root, Nearest::default(), |cgroup, above| {
+        hierarchy.descend(&self.root, &Nearest::default(), |cgroup, above| {
             survey.visit(cgroup, above)
         })?;
         Ok(survey.finish())
@@ -437,6 +518,8 @@ struct Survey<'a> {
     matched: Vec<bool>,
     /// Those that are named by their paths.
     existing: HashSet<CgroupPath>,
+    /// The policies that select any by what it is.
+    selecting: HashSet<usize>,
 }
 
 impl<'a> Survey<'a> {
@@ -446,6 +529,7 @@ impl<'a> Survey<'a> {
             claims: Vec::new(),
             matched: vec![false; claimants.by_glob.len()],
             existing: HashSet::new(),
+            selecting: HashSet::new(),
         }
     }
 
@@ -458,6 +542,8 @@ impl<'a> Survey<'a> {
         for glob in claimants.globs.matches(&cgroup.path) {
             self.matched[glob] = true;
         }
+        let selecting = claimants.selecting(&cgroup.path).map(|(index, _)| *index);
+        self.selecting.extend(selecting);
         let nearest = above.below(claimants, &cgroup.path);
         if nearest.distance == 0 && !nearest.policies.is_empty() {
             self.claims.push(Claim {
@@ -499,6 +585,15 @@ impl<'a> Survey<'a> {
                     glob: glob.clone(),
                 };
                 warnings.insert((*index, 1 + position, glob.as_bytes()), warning);
+            }
+        }
+        for (index, selector) in &claimants.by_selector {
+            if !self.selecting.contains(index) {
+                let warning = Warning::NoMatch {
+                    policy: claimants.policies[*index].name.clone(),
+                    glob: selector.to_string(),
+                };
+                warnings.insert((*index, 0, b""), warning);
             }
         }
         warnings.into_values().collect()
@@ -610,6 +705,82 @@ mod tests {
                 policy: "late".into(),
                 path: "/s/a".into(),
                 by: "exact".into()
+            }]
+        );
+    }
+
+    /// A container's cgroup, and one in it.
+    const CONTAINER: &str =
+        "/s/docker-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.scope";
+
+    #[test]
+    fn a_path_beats_a_selector_which_beats_a_glob() {
+        let inner = format!("{CONTAINER}/inner");
+        let config = config(
+            r#"
+            [[policy]]
+            name = "glob"
+            cgroup = "/s.slice/**"
+            [[policy]]
+            name = "path"
+            cgroup = "/s.slice/exact.service"
+            [[policy]]
+            name = "units"
+            unit = ["*.service", "u@.scope"]
+            [[policy]]
+            name = "one"
+            unit = "one.service"
+            [[policy]]
+            name = "none"
+            unit = "none.service"
+            "#,
+        );
+        let paths = [
+            "/",
+            "/s.slice",
+            "/s.slice/exact.service",
+            "/s.slice/one.service",
+            "/s.slice/one.service/inner",
+            "/s.slice/u@1.scope",
+            "/s.slice/other.scope",
+            &inner,
+        ];
+        let (root, existing) = hierarchy(&paths);
+        let claimants = Claimants::new(&config, &root).unwrap();
+        let first = |path: &str| {
+            let path = CgroupPath::from(path);
+            let first = claimants.of(&path).first().copied()?;
+            let name = claimants.policies()[first].name.clone();
+            Some((name, claimants.reason(first, &path).to_string()))
+        };
+        let units = || {
+            Some((
+                "units".to_owned(),
+                "unit = *.service or u@.scope".to_owned(),
+            ))
+        };
+        assert_eq!(first("/s.slice"), None);
+        assert_eq!(
+            first("/s.slice/exact.service"),
+            Some(("path".to_owned(), "its path".to_owned()))
+        );
+        // Of equals the first in the config counts, not the most exact.
+        assert_eq!(first("/s.slice/one.service"), units());
+        assert_eq!(first("/s.slice/one.service/inner"), units());
+        assert_eq!(first("/s.slice/u@1.scope"), units());
+        assert_eq!(
+            first("/s.slice/other.scope"),
+            Some(("glob".to_owned(), "glob /s.slice/**".to_owned()))
+        );
+        assert_eq!(first(&inner), None);
+        let (assignment, warnings) = assign(&claimants, &existing);
+        // What is inside of a unit finds the unit's.
+        assert_eq!(assignment.claims.len(), 4);
+        assert_eq!(
+            warnings,
+            [Warning::NoMatch {
+                policy: "none".to_owned(),
+                glob: "unit = none.service".to_owned(),
             }]
         );
     }

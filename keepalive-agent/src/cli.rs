@@ -3,6 +3,7 @@
 mod check;
 mod detach;
 mod events;
+mod exec;
 mod explain;
 mod follow;
 mod generate;
@@ -40,6 +41,7 @@ use crate::{
     VERSION,
     config::Sources,
     hierarchy::{Cgroup, Hierarchy},
+    identity::{NamePattern, Wanted},
     names::PrintableLines,
     unblocked::Stream,
 };
@@ -66,7 +68,8 @@ const PARTIAL: u8 = 4;
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
-                  keepalive-agent policy show               what holds, and where it is written"
+                  keepalive-agent policy show               what holds, and where it is written\n  \
+                  keepalive-agent exec -- COMMAND           keepalive for one command"
 )]
 pub struct Cli {
     /// Log what is decided on the way, not only what goes wrong
@@ -97,8 +100,13 @@ enum Command {
     Explain(explain::Arguments),
     /// Show the policy with the file and line of each value, and change it
     Policy(Box<policy::Arguments>),
+    /// Run a command in a cgroup of its own with a policy of its own
+    Exec(exec::Arguments),
     /// Write man pages and shell completions
     Generate(generate::Arguments),
+    /// Enforce for a command until it has ended (used by `exec`)
+    #[command(name = exec::SUPERVISE, hide = true)]
+    Supervise(exec::Supervise),
     /// Connect to itself and show the options of both ends (used by `check`)
     #[command(name = trial::COMMAND, hide = true)]
     Trial,
@@ -122,6 +130,32 @@ struct Target {
     /// Print JSON lines for machines instead of text for people
     #[arg(long)]
     json: bool,
+}
+
+/// Which units, containers or pods.
+#[derive(Args, Debug)]
+struct Whose {
+    /// Only this unit of systemd: a name such as redis.service, or a glob
+    #[arg(long, value_name = "NAME")]
+    unit: Option<NamePattern>,
+
+    /// Only this container: its name, a glob, or the beginning of its id
+    #[arg(long, value_name = "NAME")]
+    container: Option<NamePattern>,
+
+    /// Only this pod: its name or NAMESPACE/NAME, or a glob
+    #[arg(long, value_name = "NAME")]
+    pod: Option<NamePattern>,
+}
+
+impl Whose {
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            unit: self.unit.clone(),
+            container: self.container.clone(),
+            pod: self.pod.clone(),
+        }
+    }
 }
 
 /// Which files make up the config.
@@ -168,6 +202,8 @@ pub fn main() -> ExitCode {
         Command::Sockets(arguments) => sockets::sockets(arguments),
         Command::Explain(arguments) => explain::explain(arguments),
         Command::Policy(arguments) => policy::policy(arguments),
+        Command::Exec(arguments) => exec::exec(arguments),
+        Command::Supervise(arguments) => exec::supervise(arguments),
         Command::Generate(arguments) => generate::generate(arguments),
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };

@@ -24,7 +24,7 @@ use globset::{Glob, GlobBuilder};
 use keepalive_common::policy::Policy;
 use serde::{Deserialize, Serialize};
 
-use crate::{assignment::DEFAULT, rules::Rules};
+use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
@@ -42,13 +42,16 @@ pub struct Config {
     pub policies: Vec<NamedPolicy>,
 }
 
-/// A policy for some cgroups, some remote ends, or both.
+/// A policy for some cgroups, units or containers, some remote ends, or both.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct NamedPolicy {
     /// What it is called in reports and errors.
     pub name: String,
-    /// The cgroups that it claims; none where it is for all that are governed.
+    /// The cgroups that it claims by their paths.
     pub cgroups: Vec<CgroupPattern>,
+    /// Or by what they are. Without either it is for all that are governed.
+    #[serde(default)]
+    pub selector: Selector,
     /// The remote ends that it is for.
     pub rules: Rules,
     /// What it wants, completed from the default.

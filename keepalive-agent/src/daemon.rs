@@ -12,7 +12,7 @@ pub mod journal;
 pub mod ownership;
 pub mod target;
 
-use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -26,7 +26,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    assignment::{Assignment, Claimants},
+    assignment::{Assignment, Claimants, Warning},
     config::{Config, Sources},
     datapath::{
         self, Attachment, Bounds, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
@@ -271,9 +271,13 @@ struct Daemon {
     /// What was last said to be wrong, which several failures in a row need not
     /// repeat.
     last_reported_error: Option<String>,
+    /// What has no effect now, as last reported.
+    warned: BTreeSet<String>,
     /// What the kernel refused, as last reported.
     reported_refusals: Vec<Refusals>,
     watchdog: Option<(Instant, Duration)>,
+    /// What was counted on a cgroup that is gone.
+    last_record: Option<Arc<SetRecord>>,
 }
 
 impl Daemon {
@@ -340,7 +344,9 @@ impl Daemon {
             },
             published: State::default(),
             last_reported_error: None,
+            warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
+            last_record: None,
             watchdog: sd_notify::watchdog_enabled().map(|within| {
                 let every = within / 3;
                 (now + every, every)
@@ -450,7 +456,8 @@ impl Daemon {
         let previous = self
             .enforcement
             .as_ref()
-            .map(|enforcement| enforcement.set.record().clone());
+            .map(|enforcement| enforcement.set.record().clone())
+            .or_else(|| self.last_record.clone());
         Job {
             kernel: self.kernel,
             hierarchy: self.hierarchy.clone(),
@@ -496,9 +503,7 @@ impl Daemon {
             Some(found) => self.take_up(found)?,
         };
         self.succeed();
-        for warning in &built.warnings {
-            warn!("{warning}");
-        }
+        self.warn_of_new(&built.warnings);
         target::warn_of_give_up(&built.assignment);
         let Built {
             mut set,
@@ -547,6 +552,16 @@ impl Daemon {
             // Nobody will say when it comes to exist.
             self.retry_later();
         }
+    }
+
+    /// Warns of what has no effect, where that is new: with one file for each
+    /// service, every change would repeat what is known of all the others.
+    fn warn_of_new(&mut self, warnings: &[Warning]) {
+        let warnings: BTreeSet<_> = warnings.iter().map(ToString::to_string).collect();
+        for warning in warnings.difference(&self.warned) {
+            warn!("{warning}");
+        }
+        self.warned = warnings;
     }
 
     /// Has the agent that was there before end: it holds nothing any more that is
@@ -661,12 +676,12 @@ impl Daemon {
         let mut bounds = Bounds::of(&record, self.root.id, self.pins.clone())?;
         let state = record.state().unwrap_or_default();
         self.state.reload = state.reload;
-        let (attachment, built) = match record.before() {
+        let (attachment, built) = match record.description.before.clone() {
             // Connections may have values of the set before the one in force: the
             // sweep that the other agent had begun is done first.
-            Ok(Some(before)) if !state.settled => {
+            Some(before) if !state.settled => {
                 let mut job = self.job(record.description.config.clone(), self.origin.clone());
-                job.before = Some(before.config);
+                job.before = Some(before);
                 job.previous = Some(record);
                 let built = job.build()?;
                 self.hold_bounds(&mut bounds, &built.set);
@@ -686,10 +701,7 @@ impl Daemon {
                 }
                 (attachment, built)
             }
-            before => {
-                if let Err(error) = before {
-                    debug!("what was before the set in force: {error}");
-                }
+            _ => {
                 let mut job = self.job(self.config.clone(), self.origin.clone());
                 job.before = Some(record.description.config.clone());
                 job.previous = Some(record);
@@ -985,7 +997,7 @@ impl Daemon {
         }
         let read = read?;
         self.last_reported_error = None;
-        if read.config == self.config && read.origin == self.origin && !demanded {
+        if read.config == self.config && !demanded {
             return Ok(None);
         }
         Ok(Some(read))
@@ -1103,9 +1115,7 @@ impl Daemon {
                 return None;
             }
         };
-        for warning in built.warnings.iter().filter(|_| self.reloads) {
-            warn!("{warning}");
-        }
+        self.warn_of_new(&built.warnings);
         if self.reloads {
             target::warn_of_give_up(&built.assignment);
         }
@@ -1376,6 +1386,7 @@ impl Daemon {
             self.look_at_cgroup(reporter);
             return;
         }
+        self.claimants.forget(&cgroup.path);
         let Some(enforcement) = &mut self.enforcement else {
             return;
         };
@@ -1404,6 +1415,7 @@ impl Daemon {
         self.sweep_due = None;
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
+        self.last_record = Some(gone.set.record().clone());
         if let Err(error) = gone.attachment.discard() {
             warn!("{}", chain(&error));
         }
@@ -1513,7 +1525,7 @@ impl Daemon {
                 by,
                 after,
                 leaves: Leaves::Nothing,
-                record: None,
+                record: self.last_record.as_deref(),
             });
             return;
         };

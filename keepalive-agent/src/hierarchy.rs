@@ -58,7 +58,7 @@ impl Hierarchy {
         let mounts: Vec<_> = mountinfo::parse(&text)
             .filter(|mount| mount.kind == b"cgroup2")
             .collect();
-        Ok(choose(&mounts, root_at)?)
+        choose(&mounts, root_at)
     }
 
     /// Whether all of it can be seen, not only what is in a cgroup namespace.
@@ -154,7 +154,7 @@ impl Hierarchy {
     /// When a directory of the hierarchy cannot be read.
     pub fn walk(&self, top: &Cgroup) -> io::Result<Vec<Cgroup>> {
         let mut found = Vec::new();
-        self.descend(top, (), |cgroup, ()| found.push(cgroup.clone()))?;
+        self.descend(top, &(), |cgroup, ()| found.push(cgroup.clone()))?;
         Ok(found)
     }
 
@@ -168,14 +168,14 @@ impl Hierarchy {
     pub fn descend<S>(
         &self,
         top: &Cgroup,
-        above: S,
+        above: &S,
         mut visit: impl FnMut(&Cgroup, &S) -> S,
     ) -> io::Result<()> {
         /// A directory without directories in it has two links, its name and
         /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
         /// one takes much longer: it is full of files.
         const NONE_BELOW: u64 = 2;
-        let mut unread = vec![(top.path.clone(), visit(top, &above))];
+        let mut unread = vec![(top.path.clone(), visit(top, above))];
         while let Some((parent, above)) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,

@@ -35,6 +35,7 @@ pub mod duration;
 pub mod enforcing;
 pub mod explain;
 pub mod hierarchy;
+pub mod identity;
 pub mod kernel;
 pub mod metrics;
 pub mod mountinfo;

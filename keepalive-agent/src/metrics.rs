@@ -466,12 +466,14 @@ mod tests {
     use super::*;
 
     fn snapshot() -> Snapshot {
-        let mut done = Done::default();
-        done.established = Counters {
-            seen: 5,
-            left_alone: 2,
-            filled: 9,
-            ..Counters::default()
+        let mut done = Done {
+            established: Counters {
+                seen: 5,
+                left_alone: 2,
+                filled: 9,
+                ..Counters::default()
+            },
+            ..Done::default()
         };
         let probes = Cause::Probes as usize;
         done.dead_peers.silence[probes][bucket(5000)] = 2;

@@ -7,7 +7,6 @@ pub mod filter;
 pub mod forecast;
 pub mod format;
 pub mod holders;
-pub mod place;
 pub mod source;
 pub mod summary;
 mod walk;

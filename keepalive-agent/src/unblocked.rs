@@ -54,7 +54,9 @@ impl Pending {
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        if self.bytes.len() + bytes.len() > KEPT {
+        // One message is kept whatever its size: the policies of a large config are
+        // one.
+        if !self.bytes.is_empty() && self.bytes.len() + bytes.len() > KEPT {
             self.dropped += 1;
         } else {
             self.bytes.extend(bytes);

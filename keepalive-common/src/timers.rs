@@ -16,7 +16,7 @@ use crate::policy::{MAX_RTO_MAX, MAX_USER_TIMEOUT, MIN_RTO_MAX, time_to_notice};
 /// net/ipv4/tcp_timer.c).
 ///
 /// The kernel's timers fire late: each by the granularity of its wheel
-/// ([`granularity`]), and by a tick for what else the processor does.
+/// (`granularity`), and by a tick for what else the processor does.
 #[must_use]
 #[inline(always)]
 pub const fn latest_probe(idle: u32, interval: u32, number: u32, hz: u32) -> u64 {

@@ -26,12 +26,21 @@ impl Cgroup {
     ///
     /// There is no cgroup v2, or this process may not write there.
     pub fn new() -> Result<Self> {
+        Self::with_suffix("")
+    }
+
+    /// The same with a name that ends so, such as that of a unit in `.service`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cgroup::new`].
+    pub fn with_suffix(suffix: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         static SWEEP: Once = Once::new();
         let root = hierarchy()?;
         SWEEP.call_once(|| remove_abandoned(&root));
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("kat-{}-{n}", std::process::id());
+        let name = format!("kat-{}-{n}{suffix}", std::process::id());
         Self::make(&root, "", name.as_ref())
     }
 

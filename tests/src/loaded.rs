@@ -13,8 +13,18 @@ const LIMIT: Duration = Duration::from_secs(30);
 ///
 /// It fails, such as for an object that does not exist.
 pub fn bpftool(arguments: &[&str]) -> Result<Value> {
-    let mut command = Place::default().command("bpftool");
-    let shown = output(command.arg("--json").args(arguments), LIMIT)?;
+    let show = || {
+        let mut command = Place::default().command("bpftool");
+        output(command.arg("--json").args(arguments), LIMIT)
+    };
+    let mut shown = show()?;
+    // A link of somebody else's that is just being made.
+    for _ in 0..10 {
+        if !shown.stdout.contains("temporarily unavailable") {
+            break;
+        }
+        shown = show()?;
+    }
     ensure!(shown.code == Some(0), "{arguments:?}: {}", shown.stdout);
     Ok(serde_json::from_str(&shown.stdout)?)
 }
@@ -60,7 +70,9 @@ impl Loaded {
     /// There is none.
     pub fn map(&self, name: &str) -> Result<u64> {
         for id in &self.maps {
-            if bpftool(&["map", "show", "id", &id.to_string()])?["name"] == name {
+            // One of a set that is replaced meanwhile is gone.
+            let shown = bpftool(&["map", "show", "id", &id.to_string()]);
+            if shown.is_ok_and(|shown| shown["name"] == name) {
                 return Ok(*id);
             }
         }

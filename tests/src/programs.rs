@@ -14,6 +14,7 @@ const PROBE: (&str, &str) = ("probe.c", include_str!("../programs/probe.c"));
 const RAW: (&str, &str) = ("raw.c", include_str!("../programs/raw.c"));
 const GO: (&str, &str) = ("probe.go", include_str!("../programs/probe.go"));
 const CROWD: (&str, &str) = ("crowd.c", include_str!("../programs/crowd.c"));
+const FIRST: (&str, &str) = ("first.c", include_str!("../programs/first.c"));
 const NEIGHBOUR: (&str, &str) = ("neighbour.c", include_str!("../programs/neighbour.c"));
 const SWAPPER: (&str, &str) = ("swapper.c", include_str!("../programs/swapper.c"));
 
@@ -31,6 +32,8 @@ pub enum Program {
     Raw,
     /// `probe.go`, built without cgo.
     Go,
+    /// `first.c`, which connects at once and tells what it got.
+    First,
     /// `crowd.c`, a program with many connections.
     Crowd,
     /// `neighbour.c`, somebody else's BPF program.
@@ -48,6 +51,7 @@ impl Program {
             Self::Static => "probe-static",
             Self::Raw => "probe-raw",
             Self::Go => "probe-go",
+            Self::First => "first",
             Self::Crowd => "crowd",
             Self::Neighbour => "neighbour",
             Self::Swapper => "swapper",
@@ -87,6 +91,7 @@ impl Program {
             Self::Static,
             Self::Raw,
             Self::Go,
+            Self::First,
             Self::Crowd,
             Self::Neighbour,
             Self::Swapper,
@@ -114,6 +119,7 @@ impl Program {
             Self::Dynamic | Self::Static => &[PROBE],
             Self::Raw => &[PROBE, RAW],
             Self::Go => &[GO],
+            Self::First => &[FIRST],
             Self::Crowd => &[CROWD],
             Self::Neighbour => &[NEIGHBOUR],
             Self::Swapper => &[SWAPPER],
@@ -123,7 +129,9 @@ impl Program {
     fn command(self) -> Command {
         let flags: &[&str] = match self {
             Self::Dynamic => &[],
-            Self::Static | Self::Crowd | Self::Neighbour | Self::Swapper => &["-static"],
+            Self::Static | Self::First | Self::Crowd | Self::Neighbour | Self::Swapper => {
+                &["-static"]
+            }
             Self::Raw => &[
                 "-static",
                 "-nostdlib",

@@ -30,6 +30,16 @@ macro_rules! require {
     };
 }
 
+/// How often, or how much: in CI and by default enough to find a fault within
+/// seconds, with `KEEPALIVE_SOAK` set as much as takes minutes.
+#[must_use]
+pub fn soak_or<T>(soak: T, short: T) -> T {
+    match std::env::var_os("KEEPALIVE_SOAK") {
+        Some(_) => soak,
+        None => short,
+    }
+}
+
 /// What of the needs this machine lacks, root first.
 #[must_use]
 pub fn missing(needs: &[Need]) -> Option<String> {

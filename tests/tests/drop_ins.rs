@@ -258,7 +258,7 @@ fn a_policy_that_is_set_by_command() -> Result<()> {
         (&["--cgroup", "x", "--idle", "1s"], "did you mean \"/x\""),
         (
             &["--name", "nobody", "--idle", "1s"],
-            "has no cgroup, remote or port",
+            "has no cgroup, unit, container, remote",
         ),
         (&["--remote", "10.0.0.1/8"], "did you mean 10.0.0.0/8"),
         (&["--cgroup", path, "--path", "1s"], "must be at least 10s"),

@@ -175,14 +175,14 @@ fn agrees_with_the_kernel_and_says_why() -> Result<()> {
     let walk = json!([
         { "cgroup": web.leaf.path(), "policies": [] },
         { "cgroup": web.middle.path(), "policies": [
-            { "name": "far", "verdict": "not-for",
+            { "name": "far", "claims_by": "its path", "verdict": "not-for",
               "reason": "the address is in none of its networks" },
-            { "name": "wide", "verdict": "beaten", "reason": null },
-            { "name": "excepted", "verdict": "not-for",
+            { "name": "wide", "claims_by": "its path", "verdict": "beaten", "reason": null },
+            { "name": "excepted", "claims_by": "its path", "verdict": "not-for",
               "reason": "the address is in its exception 127.0.0.0/24" },
-            { "name": "other-port", "verdict": "not-for",
+            { "name": "other-port", "claims_by": "its path", "verdict": "not-for",
               "reason": "the port is none of its ports" },
-            { "name": "near", "verdict": "claims", "reason": null },
+            { "name": "near", "claims_by": "its path", "verdict": "claims", "reason": null },
         ] },
     ]);
     for arguments in [
@@ -230,7 +230,12 @@ fn without_a_remote_end() -> Result<()> {
         assert_eq!(explained["policy"], "default", "{arguments:?}");
         assert_eq!(options(&explained["holds"])?, has, "{arguments:?}");
         let walk = explained["walk"].as_array().context("no walk")?;
-        let claims = json!({ "name": "default", "verdict": "claims", "reason": null });
+        let claims = json!({
+            "name": "default",
+            "claims_by": "everything that is governed",
+            "verdict": "claims",
+            "reason": null,
+        });
         assert_eq!(
             walk.last().context("no walk")?,
             &json!({ "cgroup": web.root.path(), "policies": [claims] })

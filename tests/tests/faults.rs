@@ -24,7 +24,7 @@ use keepalive_tests::{
 };
 use rustix::process::{Signal, getpid, kill_process};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// More places than anything here has.
 const PLACES: u32 = 200;
@@ -72,7 +72,7 @@ impl Reporter for Recorder {
             Event::Swept(_) => "swept",
             Event::Stopped { .. } => "stopped",
         };
-        drop(self.0.send(name));
+        let _ = self.0.send(name);
     }
 }
 
@@ -128,6 +128,7 @@ impl Node {
             dry_run: false,
             pin: Some(PathBuf::from(self.pins.name())),
             take_over: false,
+            metrics: None,
         };
         let (sender, events) = channel();
         let thread = spawn(move || daemon::run(&options, &mut Recorder(sender)));
@@ -250,19 +251,26 @@ impl Node {
     /// Nothing fails any more: all is as the files and the hierarchy say.
     fn recovers(&mut self) -> Result<()> {
         self.lives()?;
+        let agent = self.agent.as_ref().context("no agent")?;
+        while agent.events.try_recv().is_ok() {}
         kill_process(getpid(), Signal::HUP)?;
-        let mut last = None;
+        while agent.events.recv_timeout(LIMIT)? != "reloaded" {}
+        let mut last = Ok(());
         wait_until(LIMIT, "all to be well", || {
-            let (config, state) = self.in_force()?.context("nothing is in force")?;
-            let well = config == self.config()?
-                && !has_failed(&state)
-                && state.settled
-                && !state.sweep.under_way
-                && state.owner.is_some();
-            last = Some(state);
-            Ok(well)
+            last = self.is_well();
+            Ok(last.is_ok())
         })
-        .with_context(|| format!("{last:?}"))?;
+        .or(last)
+    }
+
+    fn is_well(&mut self) -> Result<()> {
+        let (config, state) = self.in_force()?.context("nothing is in force")?;
+        let well = config == self.config()?
+            && !has_failed(&state)
+            && state.settled
+            && !state.sweep.under_way
+            && state.owner.is_some();
+        ensure!(well, "{state:?}");
         self.agrees(self.wanted)?;
         let mut expected: BTreeSet<_> = self
             .services
@@ -272,11 +280,17 @@ impl Node {
         expected.insert(self.cgroup.id()?);
         let claiming = self.claiming()?;
         ensure!(claiming == expected, "{claiming:?} instead of {expected:?}");
-        // Whoever waits for events of the next change does not find those of this one.
-        if let Some(agent) = &self.agent {
-            while agent.events.try_recv().is_ok() {}
-        }
         Ok(())
+    }
+
+    /// The same for what a failure has left, which may be on its way for a moment.
+    fn comes_to_agree(&mut self, before: Policy) -> Result<()> {
+        let mut last = Ok(());
+        wait_until(Duration::from_secs(10), "model and kernel to agree", || {
+            last = self.agrees(before);
+            Ok(last.is_ok())
+        })
+        .or(last)
     }
 
     /// Nothing of the agent is left in the kernel.
@@ -329,7 +343,7 @@ fn a_start_that_fails_leaves_nothing() -> Result<()> {
     node.services.push(node.cgroup.child("s0")?);
     let failed = at_every_place("start", |_| {
         let started = node.start();
-        fault_is_over();
+        fault::stop();
         if started.is_err() {
             return node.has_nothing();
         }
@@ -348,12 +362,6 @@ fn a_start_that_fails_leaves_nothing() -> Result<()> {
         assert!(failed.contains(&operation), "{operation:?} never failed");
     }
     Ok(())
-}
-
-/// The countdown goes on in what follows unless it is stopped; what failed is
-/// still known.
-fn fault_is_over() {
-    fault::stop();
 }
 
 #[test]
@@ -377,9 +385,9 @@ fn a_start_on_what_is_in_force() -> Result<()> {
             services: 80 + place,
         })?;
         let started = node.start();
-        fault_is_over();
+        fault::stop();
         // Whether it started or not, one whole policy is in force.
-        node.agrees(before)?;
+        node.comes_to_agree(before)?;
         if started.is_err() {
             node.start()?;
         }
@@ -408,14 +416,14 @@ fn changes_that_fail() -> Result<()> {
             services: 80 + place,
         })?;
         node.settle()?;
-        fault_is_over();
-        node.agrees(before)?;
+        fault::stop();
+        node.comes_to_agree(before)?;
         node.recovers()
     })?;
     assert!(failed.contains(&fault::Operation::LinkUpdate), "{failed:?}");
     let mut made = 0;
     at_every_place("new cgroup", |_| {
-        let service = node.cgroup.child(&format!("s{made}"))?;
+        let service = node.cgroup.child(format!("s{made}"))?;
         made += 1;
         node.services.push(service);
         // Its claim is there, or said not to be.
@@ -425,8 +433,8 @@ fn changes_that_fail() -> Result<()> {
             let (_, state) = node.in_force()?.context("nothing is in force")?;
             Ok(claimed || has_failed(&state))
         })?;
-        fault_is_over();
-        node.agrees(node.wanted)?;
+        fault::stop();
+        node.comes_to_agree(node.wanted)?;
         node.recovers()
     })?;
     at_every_place("cgroup removed", |_| {
@@ -440,8 +448,8 @@ fn changes_that_fail() -> Result<()> {
             Ok(!node.claiming()?.contains(&id))
         });
         drop(gone);
-        fault_is_over();
-        node.agrees(node.wanted)?;
+        fault::stop();
+        node.comes_to_agree(node.wanted)?;
         node.recovers()
     })?;
     node.end(Request::Detach)?;
@@ -485,7 +493,7 @@ fn anything_at_any_time() -> Result<()> {
                 }
                 2 => {
                     did.push("a cgroup made".to_owned());
-                    node.services.push(node.cgroup.child(&format!("s{made}"))?);
+                    node.services.push(node.cgroup.child(format!("s{made}"))?);
                     made += 1;
                 }
                 _ => {
@@ -498,11 +506,7 @@ fn anything_at_any_time() -> Result<()> {
         node.settle().with_context(what)?;
         let failed = fault::arm(None);
         let what = || format!("step {step}: {did:?}, failed: {failed:?}");
-        wait_until(LIMIT, "model and kernel to agree", || {
-            // Changes of cgroups are on their way for a moment.
-            Ok(node.agrees(before).is_ok())
-        })
-        .with_context(what)?;
+        node.comes_to_agree(before).with_context(what)?;
         node.recovers().with_context(what)?;
     }
     node.end(Request::Detach)?;

@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Process, Program, agent_command, output, require,
-    wait_until,
+    Agent, Cgroup, Need, Options, Place, Probe, Program, output, require, wait_until,
 };
 use rustix::process::Signal;
 use std::os::unix::fs::MetadataExt;

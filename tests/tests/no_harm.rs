@@ -214,7 +214,8 @@ fn connections_that_are_ignored_are_counted_and_not_touched() -> Result<()> {
     let mut early = Probe::start(Program::Static, &cgroup)?;
     let (existing, _) = early.connection()?;
     let config = "[default]\nignore = true\nidle = { exactly = \"5s\" }\n";
-    let agent = Agent::start(&cgroup, config)?;
+    let mut agent = Agent::start(&cgroup, config)?;
+    agent.swept()?;
     let mut probe = Probe::start(Program::Raw, &cgroup)?;
     let (connecting, accepting) = probe.connection()?;
     assert_eq!(early.options(existing)?, Options::UNTOUCHED);

@@ -186,8 +186,8 @@ fn what_half_a_start_left_is_cleared_up() -> Result<()> {
 /// next agent knows whose values the rest of them have.
 #[test]
 fn a_sweep_that_was_cut_off_is_finished() -> Result<()> {
-    require!(Need::Program("ip"));
     const SILENCE: Duration = Duration::from_secs(4);
+    require!(Need::Program("ip"));
     let cgroup = Cgroup::new()?;
     let netns = Netns::new()?;
     let pins = Pins::new();
@@ -205,8 +205,6 @@ fn a_sweep_that_was_cut_off_is_finished() -> Result<()> {
         crowd.all_have(Options::on(3, 10, 6)).is_err(),
         "all were done when it was killed: nothing was tried"
     );
-    let unfinished = status(&cgroup)?;
-    assert_eq!(unfinished.set["settled"], true, "{}", unfinished.set);
     let _agent = Agent::start_pinned(&cgroup, config, &pins, &[])?;
     let mut last = Ok(());
     wait_until(LIMIT, "all to have the new policy", || {
@@ -225,7 +223,7 @@ fn another_schema_is_replaced() -> Result<()> {
     let pins = Pins::new();
     Agent::start_pinned(&cgroup, POLICY, &pins, &[])?.kill()?;
     let loaded = Loaded::on(&cgroup)?.context("nothing is attached")?;
-    rewrite(loaded.map("keepalive_set")?, "\"schema\":1", "\"schema\":9")?;
+    rewrite_schema(loaded.map("keepalive_set")?, '9')?;
     let found = status(&cgroup)?;
     assert_eq!(found.code, Some(4), "{}", found.report);
     let error = found.set["error"].as_str().context("no error")?;
@@ -241,10 +239,10 @@ fn another_schema_is_replaced() -> Result<()> {
     detach(&cgroup)
 }
 
-/// Changes a document in a map of one piece: its length and checksum (FNV-1a)
-/// stand before it.
-fn rewrite(map: u64, from: &str, to: &str) -> Result<()> {
-    assert_eq!(from.len(), to.len());
+/// Changes a document in a map of one piece, so that it is of a schema of one
+/// digit: its length and checksum (FNV-1a) stand before it.
+fn rewrite_schema(map: u64, schema: char) -> Result<()> {
+    const KEY: &str = "\"schema\":";
     let map = map.to_string();
     let dump = bpftool(&["map", "dump", "id", &map])?;
     let value = dump[0]["value"].as_array().context("no value")?;
@@ -255,8 +253,10 @@ fn rewrite(map: u64, from: &str, to: &str) -> Result<()> {
     let mut bytes: Vec<u8> = bytes.collect::<Result<_>>()?;
     let length = u32::from_le_bytes(bytes[..4].try_into()?) as usize;
     let text = String::from_utf8(bytes[8..8 + length].to_vec())?;
-    ensure!(text.contains(from), "{text}");
-    let text = text.replacen(from, to, 1);
+    let (before, after) = text.split_once(KEY).context(text.clone())?;
+    let after = after.trim_start_matches(|c: char| c.is_ascii_digit());
+    let text = format!("{before}{KEY}{schema}{after}");
+    ensure!(text.len() == length, "a schema of more than one digit");
     let sum = text.bytes().fold(0x811c_9dc5_u32, |sum, byte| {
         (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193)
     });

@@ -146,7 +146,7 @@ const BOUNDED: Policy = Policy {
     idle: at_most(610, 900),
     interval: at_least(11, 9),
     probes: at_most(5, 8),
-    user_timeout: Some(at_least(70_000, 50_000)),
+    user_timeout: Some(at_least(7_000_000, 5_000_000)),
 };
 
 /// Leaves nothing to the application.
@@ -158,20 +158,21 @@ const EXACT: Policy = Policy {
 };
 
 /// What an application may have set: nothing, one timer of each kind, everything.
-/// None of it is what a policy here would have set.
+/// None of it is what a policy here would have set, and no user-timeout is so short
+/// that keepalive would give way to it.
 const APPLICATIONS: [&[(Sockopt, i32)]; 7] = [
     &[],
     &[(Idle, 1000)],
     &[(Interval, 3)],
     &[(Probes, 20)],
-    &[(UserTimeout, 20_000)],
+    &[(UserTimeout, 2_000_000)],
     &[(Keepalive, 1)],
     &[
         (Keepalive, 1),
         (Idle, 2000),
         (Interval, 4),
         (Probes, 30),
-        (UserTimeout, 30_000),
+        (UserTimeout, 3_000_000),
     ],
 ];
 
@@ -381,18 +382,22 @@ fn a_user_timeout_is_given_back() -> Result<()> {
     let cgroup = Cgroup::new()?;
     let mut probe = Probe::start(Program::Static, &cgroup)?;
     let (plain, own) = probe.connection()?;
-    probe.set(own, UserTimeout, 33_000)?;
+    probe.set(own, UserTimeout, 400_000)?;
     let ours = Options::on(60, 10, 6);
     let mut agent = Agent::start(&cgroup, "[default]\nuser-timeout = \"30s\"\n")?;
     agent.swept()?;
     for (keys, of_plain, of_own) in [
-        ("user-timeout = \"30s\"", 30_000, 33_000),
-        ("user-timeout = \"leave\"", 0, 33_000),
-        ("user-timeout = \"derive\"", 120_000, 33_000),
-        ("user-timeout = \"derive\"\nidle = \"50s\"", 110_000, 33_000),
+        ("user-timeout = \"30s\"", 30_000, 400_000),
+        ("user-timeout = \"leave\"", 0, 400_000),
+        ("user-timeout = \"derive\"", 120_000, 400_000),
+        (
+            "user-timeout = \"derive\"\nidle = \"50s\"",
+            110_000,
+            400_000,
+        ),
         ("user-timeout = { exactly = \"20s\" }", 20_000, 20_000),
-        ("user-timeout = \"leave\"", 0, 33_000),
-        ("", 0, 33_000),
+        ("user-timeout = \"leave\"", 0, 400_000),
+        ("", 0, 400_000),
     ] {
         agent.reload(&format!("[default]\n{keys}\n"))?;
         let idle = if keys.contains("50s") { 50 } else { 60 };

@@ -240,7 +240,7 @@ fn field_by_field() -> Result<()> {
     let mut in_red = Application::start((&one, &red), PORTS)?;
     let mut in_blue = Application::start((&two, &blue), PORTS)?;
     for agent in [false, true] {
-        let agent = agent
+        let mut agent = agent
             .then(|| {
                 Agent::start(
                     &root,
@@ -248,6 +248,9 @@ fn field_by_field() -> Result<()> {
                 )
             })
             .transpose()?;
+        if let Some(agent) = &mut agent {
+            agent.swept()?;
+        }
         let listed = Instant::now();
         let records = list(&["--cgroup", root.path()])?;
         assert_eq!(records.len(), 18, "{records:#?}");
@@ -494,7 +497,8 @@ fn what_a_path_forgets() -> Result<()> {
     client.close(local.0)?;
     client.close(local.1)?;
     // The policy makes it safe.
-    let agent = Agent::start(&cgroup, "[default]\nidle = { exactly = \"60s\" }\n")?;
+    let mut agent = Agent::start(&cgroup, "[default]\nidle = { exactly = \"60s\" }\n")?;
+    agent.swept()?;
     assert_eq!(at_risk("aws-nat")?, (Some(0), 0));
     agent.stop()?;
     Ok(())
@@ -505,10 +509,12 @@ fn containers_and_units() -> Result<()> {
     require!();
     let root = Cgroup::new()?;
     let id = "0123456789abcdef".repeat(4);
-    let service = root.child("web.service")?;
+    // Units are those right below the slices of the hierarchy's root.
+    let service = Cgroup::with_suffix(".service")?;
+    let name = service.path().trim_start_matches('/');
     let container = root.child(format!("docker-{id}.scope"))?;
     for (cgroup, expected) in [
-        (&service, (Value::Null, json!("web.service"))),
+        (&service, (Value::Null, json!(name))),
         (&container, (json!(id), Value::Null)),
         (&root, (Value::Null, Value::Null)),
     ] {

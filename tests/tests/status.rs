@@ -157,14 +157,14 @@ fn agents_one_above_the_other() -> Result<()> {
     assert_eq!(set["agents_above"], json!([above.path()]), "{set}");
     assert!(in_words(&below)?.stdout.contains("last word"));
 
-    let address = probe.name(socket)?.to_string();
+    let address = probe.name(socket)?;
     let mut command = agent_command();
     command.args([
         "explain",
         "--pid",
         &probe.id().to_string(),
         "--remote",
-        &address,
+        &address.to_string(),
     ]);
     let explained = output(&mut command, LIMIT)?;
     let named = format!("agent {} on {}", outer.id(), above.path());
@@ -175,10 +175,12 @@ fn agents_one_above_the_other() -> Result<()> {
     let record: serde_json::Value = listed
         .stdout
         .lines()
-        .find(|line| line.contains(&address))
-        .map(serde_json::from_str)
-        .context("not listed")??;
-    assert_eq!(record["idle"]["source"], "bound", "{record}");
+        .map(serde_json::from_str::<serde_json::Value>)
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .find(|record| record["local_port"] == address.port())
+        .context("not listed")?;
+    assert_eq!(record["idle_source"], "policy", "{record}");
     Ok(())
 }
 

@@ -118,7 +118,7 @@ fn what_the_application_set_follows_the_formula() -> Result<()> {
         (Idle, 7000),
         (Interval, 5),
         (Probes, 20),
-        (UserTimeout, 9000),
+        (UserTimeout, 9_000_000),
     ];
     let mut cases = Vec::new();
     for (application, expected) in [
@@ -129,7 +129,7 @@ fn what_the_application_set_follows_the_formula() -> Result<()> {
             Options::on(50, 12, 8).user_timeout(146_000),
         ),
         (&[(Probes, 3)], Options::on(70, 10, 8).user_timeout(150_000)),
-        (&everything, Options::on(300, 5, 8).user_timeout(9000)),
+        (&everything, Options::on(300, 5, 8).user_timeout(9_000_000)),
     ] {
         let (listener, address) = probe.listener("127.0.0.1:0")?;
         probe.set_all(listener, application)?;

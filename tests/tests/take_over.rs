@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
     Agent, Cgroup, Churn, Crowd, Loaded, Need, Netns, Options, Output, Pins, Probe, Program,
-    agent_binary, agent_command, detach, output, require, status, wait_until,
+    agent_binary, agent_command, detach, output, require, soak_or, status, wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -68,7 +68,7 @@ fn take_over(pins: Option<&Pins>, times: u32) -> Result<()> {
     let mut steady = Crowd::start((&cgroup, &netns), "127.0.2.1:0")?;
     steady.connect(200)?;
     let start = |n: u32| -> Result<Agent> {
-        let binary = if n % 2 == 0 {
+        let binary = if n.is_multiple_of(2) {
             agent_binary()
         } else {
             other_build.path.clone()
@@ -129,15 +129,7 @@ fn of_an_agent_that_enforcement_ends_with() -> Result<()> {
 #[test]
 fn of_an_agent_that_enforcement_outlives() -> Result<()> {
     require!(Need::Program("ip"), Need::Program("bpftool"));
-    take_over(Some(&Pins::new()), 6)
-}
-
-/// As often as a fleet is upgraded in a year: some minutes.
-#[test]
-#[ignore = "takes minutes; run it with --ignored"]
-fn fifty_times() -> Result<()> {
-    require!(Need::Program("ip"), Need::Program("bpftool"));
-    take_over(Some(&Pins::new()), 50)
+    take_over(Some(&Pins::new()), soak_or(50, 6))
 }
 
 /// The agent that was about to take over is gone again: this one goes on, and has

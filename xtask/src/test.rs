@@ -112,7 +112,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
 fn packages(suites: &[String], no_install: bool, report: &mut Report) {
     let is_there = |program: &str| exec::output(Command::new(program).arg("--version")).is_ok();
     if !no_install
-        && !(is_there("debootstrap") && is_there("systemd-nspawn"))
+        && (!is_there("debootstrap") || !is_there("systemd-nspawn"))
         && let Err(error) = apt::install(&["debootstrap", "systemd-container"])
     {
         exec::warn(&format!("{error:#}"));

@@ -298,6 +298,15 @@ fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
             {
                 remarks.extend(warnings.iter().map(ToString::to_string));
             }
+            for named in &config.policies {
+                if !named.selector.labels.is_empty() {
+                    remarks.push(format!(
+                        "policy {}: podman and containerd keep no labels where they can be read, \
+                         so it is for containers of docker and CRI-O only",
+                        named.name
+                    ));
+                }
+            }
             for remark in remarks {
                 detail.push_str("\nwarning: ");
                 detail.push_str(&remark);

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt::Write as _,
     io::BufRead as _,
     path::PathBuf,
     process::ExitCode,
@@ -185,11 +186,12 @@ fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
         } => {
             let mut text =
                 format!("swept {connections} connections in {namespaces} network namespaces");
+            // Memory can always be written to.
             if *waiting > 0 {
-                text += &format!(", {waiting} wait for their turn");
+                let _ = write!(text, ", {waiting} wait for their turn");
             }
             if *missed > 0 {
-                text += &format!(", {missed} namespaces missed");
+                let _ = write!(text, ", {missed} namespaces missed");
             }
             text
         }

@@ -1,6 +1,9 @@
 //! `keepalive-agent explain`: which policy, why, and what comes of it.
 
-use std::{fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
@@ -12,20 +15,22 @@ use keepalive_common::{
 use serde::Serialize;
 use tracing::warn;
 
-use super::{ConfigFiles, output};
+use super::{ConfigFiles, Whose, output};
 use crate::{
-    assignment::{Assigned, Claimants, DEFAULT},
+    assignment::{Assigned, Claimants, DEFAULT, Reason},
     config::{Config, Merged},
     datapath::Lister,
     duration,
     enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
+    identity::{Identities, Identity},
     kernel::{layout::Kernel, preflight},
     netns::{self, Namespace},
     rules::Ends,
     sockets::{
         Unseen, each_connection,
+        format::IdentityRecord,
         source::{Setting, SettingsRecord, Source},
     },
     view,
@@ -33,13 +38,14 @@ use crate::{
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("what").args(["pid", "cgroup", "socket", "remote", "local_port"]).required(true).multiple(true)),
+    group(ArgGroup::new("what").args(["pid", "cgroup", "unit", "container", "pod", "socket", "remote", "local_port"]).required(true).multiple(true)),
     after_help = "Explains what the running agent does, or what the config would do where none runs \
                   or one is named. A socket belongs to the cgroup in which it was made, and an \
                   accepted one to that of its listener.\n\n\
                   Examples:\n  \
                   keepalive-agent explain --pid 1234\n  \
                   keepalive-agent explain --cgroup /system.slice/redis.service --remote 10.1.2.3:6379\n  \
+                  keepalive-agent explain --container web\n  \
                   keepalive-agent explain --socket 10.0.0.5:43210 10.1.2.3:6379\n  \
                   keepalive-agent explain --cgroup /kubepods.slice --config new.toml"
 )]
@@ -48,16 +54,20 @@ pub(super) struct Arguments {
     files: ConfigFiles,
 
     /// A connection that this process makes
-    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "socket"])]
+    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "socket", "unit", "container", "pod"])]
     pid: Option<u32>,
 
     /// A connection made in this cgroup; the root, where only the remote end is
     /// named
-    #[arg(long, value_name = "PATH", conflicts_with = "socket")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["socket", "unit", "container", "pod"])]
     cgroup: Option<PathBuf>,
 
+    #[command(flatten)]
+    whose: Whose,
+
     /// An existing connection, by its addresses as `sockets` shows them
-    #[arg(long, num_args = 2, value_names = ["LOCAL", "REMOTE"])]
+    #[arg(long, num_args = 2, value_names = ["LOCAL", "REMOTE"],
+          conflicts_with_all = ["unit", "container", "pod"])]
     socket: Option<Vec<SocketAddr>>,
 
     /// The remote end that the connection goes to
@@ -117,6 +127,8 @@ pub(super) fn explain(arguments: &Arguments) -> Result<ExitCode> {
 struct Subject {
     /// None where it was removed, or is out of sight.
     cgroup: Option<CgroupPath>,
+    /// What the cgroup is.
+    identity: Identity,
     ends: Ends,
     /// The process in whose name a connection is made.
     pid: Option<u32>,
@@ -140,9 +152,14 @@ impl Subject {
                 }
                 (Some(path), netns::environment()?)
             }
+            (None, None) if !arguments.whose.wanted().is_any() => {
+                let cgroup = cgroup_of_wanted(&arguments.whose, hierarchy)?;
+                (Some(cgroup), netns::environment()?)
+            }
             (None, None) => (Some(CgroupPath::root()), netns::environment()?),
         };
         Ok(Self {
+            identity: identity_of(cgroup.as_ref()),
             cgroup,
             ends: Ends {
                 remote: arguments.remote,
@@ -189,6 +206,7 @@ impl Subject {
             .into_iter()
             .find(|cgroup| cgroup.id == record.cgroup);
         Ok(Self {
+            identity: identity_of(cgroup.as_ref().map(|cgroup| &cgroup.path)),
             cgroup: cgroup.map(|cgroup| cgroup.path),
             ends: Ends {
                 remote: Some(record.remote()),
@@ -231,8 +249,44 @@ impl Subject {
     }
 }
 
+/// What a cgroup is, if there is one.
+fn identity_of(cgroup: Option<&CgroupPath>) -> Identity {
+    cgroup.map_or_else(Identity::default, |path| {
+        Identities::default().of(path.as_bytes())
+    })
+}
+
+/// The outermost cgroup of the unit, container or pod that is asked for.
+fn cgroup_of_wanted(whose: &Whose, hierarchy: &Hierarchy) -> Result<CgroupPath> {
+    let wanted = whose.wanted();
+    let identities = Identities::default();
+    let root = hierarchy.existing("/".as_ref())?;
+    let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
+    let mut found = cgroups.into_iter().filter_map(|cgroup| {
+        let identity = identities.of(cgroup.path.as_bytes());
+        wanted.includes(&identity).then_some((cgroup, identity))
+    });
+    let Some((first, identity)) = found.next() else {
+        bail!(
+            "no cgroup belongs to it; `keepalive-agent sockets` shows whose connections there are"
+        );
+    };
+    let others: BTreeSet<_> = found
+        .filter(|(other, _)| !first.contains(&other.path))
+        .map(|(_, other)| other.to_string())
+        .filter(|other| *other != identity.to_string())
+        .collect();
+    if !others.is_empty() {
+        warn!(
+            "this is about {identity}; there are others: {}",
+            others.into_iter().collect::<Vec<_>>().join(", ")
+        );
+    }
+    Ok(first.path)
+}
+
 /// The cgroup of a process in the v2 hierarchy; none where it was removed.
-fn cgroup_of(pid: u32, hierarchy: &Hierarchy) -> Result<Option<CgroupPath>> {
+pub(super) fn cgroup_of(pid: u32, hierarchy: &Hierarchy) -> Result<Option<CgroupPath>> {
     let file = format!("/proc/{pid}/cgroup");
     let text =
         fs::read(&file).with_context(|| format!("reading {file}: is there a process {pid}?"))?;
@@ -446,11 +500,14 @@ impl<'a> Explained<'a> {
 
     fn print(&self) -> Result<()> {
         let mut text = format!(
-            "{}\nin cgroup   {}\ndecided by  {}\n\n",
+            "{}\nin cgroup   {}\n",
             self.subject.name(),
             self.subject.cgroup_name(),
-            self.enforced.by
         );
+        if self.subject.identity.is_known() {
+            writeln!(text, "of          {}", self.subject.identity)?;
+        }
+        writeln!(text, "decided by  {}\n", self.enforced.by)?;
         for visited in &self.walk.cgroups {
             writeln!(text, "{}", visited.path)?;
             if visited.policies.is_empty() {
@@ -466,7 +523,11 @@ impl<'a> Explained<'a> {
                     Verdict::NotFor(mismatch) => format!("is not for it: {mismatch}"),
                     Verdict::Depends => format!("claims it if its ends are {}", ends(assigned)),
                 };
-                writeln!(text, "    policy {} {verdict}", assigned.name)?;
+                let by = match self.claimants.reason(*index, &visited.path) {
+                    Reason::Path | Reason::Everywhere => String::new(),
+                    reason @ (Reason::Selector(_) | Reason::Glob(_)) => format!(" ({reason})"),
+                };
+                writeln!(text, "    policy {}{by} {verdict}", assigned.name)?;
             }
         }
         match self.policy {
@@ -524,6 +585,7 @@ impl<'a> Explained<'a> {
                 .iter()
                 .map(|(index, verdict)| VerdictRecord {
                     name: name(*index),
+                    claims_by: self.claimants.reason(*index, &visited.path).to_string(),
                     verdict: match verdict {
                         Verdict::Claims => "claims",
                         Verdict::Beaten => "beaten",
@@ -539,6 +601,7 @@ impl<'a> Explained<'a> {
         });
         Record {
             cgroup: self.subject.cgroup.as_ref(),
+            identity: IdentityRecord::new(Some(&self.subject.identity)),
             pid: self.subject.pid,
             local: self
                 .subject
@@ -683,6 +746,8 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
 #[derive(Serialize)]
 struct Record<'a> {
     cgroup: Option<&'a CgroupPath>,
+    #[serde(flatten)]
+    identity: IdentityRecord<'a>,
     pid: Option<u32>,
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
@@ -705,6 +770,7 @@ struct VisitedRecord<'a> {
 #[derive(Serialize)]
 struct VerdictRecord<'a> {
     name: &'a str,
+    claims_by: String,
     verdict: &'static str,
     reason: Option<String>,
 }

@@ -24,10 +24,12 @@ use crate::{
     },
     datapath,
     enforcing::{Enforcing, enforcing},
+    identity::{Attribute, NamePattern, Selector},
     names::printable_path,
     rules::{Ports, Remote, Rules},
 };
-use drop_in::{DropIn, Key};
+use drop_in::DropIn;
+pub(super) use drop_in::{Key, timer};
 
 /// How long a running agent is given to take a change over.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -67,12 +69,18 @@ struct Show {
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("which").args(["name", "cgroup", "remote", "port", "local_port"]).required(true).multiple(true)),
+    group(
+        ArgGroup::new("which")
+            .args(["name", "cgroup", "unit", "container", "namespace", "pod", "remote", "port", "local_port"])
+            .required(true)
+            .multiple(true)
+    ),
     after_help = "The drop-in is gone with the boot, unless --permanent. Setting the same policy again \
                   keeps the keys that are not mentioned. Values are written as in the config file; \
                   a timer may be a table of bounds.\n\n\
                   Examples:\n  \
-                  keepalive-agent policy set --cgroup /system.slice/redis.service --idle 30s\n  \
+                  keepalive-agent policy set --unit redis.service --idle 30s\n  \
+                  keepalive-agent policy set --container 'db-*' --idle 30s\n  \
                   keepalive-agent policy set --cgroup /kubepods.slice --remote 10.0.0.0/8 --path aws-nat\n  \
                   keepalive-agent policy set --name database --idle '{ default = \"60s\", at-most = \"5m\" }'\n  \
                   keepalive-agent policy set --remote 192.0.2.0/24 --port 5432 --no-enforce"
@@ -86,6 +94,9 @@ struct Set {
     /// The cgroup that it claims: a path such as /system.slice, or a glob
     #[arg(long, value_name = "PATH")]
     cgroup: Option<String>,
+
+    #[command(flatten)]
+    selector: SelectorArguments,
 
     /// Network of remote ends that it is for; `!` in front excepts one. May be
     /// given more than once
@@ -146,6 +157,52 @@ struct Set {
 
     #[command(flatten)]
     place: Place,
+}
+
+/// What the cgroup has to be that the policy claims.
+#[derive(Args, Debug)]
+struct SelectorArguments {
+    /// The unit of systemd that it claims: a name such as redis.service, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    unit: Option<String>,
+
+    /// The container that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    container: Option<String>,
+
+    /// The Kubernetes namespace of the pods that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    namespace: Option<String>,
+
+    /// The pod that it claims: a name, or a glob
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    pod: Option<String>,
+}
+
+impl SelectorArguments {
+    fn all(&self) -> impl Iterator<Item = (Attribute, &str)> {
+        [
+            (Attribute::Unit, &self.unit),
+            (Attribute::Container, &self.container),
+            (Attribute::Namespace, &self.namespace),
+            (Attribute::Pod, &self.pod),
+        ]
+        .into_iter()
+        .filter_map(|(attribute, value)| Some((attribute, value.as_deref()?)))
+    }
+
+    fn selector(&self) -> Result<Selector> {
+        let pattern = |(attribute, text): (Attribute, &str)| {
+            let pattern = NamePattern::new(text)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("--{} {text}", attribute.key()))?;
+            anyhow::Ok((attribute, vec![pattern]))
+        };
+        Ok(Selector {
+            attributes: self.all().map(pattern).collect::<Result<_>>()?,
+            ..Selector::default()
+        })
+    }
 }
 
 #[derive(Args, Debug)]
@@ -336,6 +393,9 @@ impl Set {
             )
         };
         add(Key::Cgroup, self.cgroup.as_ref().map(text))?;
+        for (attribute, value) in self.selector.all() {
+            add(Key::Of(attribute), Some(Ok(value.into())))?;
+        }
         add(Key::Remote, list(remotes.map(toml::Value::from).collect()))?;
         add(Key::Port, ports(&self.port))?;
         add(Key::LocalPort, ports(&self.local_port))?;
@@ -346,7 +406,7 @@ impl Set {
             (Key::Probes, &self.probes),
             (Key::UserTimeout, &self.user_timeout),
         ] {
-            let value = value.as_ref().map(|value| drop_in::timer(key, value));
+            let value = value.as_ref().map(|value| timer(key, value));
             add(key, value)?;
         }
         add(Key::GiveUp, self.give_up.as_ref().map(text))?;
@@ -374,9 +434,11 @@ impl Set {
             local_ports: parsed::<Ports>("--local-port", &self.local_port)?,
         };
         let cgroup = self.cgroup.as_deref().map(pattern).transpose()?;
+        let selector = self.selector.selector()?;
         let same: Vec<_> = named(merged)
             .filter(|(named, _)| {
                 same_rules(&named.rules, &rules)
+                    && named.selector == selector
                     && match &cgroup {
                         Some(cgroup) => named.cgroups.contains(cgroup),
                         None => named.cgroups.is_empty(),
@@ -396,12 +458,9 @@ impl Set {
                 quoted = quoted(&named.name),
             );
         }
-        let name = derived_name(
-            self.cgroup.as_deref(),
-            &self.remote,
-            &self.port,
-            &self.local_port,
-        );
+        let selects = self.selector.all().map(|(_, value)| value);
+        let claims = self.cgroup.as_deref().into_iter().chain(selects);
+        let name = derived_name(claims, &self.remote, &self.port, &self.local_port);
         if let Some((_, origins)) = find(merged, &name) {
             bail!(
                 "there is a policy {name} for something else ({}); choose a name with --name",
@@ -413,23 +472,21 @@ impl Set {
 }
 
 /// What a policy is called that nobody named: by what it is for.
-fn derived_name(
-    cgroup: Option<&str>,
-    remotes: &[String],
-    ports: &[String],
-    local_ports: &[String],
+fn derived_name<'a>(
+    claims: impl IntoIterator<Item = &'a str>,
+    remotes: &'a [String],
+    ports: &'a [String],
+    local_ports: &'a [String],
 ) -> String {
-    let cgroup = cgroup.map(|path| match path.trim_matches('/') {
-        "" => "/",
-        path => path,
-    });
+    let claims = claims
+        .into_iter()
+        .map(|claim| match claim.trim_matches('/') {
+            "" => "/",
+            path => path,
+        });
     let remote_ends = remotes.iter().chain(ports).map(String::as_str);
     let local_ports = local_ports.iter().flat_map(|port| ["local", port.as_str()]);
-    let words: Vec<_> = cgroup
-        .into_iter()
-        .chain(remote_ends)
-        .chain(local_ports)
-        .collect();
+    let words: Vec<_> = claims.chain(remote_ends).chain(local_ports).collect();
     words.join(" ")
 }
 
@@ -549,6 +606,9 @@ impl Agents {
             now.retain(|now| agents.iter().any(|agent| agent.agent == now.agent));
             let waits = |now: &Enforcing| before.is_some_and(|before| goes_by(now, before));
             let waiting = now.iter().any(|now| waits(now) && !goes_by(now, after));
+            // One that is just going over to another set is seen by neither.
+            let is_seen = |agent: &Enforcing| now.iter().any(|now| now.agent == agent.agent);
+            let waiting = waiting || !agents.iter().all(is_seen);
             if !waiting || Instant::now() > end {
                 break now;
             }
@@ -583,7 +643,7 @@ mod tests {
 
     #[test]
     fn names_come_from_what_a_policy_is_for() {
-        let name = |cgroup, remotes: &[&str], ports: &[&str]| {
+        let name = |cgroup: Option<&str>, remotes: &[&str], ports: &[&str]| {
             let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
             derived_name(cgroup, &owned(remotes), &owned(ports), &[])
         };

@@ -25,6 +25,10 @@ use crate::{
     unblocked::Stream,
 };
 
+/// How long the last report waits for whoever reads: together with what goes on
+/// before, SIGTERM is answered within a second.
+const PATIENCE: Duration = Duration::from_millis(300);
+
 /// Writes reports to standard output, without waiting for whoever reads them.
 pub(super) struct Report {
     /// Whether for machines.
@@ -38,10 +42,14 @@ impl Reporter for Report {
         } else {
             text_of(event)
         };
+        let is_last = matches!(event, daemon::Event::Stopped { .. });
+        if is_last {
+            // Give a slow reader a moment, so that there is room for it.
+            Stream::Output.finish(PATIENCE);
+        }
         Stream::Output.send(text.as_bytes());
-        if matches!(event, daemon::Event::Stopped { .. }) {
-            // It is the last one: give a slow reader a moment.
-            Stream::Output.finish(Duration::from_millis(500));
+        if is_last {
+            Stream::Output.finish(PATIENCE);
         }
     }
 }

@@ -15,17 +15,17 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use tracing::warn;
 
-use super::{PARTIAL, screen::Screen, table};
+use super::{PARTIAL, Whose, screen::Screen, table};
 use crate::{
     datapath::Lister,
     enforcing::enforcing,
-    hierarchy::{CgroupPath, Hierarchy},
+    hierarchy::Hierarchy,
     kernel::{layout::Kernel, preflight},
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
     sockets::{
         Connection, Receiver, Unseen,
-        cgroups::Cgroups,
+        cgroups::{Cgroups, Known},
         columns::{self, Column},
         filter::{Filter, Key, Rank, Risk},
         format::{self, Legend},
@@ -61,6 +61,7 @@ const BUFFER: usize = 64 * 1024;
                   Examples:\n  \
                   keepalive-agent sockets\n  \
                   keepalive-agent sockets --cgroup /system.slice/redis.service --watch\n  \
+                  keepalive-agent sockets --container 'db-*' --unprotected\n  \
                   keepalive-agent sockets --at-risk aws-nat\n  \
                   keepalive-agent sockets --unprotected --remote 10.0.0.0/8 --sort silent\n  \
                   keepalive-agent sockets --summary\n  \
@@ -89,6 +90,9 @@ pub(super) struct Arguments {
     /// Only connections of this cgroup and what is below it
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
+
+    #[command(flatten)]
+    whose: Whose,
 
     /// Only connections that this process holds
     #[arg(long, value_name = "PID")]
@@ -147,6 +151,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let mut filter = Filter {
         cgroup,
+        whose: arguments.whose.wanted(),
         inodes: None,
         remote: arguments.remote,
         port: arguments.port,
@@ -389,24 +394,28 @@ impl Pass<'_> {
         tally.progress.clear();
         let mut total = Summary::default();
         let mut cgroups: Vec<_> = tally.by_cgroup.into_iter().collect();
-        cgroups.sort_by(|(_, (a, _)), (_, (b, _))| a.cmp(b));
+        let path = |known: &Option<Known>| known.as_ref().map(|known| known.path.clone());
+        cgroups.sort_by_cached_key(|(_, (known, _))| path(known));
         for (_, (_, summary)) in &cgroups {
             total.merge(summary);
         }
         let mut out = stdout()?;
         if self.arguments.json {
-            for (id, (path, summary)) in &cgroups {
-                let path = path.as_ref();
-                format::summary_json_line(*id, path, summary, self.risk.timeout, &mut out)
-                    .context(PRINTING)?;
+            for (id, (known, summary)) in &cgroups {
+                format::summary_json_line(
+                    *id,
+                    known.as_ref(),
+                    summary,
+                    self.risk.timeout,
+                    &mut out,
+                )
+                .context(PRINTING)?;
             }
             out.flush().context(PRINTING)?;
             return Ok(total.at_risk);
         }
-        let rows = cgroups.iter().map(|(id, (path, summary))| {
-            let name = path
-                .as_ref()
-                .map_or_else(|| format!("(gone) {id}"), ToString::to_string);
+        let rows = cgroups.iter().map(|(id, (known, summary))| {
+            let name = path(known).map_or_else(|| format!("(gone) {id}"), |path| path.to_string());
             format::summary_row(&name, summary)
         });
         let rows: Vec<_> = rows.chain([format::summary_row("total", &total)]).collect();
@@ -523,6 +532,8 @@ impl Widths {
         let has_rows = self.widest.iter().any(|width| *width > 0);
         let widths = all.map(|column| {
             let speaks = self.speaks[column.index()] || column == Column::Noticed || !has_rows;
+            // WHERE says it in short.
+            let speaks = speaks && column != Column::Cgroup;
             if speaks { full(&column) } else { 0 }
         });
         let of = |widths: &[usize]| table::width_of_row(widths.iter().copied());
@@ -594,7 +605,7 @@ impl Receiver for Printer {
 
 /// Counts connections by cgroup id.
 struct Counter {
-    by_cgroup: HashMap<u64, (Option<CgroupPath>, Summary)>,
+    by_cgroup: HashMap<u64, (Option<Known>, Summary)>,
     risk: Risk,
     progress: Progress,
 }
@@ -604,10 +615,7 @@ impl Receiver for Counter {
         let (_, summary) = self
             .by_cgroup
             .entry(connection.record.cgroup)
-            .or_insert_with(|| {
-                let path = connection.cgroup.map(|cgroup| cgroup.path.clone());
-                (path, Summary::default())
-            });
+            .or_insert_with(|| (connection.cgroup.cloned(), Summary::default()));
         summary.add(connection, self.risk.threatens(connection));
         Ok(())
     }

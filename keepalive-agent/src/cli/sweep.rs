@@ -61,9 +61,12 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         config: &read.config,
         origin: &read.origin,
         assignment: &assignment,
-        before: before.as_ref(),
         // Those of the agent, if one runs, are there.
         bounded: None,
+        before: in_force
+            .as_ref()
+            .map(|set| &set.description.config)
+            .zip(before.as_ref()),
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);

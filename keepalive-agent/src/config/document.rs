@@ -1,7 +1,12 @@
 //! From one TOML text to what is written in it, collecting everything that is
 //! wrong with single values.
 
-use std::{collections::HashMap, hash::Hash, ops::Range as Span, str::FromStr};
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::Hash,
+    ops::Range as Span,
+    str::FromStr,
+};
 
 use keepalive_common::policy::{Keepalive, MIN_RTO_MAX};
 use toml::{
@@ -17,12 +22,25 @@ use super::{
 };
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
+    identity::{Attribute, NamePattern},
     names::is_printable,
     rules::{Ports, Remote},
 };
 
 /// What only a `[[policy]]` understands.
-const CLAIM_KEYS: [&str; 5] = ["name", "cgroup", "remote", "port", "local-port"];
+const CLAIM_KEYS: [&str; 11] = [
+    "name",
+    "cgroup",
+    "unit",
+    "container",
+    "image",
+    "label",
+    "namespace",
+    "pod",
+    "remote",
+    "port",
+    "local-port",
+];
 
 /// What every policy understands.
 const POLICY_KEYS: [&str; 9] = [
@@ -60,6 +78,8 @@ pub(super) struct Table {
     pub(super) at: At,
     pub(super) name: Option<Entry<String>>,
     pub(super) cgroup: Option<Entry<Vec<CgroupPattern>>>,
+    pub(super) attributes: [Option<Entry<Vec<NamePattern>>>; 5],
+    pub(super) label: Option<Entry<BTreeMap<String, NamePattern>>>,
     pub(super) remote: Option<Entry<Vec<Remote>>>,
     pub(super) port: Option<Entry<Vec<Ports>>>,
     pub(super) local_port: Option<Entry<Vec<Ports>>>,
@@ -141,6 +161,9 @@ impl Reader<'_, '_> {
             let mut policy = self.table("policy", &span, table);
             policy.name = self.name(section, &span, &mut lines_by_name);
             policy.cgroup = self.entry(section, "cgroup", Self::cgroups);
+            policy.attributes =
+                Attribute::ALL.map(|attribute| self.entry(section, attribute.key(), Self::names));
+            policy.label = self.entry(section, "label", Self::labels);
             policy.remote = self.entry(section, "remote", Self::remotes);
             policy.port = self.entry(section, "port", Self::ports);
             policy.local_port = self.entry(section, "local-port", Self::ports);
@@ -180,6 +203,8 @@ impl Reader<'_, '_> {
             at: self.at(span),
             name: None,
             cgroup: None,
+            attributes: [const { None }; 5],
+            label: None,
             remote: None,
             port: None,
             local_port: None,
@@ -246,6 +271,35 @@ impl Reader<'_, '_> {
             DeValue::String(text) => CgroupPattern::new(text),
             _ => Err("must be a path or a list of paths".to_owned()),
         })
+    }
+
+    fn names(&mut self, section: Section<'_, '_>, key: &str) -> Option<Vec<NamePattern>> {
+        self.one_or_more(section, key, name_pattern)
+    }
+
+    fn labels(
+        &mut self,
+        section: Section<'_, '_>,
+        key: &str,
+    ) -> Option<BTreeMap<String, NamePattern>> {
+        let table = match section.get(key)?.get_ref() {
+            DeValue::Table(table) if !table.is_empty() => table,
+            _ => {
+                let message = "must be a table of labels such as { app = \"web-*\" }";
+                self.wrong_value(section, key, message);
+                return None;
+            }
+        };
+        let mut labels = BTreeMap::new();
+        for (label, value) in table {
+            match name_pattern(value.get_ref()) {
+                Ok(pattern) => {
+                    labels.insert(label.get_ref().clone().into_owned(), pattern);
+                }
+                Err(message) => self.wrong_at(&value.span(), &section.path(key), &message),
+            }
+        }
+        (labels.len() == table.len()).then_some(labels)
     }
 
     fn remotes(&mut self, section: Section<'_, '_>, key: &str) -> Option<Vec<Remote>> {
@@ -502,6 +556,14 @@ impl Reader<'_, '_> {
             text: self.text,
             span: span.clone(),
         }
+    }
+}
+
+/// A name or glob.
+fn name_pattern(value: &DeValue<'_>) -> Result<NamePattern, String> {
+    match value {
+        DeValue::String(text) => NamePattern::new(text),
+        _ => Err("must be a name, a glob or a list of them".to_owned()),
     }
 }
 

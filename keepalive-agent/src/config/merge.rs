@@ -17,7 +17,12 @@ use super::{
     text::{At, Findings},
     timer::Timer,
 };
-use crate::{duration, paths, rules::Rules};
+use crate::{
+    duration,
+    identity::{Attribute, Selector},
+    paths,
+    rules::Rules,
+};
 
 /// What holds before the first text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +112,8 @@ impl Table {
             at: _,
             name: _,
             cgroup,
+            attributes,
+            label,
             remote,
             port,
             local_port,
@@ -118,6 +125,10 @@ impl Table {
             path,
         } = later;
         key(&mut self.cgroup, cgroup);
+        for (attribute, later) in self.attributes.iter_mut().zip(attributes) {
+            key(attribute, later);
+        }
+        key(&mut self.label, label);
         key(&mut self.remote, remote);
         key(&mut self.port, port);
         key(&mut self.local_port, local_port);
@@ -129,6 +140,15 @@ impl Table {
         key(&mut self.enforce, enforce);
         key(&mut self.ignore, ignore);
         key(&mut self.path, path);
+    }
+
+    /// The first key that says what a cgroup has to be, and where its value stands.
+    fn selector_at(&self) -> Option<(&'static str, &At)> {
+        let attributes = Attribute::ALL.iter().zip(&self.attributes);
+        attributes
+            .filter_map(|(attribute, entry)| Some((attribute.key(), &entry.as_ref()?.at)))
+            .chain(self.label.iter().map(|entry| ("label", &entry.at)))
+            .next()
     }
 
     fn path(&self) -> Option<(&Preset, &At)> {
@@ -182,24 +202,49 @@ struct Completing<'f, 't> {
 impl Completing<'_, '_> {
     /// A policy for some cgroups or remote ends, completed from another one.
     fn named(&mut self, mut table: Table, inherited: &(Policy, Origins)) -> (NamedPolicy, Origins) {
+        let selector = table.selector_at();
         let claims = table.cgroup.is_some()
+            || selector.is_some()
             || table.remote.is_some()
             || table.port.is_some()
             || table.local_port.is_some();
         if !claims {
-            let message = "has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
+            let message = "has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
                            or use [default] for everything";
             self.findings.error(&table.at, table.section, message);
+        }
+        if let (Some(cgroup), Some((key, _))) = (&table.cgroup, &selector) {
+            let message = format!(
+                "stands beside {key}: a policy is for cgroups by their paths or by what they are; \
+                 remove one of the two, or make it two policies"
+            );
+            let key = format!("{}.cgroup", table.section);
+            self.findings.error(&cgroup.at, &key, &message);
         }
         let (policy, mut origins) = self.policy(&table, inherited);
         let place = |at: &At| self.findings.place(at);
         origins.cgroup = table.cgroup.as_ref().map(|entry| place(&entry.at));
+        for (attribute, entry) in Attribute::ALL.iter().zip(&table.attributes) {
+            let place = entry.as_ref().map(|entry| place(&entry.at));
+            origins
+                .attributes
+                .extend(place.map(|place| (*attribute, place)));
+        }
+        origins.label = table.label.as_ref().map(|entry| place(&entry.at));
         origins.remote = table.remote.as_ref().map(|entry| place(&entry.at));
         origins.port = table.port.as_ref().map(|entry| place(&entry.at));
         origins.local_port = table.local_port.as_ref().map(|entry| place(&entry.at));
         let named = NamedPolicy {
             name: take(&mut table.name),
             cgroups: take(&mut table.cgroup),
+            selector: Selector {
+                attributes: Attribute::ALL
+                    .into_iter()
+                    .zip(table.attributes.iter_mut().map(take))
+                    .filter(|(_, patterns)| !patterns.is_empty())
+                    .collect(),
+                labels: take(&mut table.label),
+            },
             rules: Rules {
                 remotes: take(&mut table.remote),
                 ports: take(&mut table.port),

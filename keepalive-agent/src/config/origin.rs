@@ -1,10 +1,13 @@
 //! Origins: which file and line a value of the merged config came from.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
 
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
-use crate::names::{path_to_json, printable_path};
+use crate::{
+    identity::Attribute,
+    names::{path_to_json, printable_path},
+};
 
 /// A line of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +41,10 @@ pub struct Origins {
     pub table: Origin,
     /// `cgroup`, where it is written.
     pub cgroup: Option<Place>,
+    /// `unit`, `container` and the like, where they are written.
+    pub attributes: BTreeMap<Attribute, Place>,
+    /// `label`, where it is written.
+    pub label: Option<Place>,
     /// `remote`, where it is written.
     pub remote: Option<Place>,
     /// `port`, where it is written.
@@ -81,6 +88,8 @@ impl Origins {
     pub const BUILT_IN: Self = Self {
         table: Origin::BuiltIn,
         cgroup: None,
+        attributes: BTreeMap::new(),
+        label: None,
         remote: None,
         port: None,
         local_port: None,

@@ -104,7 +104,7 @@ interval = { at-most = "10s", at-least = "40000s", at-laest = "5s" }
              1ms to 2147483647ms (24days 20h 31m 23s 647ms)",
             "11: default.probes = 128: out of range: 1 to 127",
             "12: default.keepalive = \"maybe\": must be \"on\", \"always\", \"off\", \"never\" or \"leave\"",
-            "14: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
+            "14: policy: has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
              or use [default] for everything",
             "15: policy.name = \"web\": line 6 has a policy of this name already",
             "16: policy.interval.at-least = \"40000s\": out of range: 1s to 32767s (9h 6m 7s)",
@@ -158,7 +158,7 @@ fn unknown_keys_are_errors_at_each_level() {
     assert_eq!(
         errors("[[policy]]\nname = 'a'\ncgroup = '/a'\nremotes = '::/0'\n"),
         [format!(
-            "4: policy.remotes: unknown key; known here: name, cgroup, remote, port, local-port, {policy_keys}"
+            "4: policy.remotes: unknown key; known here: name, cgroup, unit, container, image, label, namespace, pod, remote, port, local-port, {policy_keys}"
         )]
     );
     assert_eq!(

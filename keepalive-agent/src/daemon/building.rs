@@ -73,8 +73,8 @@ impl Job {
             config: &self.config,
             origin: &self.origin,
             assignment: &assignment,
-            before: before.as_ref(),
             bounded: bounded(&claimants, &self.hierarchy),
+            before: self.before.as_ref().zip(before.as_ref()),
             previous: self.previous.as_deref(),
         })?;
         Ok(Built {

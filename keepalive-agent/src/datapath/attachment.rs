@@ -150,13 +150,11 @@ impl InForce {
     /// Whether it is the set of this cgroup, which need not exist any more.
     #[must_use]
     pub fn is_of(&self, path: &CgroupPath, hierarchy: &Hierarchy) -> bool {
-        match &self.record {
-            Ok(record) => record.description.root.path == *path,
-            Err(_) => {
-                let found = hierarchy.lookup(path).ok().flatten();
-                found.is_some_and(|found| found.id == self.cgroup)
-            }
+        if let Ok(record) = &self.record {
+            return record.description.root.path == *path;
         }
+        let found = hierarchy.lookup(path).ok().flatten();
+        found.is_some_and(|found| found.id == self.cgroup)
     }
 
     /// The agent that says that it is its own; none where it has left.

@@ -23,7 +23,7 @@ use crate::{config::Config, hierarchy::Cgroup};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 2;
+pub(super) const SCHEMA: u32 = 3;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";
@@ -58,6 +58,10 @@ pub struct Description {
     pub config: Config,
     /// The files that say so.
     pub origin: Origin,
+    /// What connections may still have values of, until every one has been brought
+    /// along. Not always what the set before enforced: that may have been cut off
+    /// before it came so far.
+    pub before: Option<Config>,
     /// When it was built, in seconds since 1970.
     pub built_at: u64,
     /// Since when sets of this row have been in force without a gap, in seconds
@@ -91,8 +95,6 @@ pub(super) struct MapIds {
 /// What is left of the set before.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Previous {
-    /// Id of its description.
-    pub(super) description: u32,
     pub(super) maps: MapIds,
     pub(super) slots: Vec<(u32, Counted)>,
 }

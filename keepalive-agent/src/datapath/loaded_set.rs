@@ -64,7 +64,7 @@ pub struct Blueprint<'a> {
     /// The same, for the cgroups that exist.
     pub assignment: &'a Assignment,
     /// What connections may still have values of.
-    pub before: Option<&'a Assignment>,
+    pub before: Option<(&'a Config, &'a Assignment)>,
     /// Where connections are to be held to bounds when their applications set
     /// options: cgroups and their directories. None where no policy has bounds.
     pub bounded: Option<Vec<(u64, File)>>,
@@ -178,7 +178,10 @@ impl LoadedSet {
     ///
     /// 5.15.
     pub fn build(mut blueprint: Blueprint<'_>) -> Result<Self, Error> {
-        let records = PolicySet::new(blueprint.before, blueprint.assignment)?;
+        let records = PolicySet::new(
+            blueprint.before.map(|(_, before)| before),
+            blueprint.assignment,
+        )?;
         let capacity = Capacity::of(&records.sizes())?;
         let sizes = [
             (map::CGROUPS, capacity.cgroups),
@@ -239,7 +242,7 @@ impl LoadedSet {
             verified_instructions,
         };
         set.fill()?;
-        set.keep_alive(blueprint.previous)?;
+        set.keep_alive()?;
         Ok(set)
     }
 
@@ -294,19 +297,13 @@ impl LoadedSet {
     }
 
     /// Lets the program keep alive what the agent and others need beside it.
-    fn keep_alive(&self, previous: Option<&SetRecord>) -> Result<(), Error> {
+    fn keep_alive(&self) -> Result<(), Error> {
         const BINDING: &str = "binding maps to the program";
         let program = self.program.as_fd();
         for map in self.record.handles() {
             syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
         }
-        let documents = [
-            Some(&self.record.document),
-            previous.map(|set| &set.document),
-        ];
-        for document in documents.into_iter().flatten() {
-            syscalls::bind_map(program, &document.fd).map_err(Error::call(BINDING))?;
-        }
+        syscalls::bind_map(program, &self.record.document.fd).map_err(Error::call(BINDING))?;
         self.record
             .bind_state(program)
             .map_err(Error::call(BINDING))
@@ -511,7 +508,6 @@ fn record(
         state: state.handle.id,
     };
     let previous = blueprint.previous.map(|set| Previous {
-        description: set.document.id,
         maps: MapIds {
             state: set.state_id(),
             ..set.description.maps
@@ -529,9 +525,11 @@ fn record(
         root: blueprint.root.clone(),
         config: blueprint.config.clone(),
         origin: blueprint.origin.clone(),
+        before: blueprint.before.map(|(config, _)| config.clone()),
         built_at,
         enforced_since: blueprint
             .previous
+            .filter(|set| set.description.root == *blueprint.root)
             .map_or(built_at, |set| set.description.enforced_since),
         slots: own.slots.clone(),
         maps,

@@ -224,21 +224,6 @@ impl SetRecord {
         }))
     }
 
-    /// What the set before this one was, while connections may still have its
-    /// values.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be read.
-    pub fn before(&self) -> Result<Option<Description>, Error> {
-        let Some(previous) = &self.description.previous else {
-            return Ok(None);
-        };
-        Document::open(by_id(previous.description)?)?
-            .read()
-            .map(Some)
-    }
-
     /// What was done to existing connections that no policy of the set claims:
     /// they got back what their applications had set.
     ///
@@ -377,13 +362,10 @@ impl SetRecord {
     }
 }
 
-/// The description that a program keeps alive. It keeps that of the set before
-/// alive too, which is the older map.
+/// The description that a program keeps alive.
 fn document_of(program: BorrowedFd<'_>) -> Result<Option<Document>, Error> {
     let info = syscalls::program_info(program).map_err(Error::call("looking at a program"))?;
-    let mut ids = info.maps;
-    ids.sort_unstable();
-    for id in ids.into_iter().rev() {
+    for id in info.maps {
         let map = by_id(id)?;
         let info = map.info().map_err(Error::map("looking at a map"))?;
         if info.name_as_str() == Some(DESCRIPTION) {

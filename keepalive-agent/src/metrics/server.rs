@@ -193,30 +193,29 @@ fn answer(request: &Request<Incoming>, exposed: &Exposed) -> Response<Full<Bytes
     /// What Prometheus asks for (OpenMetrics 1.0.0, "Overall structure").
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     const TEXT: &str = "text/plain; charset=utf-8";
-    let (status, kind, body) = if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        (
+    let (status, kind, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET | &Method::HEAD, "/metrics") => match scrape(exposed) {
+            Ok(text) => (StatusCode::OK, OPENMETRICS, text),
+            Err(error) => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                TEXT,
+                format!("{error:#}\n"),
+            ),
+        },
+        (&Method::GET | &Method::HEAD, "/healthz") => health(is_in_force(exposed)),
+        (&Method::GET | &Method::HEAD, "/readyz") => {
+            health(is_in_force(exposed).and_then(|()| is_settled(exposed)))
+        }
+        (&Method::GET | &Method::HEAD, _) => (
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "here are /metrics, /healthz and /readyz\n".to_owned(),
+        ),
+        _ => (
             StatusCode::METHOD_NOT_ALLOWED,
             TEXT,
             "only GET\n".to_owned(),
-        )
-    } else {
-        match request.uri().path() {
-            "/metrics" => match scrape(exposed) {
-                Ok(text) => (StatusCode::OK, OPENMETRICS, text),
-                Err(error) => (
-                    StatusCode::INTERNAL_SERVER_ERROR,
-                    TEXT,
-                    format!("{error:#}\n"),
-                ),
-            },
-            "/healthz" => health(is_in_force(exposed)),
-            "/readyz" => health(is_in_force(exposed).and_then(|()| is_settled(exposed))),
-            _ => (
-                StatusCode::NOT_FOUND,
-                TEXT,
-                "here are /metrics, /healthz and /readyz\n".to_owned(),
-            ),
-        }
+        ),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;

@@ -18,6 +18,7 @@ use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
+    identity::{Identities, Identity},
     rules::{Ends, most_exact},
 };
 
@@ -31,6 +32,7 @@ pub struct Cgroups {
     hierarchy: Option<Hierarchy>,
     agents: Vec<Claimants>,
     by_id: HashMap<u64, Known>,
+    identities: Identities,
     walked: Option<Instant>,
 }
 
@@ -39,6 +41,8 @@ pub struct Cgroups {
 pub struct Known {
     /// Its path from the root of the hierarchy.
     pub path: CgroupPath,
+    /// What it is; found out for those that have connections.
+    identity: Option<Identity>,
     /// By agent, in the order in which they have the last word.
     claims: Vec<Option<Found>>,
 }
@@ -49,8 +53,15 @@ impl Known {
     pub(crate) fn unclaimed(path: &str) -> Self {
         Self {
             path: path.into(),
+            identity: Some(Identity::of_path(path.as_bytes())),
             claims: Vec::new(),
         }
+    }
+
+    /// What the cgroup is, of one that [`Cgroups::get`] gave out.
+    #[must_use]
+    pub const fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 }
 
@@ -105,6 +116,7 @@ impl Cgroups {
             hierarchy,
             agents: agents.collect::<Result<_, _>>()?,
             by_id: HashMap::new(),
+            identities: Identities::default(),
             walked: None,
         })
     }
@@ -132,6 +144,14 @@ impl Cgroups {
         let (id, ends) = (record.cgroup, Ends::of(record));
         if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
             self.walk()?;
+        }
+        let Self {
+            by_id, identities, ..
+        } = self;
+        if let Some(known) = by_id.get_mut(&id)
+            && known.identity.is_none()
+        {
+            known.identity = Some(identities.of(known.path.as_bytes()));
         }
         let Some(known) = self.by_id.get(&id) else {
             return Ok((None, self.of_root(record)));
@@ -187,7 +207,14 @@ fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
         if !agents.is_empty() {
             by_path.insert(path.clone(), claims.clone());
         }
-        by_id.insert(id, Known { path, claims });
+        by_id.insert(
+            id,
+            Known {
+                path,
+                identity: None,
+                claims,
+            },
+        );
     }
     by_id
 }
@@ -214,6 +241,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{CgroupPattern, Config, NamedPolicy},
+        identity::Selector,
         rules::Rules,
         sockets::trial::record,
     };
@@ -253,6 +281,7 @@ mod tests {
         let policies = claims.iter().map(|(name, path)| NamedPolicy {
             name: (*name).to_owned(),
             cgroups: vec![CgroupPattern::new(path).unwrap()],
+            selector: Selector::default(),
             rules: Rules::default(),
             policy: Policy::BUILT_IN,
         });

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 pub enum Column {
     /// Network namespace
     Netns,
-    /// Container, unit, or cgroup
+    /// Pod, container, unit, or cgroup
     Where,
     /// Process that holds it
     Process,
@@ -31,10 +31,12 @@ pub enum Column {
     Noticed,
     /// Policy that claims it
     Policy,
+    /// Path of its cgroup
+    Cgroup,
 }
 
 /// How many there are.
-pub const COUNT: usize = 13;
+pub const COUNT: usize = 14;
 
 impl Column {
     /// All of them, in the order in which they are shown.
@@ -52,6 +54,7 @@ impl Column {
         Self::NextProbe,
         Self::Noticed,
         Self::Policy,
+        Self::Cgroup,
     ];
 
     /// What is left out last comes first.
@@ -69,6 +72,7 @@ impl Column {
         Self::NextProbe,
         Self::Netns,
         Self::Local,
+        Self::Cgroup,
     ];
 
     /// What stands above it.
@@ -88,6 +92,7 @@ impl Column {
             Self::NextProbe => "NEXT PROBE",
             Self::Noticed => "NOTICED",
             Self::Policy => "POLICY",
+            Self::Cgroup => "CGROUP",
         }
     }
 

@@ -4,14 +4,16 @@ use std::{cmp::Reverse, collections::HashSet, net::SocketAddr};
 
 use keepalive_common::socket::SocketRecord;
 
-use super::{Connection, forecast::Noticed};
-use crate::{hierarchy::Cgroup, network::Network, paths::IdleTimeout};
+use super::{Connection, cgroups::Known, forecast::Noticed};
+use crate::{hierarchy::Cgroup, identity::Wanted, network::Network, paths::IdleTimeout};
 
 /// What a connection must meet to be wanted; everything that is given.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// In this cgroup or below it.
     pub cgroup: Option<Cgroup>,
+    /// Of one of these units, containers or pods.
+    pub whose: Wanted,
     /// One of these inode numbers.
     pub inodes: Option<HashSet<u64>>,
     /// The other end is in this network.
@@ -64,7 +66,10 @@ impl Filter {
             (Some(wanted), Some(own)) => wanted.contains(&own.path),
             (Some(_), None) => false,
         };
-        within && self.at_risk.is_none_or(|risk| risk.threatens(connection))
+        let identity = connection.cgroup.and_then(Known::identity);
+        within
+            && (self.whose.is_any() || identity.is_some_and(|own| self.whose.includes(own)))
+            && self.at_risk.is_none_or(|risk| risk.threatens(connection))
     }
 }
 

@@ -13,15 +13,16 @@ use serde::Serialize;
 
 use super::{
     Connection,
+    cgroups::Known,
     columns::{self, Column},
     forecast::Noticed,
-    place::Place,
     source::{Setting, SettingsRecord, Source},
     summary::Summary,
 };
 use crate::{
     duration,
     hierarchy::CgroupPath,
+    identity::{Identity, Runtime},
     names::{printable, to_json, write_json},
     paths::IdleTimeout,
 };
@@ -103,6 +104,7 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
             .policy
             .map_or(NONE, |policy| policy.name.as_str())
             .to_owned(),
+        path(connection),
     ]
 }
 
@@ -135,6 +137,10 @@ const fn letter(source: Source) -> char {
 }
 
 /// What the letters, words and signs in some cells mean.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is something that was shown or not"
+)]
 #[derive(Clone, Debug, Default)]
 pub struct Legend {
     letters: BTreeSet<char>,
@@ -220,7 +226,13 @@ impl Legend {
     }
 }
 
-/// The container or unit where the path shows one, else the cgroup.
+/// The path of its cgroup.
+fn path(connection: &Connection<'_>) -> String {
+    let cgroup = connection.cgroup.map(|cgroup| cgroup.path.to_string());
+    cgroup.unwrap_or_else(|| NONE.to_owned())
+}
+
+/// The container, pod or unit where there is one, else the path of the cgroup.
 fn location(connection: &Connection<'_>) -> String {
     let Some(cgroup) = connection.cgroup else {
         return match connection.record.cgroup {
@@ -228,13 +240,8 @@ fn location(connection: &Connection<'_>) -> String {
             id => format!("{GONE} {id}"),
         };
     };
-    let place = Place::of(&cgroup.path);
-    match (place.short_container(), place.unit) {
-        (Some(container), Some(unit)) => format!("{container}/{}", printable(unit)),
-        (Some(container), None) => container.to_owned(),
-        (None, Some(unit)) => printable(unit).to_string(),
-        (None, None) => cgroup.path.to_string(),
-    }
+    let known = cgroup.identity().filter(|identity| identity.is_known());
+    known.map_or_else(|| cgroup.path.to_string(), Identity::to_string)
 }
 
 /// `nginx/1234`, and how many more hold it.
@@ -280,8 +287,8 @@ struct Line<'a> {
     netns_id: u64,
     cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
-    container: Option<&'a str>,
-    unit: Option<Cow<'a, str>>,
+    #[serde(flatten)]
+    identity: IdentityRecord<'a>,
     pid: Option<u32>,
     comm: Option<Cow<'a, str>>,
     holders: u32,
@@ -301,6 +308,37 @@ struct Line<'a> {
     noticed_ms: Option<u64>,
     noticed_by: &'static str,
     would: Option<Would>,
+}
+
+/// What a cgroup is, for machines; null what is not known, or not so.
+#[derive(Serialize)]
+pub struct IdentityRecord<'a> {
+    unit: Option<&'a str>,
+    container: Option<&'a str>,
+    container_name: Option<&'a str>,
+    runtime: Option<Runtime>,
+    image: Option<&'a str>,
+    namespace: Option<&'a str>,
+    pod: Option<&'a str>,
+    pod_uid: Option<&'a str>,
+}
+
+impl<'a> IdentityRecord<'a> {
+    /// Of an identity, if anything is known.
+    #[must_use]
+    pub fn new(identity: Option<&'a Identity>) -> Self {
+        let names = identity.map(|identity| &*identity.names);
+        Self {
+            unit: identity.and_then(|identity| identity.unit.as_deref()),
+            container: identity.and_then(|identity| identity.container.as_deref()),
+            container_name: names.and_then(|names| names.name.as_deref()),
+            runtime: identity.and_then(|identity| identity.runtime),
+            image: names.and_then(|names| names.image.as_deref()),
+            namespace: names.and_then(|names| names.namespace.as_deref()),
+            pod: names.and_then(|names| names.pod.as_deref()),
+            pod_uid: identity.and_then(|identity| identity.pod_uid.as_deref()),
+        }
+    }
 }
 
 /// What a policy in dry run would make of a connection; a timer is null that
@@ -346,7 +384,6 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         would,
         forecast,
     } = connection;
-    let place = cgroup.map_or_else(Place::default, |cgroup| Place::of(&cgroup.path));
     let (local, remote) = (record.local(), record.remote());
     let (noticed_ms, noticed_by) = match forecast.noticed {
         Noticed::After(milliseconds) => (Some(milliseconds), "keepalive"),
@@ -358,8 +395,7 @@ pub fn json_line(connection: &Connection<'_>, out: &mut impl Write) -> io::Resul
         netns_id: netns.id,
         cgroup: cgroup.map(|cgroup| &cgroup.path),
         cgroup_id: record.cgroup,
-        container: place.container,
-        unit: place.unit.map(to_json),
+        identity: IdentityRecord::new(cgroup.and_then(Known::identity)),
         pid: holder.map(|holder| holder.pid),
         comm: holder.map(|holder| to_json(holder.comm)),
         holders: holder.map_or(0, |holder| holder.count),
@@ -413,8 +449,8 @@ pub fn summary_row(name: &str, summary: &Summary) -> [String; 7] {
 struct SummaryLine<'a> {
     cgroup: Option<&'a CgroupPath>,
     cgroup_id: u64,
-    container: Option<&'a str>,
-    unit: Option<Cow<'a, str>>,
+    #[serde(flatten)]
+    identity: IdentityRecord<'a>,
     #[serde(flatten)]
     summary: &'a Summary,
     at_risk_timeout_ms: u64,
@@ -427,17 +463,15 @@ struct SummaryLine<'a> {
 /// When it cannot be written.
 pub fn summary_json_line(
     cgroup_id: u64,
-    path: Option<&CgroupPath>,
+    cgroup: Option<&Known>,
     summary: &Summary,
     timeout: IdleTimeout,
     out: &mut impl Write,
 ) -> io::Result<()> {
-    let place = path.map_or_else(Place::default, Place::of);
     let line = SummaryLine {
-        cgroup: path,
+        cgroup: cgroup.map(|cgroup| &cgroup.path),
         cgroup_id,
-        container: place.container,
-        unit: place.unit.map(to_json),
+        identity: IdentityRecord::new(cgroup.and_then(Known::identity)),
         summary,
         at_risk_timeout_ms: u64::try_from(timeout.duration().as_millis()).unwrap_or(u64::MAX),
     };
@@ -506,6 +540,7 @@ mod tests {
             "45s",
             "1m45s",
             "web",
+            "/system.slice/nginx.service",
         ];
         assert_eq!(row(&connection), expected);
         assert_eq!(
@@ -515,8 +550,14 @@ mod tests {
                 "netns_id": netns.id,
                 "cgroup": "/system.slice/nginx.service",
                 "cgroup_id": 42,
-                "container": null,
                 "unit": "nginx.service",
+                "container": null,
+                "container_name": null,
+                "runtime": null,
+                "image": null,
+                "namespace": null,
+                "pod": null,
+                "pod_uid": null,
                 "pid": 7,
                 "comm": "ng\tinx\u{1b}[2J",
                 "holders": 3,
@@ -573,6 +614,7 @@ mod tests {
                 "1s500ms a",
                 "-",
                 "never",
+                "-",
                 "-"
             ]
         );
@@ -584,7 +626,7 @@ mod tests {
         assert_eq!(line["pid"], Value::Null);
         found.packets_out = 1;
         let connection = Connection::new(&netns, &found, None, None);
-        assert_eq!(row(&connection)[11], "in flight");
+        assert_eq!(row(&connection)[11], "data 1s");
         assert_eq!(json(&connection)["noticed_by"], "retransmission");
     }
 
@@ -625,7 +667,7 @@ mod tests {
         let cgroup = Known::unclaimed(&format!("/system.slice/docker-{id}.scope/a.service"));
         let found = protected(60);
         let connection = Connection::new(&netns, &found, Some(&cgroup), None);
-        assert_eq!(row(&connection)[1], "0123456789ab/a.service");
+        assert_eq!(row(&connection)[1], "docker:0123456789ab");
         assert_eq!(json(&connection)["container"], id);
     }
 
@@ -645,14 +687,21 @@ mod tests {
         );
         let mut line = Vec::new();
         let timeout = crate::paths::GCP.into();
-        summary_json_line(9, Some(&"/x.service".into()), &summary, timeout, &mut line).unwrap();
+        let known = Known::unclaimed("/x.service");
+        summary_json_line(9, Some(&known), &summary, timeout, &mut line).unwrap();
         assert_eq!(
             serde_json::from_slice::<Value>(&line).unwrap(),
             json!({
                 "cgroup": "/x.service",
                 "cgroup_id": 9,
-                "container": null,
                 "unit": "x.service",
+                "container": null,
+                "container_name": null,
+                "runtime": null,
+                "image": null,
+                "namespace": null,
+                "pod": null,
+                "pod_uid": null,
                 "connections": 3,
                 "protected": 2,
                 "unprotected": 1,

@@ -16,6 +16,7 @@ struct Need {
 const NEEDS: &[Need] = &[
     need("bpftool", &["bpftool"]),
     need("curl", &["curl"]),
+    need("dockerd", &["docker.io"]),
     need("gcc", &["gcc"]),
     need("go", &["golang-go"]),
     need("ip", &["iproute2"]),

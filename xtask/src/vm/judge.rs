@@ -8,6 +8,7 @@ use super::transcript::{Finding, Transcript};
 /// Programs and files that guests do not get: tests that need them run on the
 /// host's kernel only.
 const HOST_ONLY: &[&str] = &[
+    "dockerd is not installed",
     "nft is not installed",
     "nginx is not installed",
     "no cgroup v1 is mounted",

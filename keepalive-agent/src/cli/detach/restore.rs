@@ -110,11 +110,11 @@ pub(super) fn restore(
     let pins = pins.filter(|pins| found.is_pinned_in(pins));
     let cgroup = found.cgroup;
     let mut record = record;
-    if let Some(before) = record.before()?
+    if let Some(before) = record.description.before.clone()
         && !record.state()?.settled
     {
         // Connections may have values of the set before: its sweep comes first.
-        let job = job(&record, record.description.config.clone(), before.config)?;
+        let job = job(&record, record.description.config.clone(), before)?;
         let built = job.build()?;
         sweep::first_pass(built.set.sweeper(), false)?;
         record = built.set.record().clone();

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 use super::{Diagnostics, Origins};
 use crate::{
     config::{Place, RUNTIME_DIRECTORY, Refusal, read_trusted},
+    identity::Attribute,
     names::printable_path,
 };
 
@@ -32,9 +33,11 @@ const LONGEST: usize = 240;
 
 /// The keys of a `[[policy]]`, in the order in which they are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Key {
+pub(in crate::cli) enum Key {
     Name,
     Cgroup,
+    Of(Attribute),
+    Label,
     Remote,
     Port,
     LocalPort,
@@ -52,9 +55,15 @@ pub(super) enum Key {
 pub(super) type Keys = BTreeMap<Key, toml::Value>;
 
 impl Key {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 20] = [
         Self::Name,
         Self::Cgroup,
+        Self::Of(Attribute::Unit),
+        Self::Of(Attribute::Container),
+        Self::Of(Attribute::Image),
+        Self::Of(Attribute::Namespace),
+        Self::Of(Attribute::Pod),
+        Self::Label,
         Self::Remote,
         Self::Port,
         Self::LocalPort,
@@ -73,10 +82,12 @@ impl Key {
     pub(super) const TIMERS: [Self; 4] =
         [Self::Idle, Self::Interval, Self::Probes, Self::UserTimeout];
 
-    pub(super) const fn name(self) -> &'static str {
+    pub(in crate::cli) const fn name(self) -> &'static str {
         match self {
             Self::Name => "name",
             Self::Cgroup => "cgroup",
+            Self::Of(attribute) => attribute.key(),
+            Self::Label => "label",
             Self::Remote => "remote",
             Self::Port => "port",
             Self::LocalPort => "local-port",
@@ -99,6 +110,8 @@ impl Key {
         match self {
             Self::Name => None,
             Self::Cgroup => origins.cgroup.as_ref(),
+            Self::Of(attribute) => origins.attributes.get(&attribute),
+            Self::Label => origins.label.as_ref(),
             Self::Remote => origins.remote.as_ref(),
             Self::Port => origins.port.as_ref(),
             Self::LocalPort => origins.local_port.as_ref(),
@@ -116,7 +129,7 @@ impl Key {
 }
 
 /// A timer as it stands on the command line: a value, or a table as in the file.
-pub(super) fn timer(key: Key, text: &str) -> Result<toml::Value> {
+pub(in crate::cli) fn timer(key: Key, text: &str) -> Result<toml::Value> {
     if !text.starts_with('{') {
         return Ok(match key {
             Key::Probes => number_or_text(text),

@@ -9,6 +9,7 @@ use super::{Key, Origin, Show, output};
 use crate::{
     assignment::DEFAULT,
     config::{NamedPolicy, Origins},
+    identity::Selector,
 };
 
 /// A policy for machines.
@@ -83,22 +84,32 @@ fn claims(named: &NamedPolicy, origins: &Origins) -> Vec<Row> {
         let items: Vec<_> = items.iter().map(ToString::to_string).collect();
         items.join(", ")
     }
-    [
-        (Key::Cgroup, list(&named.cgroups)),
-        (Key::Remote, list(&named.rules.remotes)),
-        (Key::Port, list(&named.rules.ports)),
-        (Key::LocalPort, list(&named.rules.local_ports)),
-    ]
-    .into_iter()
-    .filter_map(|(key, value)| {
-        Some(Row {
-            key: key.name(),
-            value,
-            from: Origin::Written(key.origin(origins)?.clone()),
-            default_from: None,
+    let Selector { attributes, labels } = &named.selector;
+    let labels: Vec<_> = labels
+        .iter()
+        .map(|(key, pattern)| format!("{key} = {pattern}"))
+        .collect();
+    let attributes = attributes
+        .iter()
+        .map(|(attribute, patterns)| (Key::Of(*attribute), list(patterns)));
+    [(Key::Cgroup, list(&named.cgroups))]
+        .into_iter()
+        .chain(attributes)
+        .chain([
+            (Key::Label, list(&labels)),
+            (Key::Remote, list(&named.rules.remotes)),
+            (Key::Port, list(&named.rules.ports)),
+            (Key::LocalPort, list(&named.rules.local_ports)),
+        ])
+        .filter_map(|(key, value)| {
+            Some(Row {
+                key: key.name(),
+                value,
+                from: Origin::Written(key.origin(origins)?.clone()),
+                default_from: None,
+            })
         })
-    })
-    .collect()
+        .collect()
 }
 
 /// What it wants.

@@ -51,6 +51,65 @@ fn remote_ends_are_networks_and_ports() {
 }
 
 #[test]
+fn units_and_containers_are_selected_by_name() {
+    let selected = |lines: &str| policy(lines).selector.to_string();
+    for (lines, selector) in [
+        ("unit = 'redis.service'", "unit = redis.service"),
+        ("unit = ['a@.service', 'b-*']", "unit = a@.service or b-*"),
+        (
+            "namespace = 'shop'\npod = 'web-*'\ncontainer = 'app'",
+            "container = app, namespace = shop, pod = web-*",
+        ),
+        ("image = '*/redis:*'", "image = */redis:*"),
+        (
+            "label = { app = 'web', 'com.example/tier' = 'd?' }",
+            "label app = web, label com.example/tier = d?",
+        ),
+    ] {
+        assert_eq!(selected(lines), selector);
+    }
+    assert!(policy("cgroup = '/a'").selector.is_empty());
+    let whole = policy("unit = 'a*'\nlabel = { b = 'c*' }");
+    let json = serde_json::to_string(&whole).unwrap();
+    assert_eq!(serde_json::from_str::<NamedPolicy>(&json).unwrap(), whole);
+}
+
+#[test]
+fn a_selector_that_cannot_be_is_an_error() {
+    let name = "must be a name, a glob or a list of them";
+    let label = "must be a table of labels such as { app = \"web-*\" }";
+    for (key, value, message) in [
+        ("unit", "5", name),
+        ("unit", "[]", name),
+        ("unit", "\"\"", "must not be empty"),
+        (
+            "container",
+            "\"[a\"",
+            "not a glob: unclosed character class; missing ']'",
+        ),
+        ("label", "\"a\"", label),
+        ("label", "{}", label),
+    ] {
+        let text = format!("[[policy]]\nname = 'a'\n{key} = {value}\n");
+        assert_eq!(
+            errors(&text),
+            [format!("3: policy.{key} = {value}: {message}")]
+        );
+    }
+    assert_eq!(
+        errors("[[policy]]\nname = 'a'\nlabel = { a = 1 }\n"),
+        [format!("3: policy.label = 1: {name}")]
+    );
+    assert_eq!(
+        errors("[[policy]]\nname = 'a'\ncgroup = '/a'\nunit = 'b'\n"),
+        [
+            "3: policy.cgroup: stands beside unit: a policy is for cgroups by their paths or by \
+             what they are; remove one of the two, or make it two policies"
+        ]
+    );
+}
+
+#[test]
 fn a_remote_end_that_cannot_be_is_an_error() {
     let network = "must be a network such as \"10.0.0.0/8\", or a list of networks";
     let port = "must be a number, a range such as \"8000-8999\", or a list of both";
@@ -118,7 +177,7 @@ fn what_is_said_twice_or_denied_is_an_error() {
 
 #[test]
 fn a_policy_is_for_something() {
-    let message = "1: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
+    let message = "1: policy: has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
                    or use [default] for everything";
     assert_eq!(errors("[[policy]]\nname = 'a'\n"), [message]);
     // What is wrong is there all the same.

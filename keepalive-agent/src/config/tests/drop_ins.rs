@@ -218,7 +218,7 @@ fn a_policy_may_be_completed_by_another_file() {
     assert_eq!(
         files.errors(),
         [
-            "etc/a.toml:1: policy: has no cgroup, remote, port or local-port: add cgroup = \"/…\", \
+            "etc/a.toml:1: policy: has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
           or use [default] for everything"
         ]
     );

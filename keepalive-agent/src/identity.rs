@@ -1,0 +1,168 @@
+//! Identity: what a cgroup is to people. The unit, container or pod that its path
+//! names, and the names that container runtimes left on disk for it.
+//!
+//! Nobody is asked: no API, no socket. A runtime writes what it knows of a
+//! container before it makes the container's cgroup, so the first connection can
+//! already be told whose it is.
+
+mod container_names;
+mod location;
+mod root_file;
+mod selector;
+mod wanted;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::names::printable;
+pub use container_names::{ContainerNames, Runtime};
+pub use location::{ContainerId, Location};
+pub use selector::{Attribute, NamePattern, Selector};
+pub use wanted::Wanted;
+
+/// Digits of a container's id that are shown, as `docker ps` does.
+const SHORT_ID: usize = 12;
+
+/// What a cgroup is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The unit of the system's service manager, such as `redis.service`; for a
+    /// cgroup inside of a unit or container still the outer one.
+    pub unit: Option<String>,
+    /// The container's id.
+    pub container: Option<String>,
+    /// What runs the container, where that is known.
+    pub runtime: Option<Runtime>,
+    /// The pod's uid in Kubernetes.
+    pub pod_uid: Option<String>,
+    /// What else the container is called.
+    pub names: Arc<ContainerNames>,
+}
+
+impl Identity {
+    /// As far as the path says.
+    #[must_use]
+    pub fn of_path(path: &[u8]) -> Self {
+        let location = Location::of(path);
+        Self::new(&location, location.containers.first(), Arc::default())
+    }
+
+    fn new(
+        location: &Location<'_>,
+        container: Option<&ContainerId<'_>>,
+        names: Arc<ContainerNames>,
+    ) -> Self {
+        Self {
+            unit: location.unit.map(str::to_owned),
+            container: container.map(|container| container.id.to_owned()),
+            runtime: names
+                .runtime
+                .or(container.and_then(|container| container.runtime)),
+            pod_uid: names.pod_uid.clone().or_else(|| {
+                container
+                    .map_or(&location.pod, |container| &container.pod)
+                    .clone()
+            }),
+            names,
+        }
+    }
+
+    /// The first digits of the container's id.
+    #[must_use]
+    pub fn short_container(&self) -> Option<&str> {
+        let id = self.container.as_deref()?;
+        Some(id.get(..SHORT_ID).unwrap_or(id))
+    }
+
+    /// Whether there is anything to show in place of the path.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.unit.is_some() || self.container.is_some() || self.pod_uid.is_some()
+    }
+}
+
+/// In short: `shop/web-0/app`, `docker:web`, `docker:3f2a9c1b7d42`,
+/// `redis.service`. ContainerNames are as whoever chose them wrote them: not harmless on a
+/// terminal.
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = &*self.names;
+        let [name, namespace, pod, unit] = [&names.name, &names.namespace, &names.pod, &self.unit]
+            .map(|name| {
+                let name = name.as_deref()?;
+                Some(printable(name))
+            });
+        if let (Some(namespace), Some(pod)) = (namespace, pod) {
+            write!(f, "{namespace}/{pod}")?;
+            return name.iter().try_for_each(|name| write!(f, "/{name}"));
+        }
+        if let Some(name) = name.or(self.short_container().map(printable)) {
+            let runtime = self.runtime.map_or("container", Runtime::name);
+            return write!(f, "{runtime}:{name}");
+        }
+        match (&self.pod_uid, unit) {
+            (Some(uid), _) => write!(f, "pod:{}", printable(uid)),
+            (None, Some(unit)) => write!(f, "{unit}"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// The identities of this machine's cgroups. What a container is called is read
+/// once, and kept until its cgroup is forgotten.
+#[derive(Debug, Default)]
+pub struct Identities {
+    files: container_names::Files,
+    known: Mutex<HashMap<String, Arc<ContainerNames>>>,
+}
+
+impl Identities {
+    /// What the cgroup with this path is. Reads files of container runtimes where
+    /// the path is a container's that is not known yet: local ones, of bounded
+    /// size.
+    ///
+    /// Of containers inside of containers the outermost counts that this machine's
+    /// runtimes know: in a node that is itself a container (kind) that is the
+    /// inner one, seen from the machine around it the node.
+    #[must_use]
+    pub fn of(&self, path: &[u8]) -> Identity {
+        let location = Location::of(path);
+        for container in &location.containers {
+            if let Some(names) = self.names(container) {
+                return Identity::new(&location, Some(container), names);
+            }
+        }
+        Identity::new(&location, location.containers.first(), Arc::default())
+    }
+
+    /// Forgets what was read for the cgroup with this path, which is gone.
+    pub fn forget(&self, path: &[u8]) {
+        if let Some(id) = Location::of(path).container_of_its_own {
+            self.known().remove(id);
+        }
+    }
+
+    fn names(&self, container: &ContainerId<'_>) -> Option<Arc<ContainerNames>> {
+        // Whoever runs it could have written anything.
+        if container.is_rootless {
+            return None;
+        }
+        if let Some(names) = self.known().get(container.id) {
+            return Some(names.clone());
+        }
+        // What is not there may still come.
+        let names = Arc::new(self.files.read(container.id)?);
+        self.known().insert(container.id.to_owned(), names.clone());
+        Some(names)
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<ContainerNames>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

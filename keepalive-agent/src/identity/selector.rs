@@ -1,0 +1,213 @@
+//! Selector: which units, containers and pods a policy is for.
+
+use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
+
+use globset::{GlobBuilder, GlobMatcher};
+use serde::{Deserialize, Serialize};
+
+use super::Identity;
+
+/// What a selector can name; the keys of a `[[policy]]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attribute {
+    /// A unit of systemd.
+    Unit,
+    /// A container by its name, in Kubernetes by that in its pod.
+    Container,
+    /// The image that a container was made from, as its runtime keeps it.
+    Image,
+    /// The Kubernetes namespace of a pod.
+    Namespace,
+    /// A pod by its name.
+    Pod,
+}
+
+impl Attribute {
+    /// Every one.
+    pub const ALL: [Self; 5] = [
+        Self::Unit,
+        Self::Container,
+        Self::Image,
+        Self::Namespace,
+        Self::Pod,
+    ];
+
+    /// Its key in a config.
+    #[must_use]
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Container => "container",
+            Self::Image => "image",
+            Self::Namespace => "namespace",
+            Self::Pod => "pod",
+        }
+    }
+
+    fn of(self, identity: &Identity) -> Option<&str> {
+        let names = &identity.names;
+        match self {
+            Self::Unit => identity.unit.as_deref(),
+            Self::Container => names.name.as_deref(),
+            Self::Image => names.image.as_deref(),
+            Self::Namespace => names.namespace.as_deref(),
+            Self::Pod => names.pod.as_deref(),
+        }
+    }
+}
+
+/// Which cgroups a policy is for, by what they are. All that is named must match.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Selector {
+    /// Of each, any of these.
+    pub attributes: BTreeMap<Attribute, Vec<NamePattern>>,
+    /// All of these labels.
+    pub labels: BTreeMap<String, NamePattern>,
+}
+
+impl Selector {
+    /// Whether nothing is named, so that the selector selects nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.attributes.is_empty() && self.labels.is_empty()
+    }
+
+    /// Whether a path does not tell enough.
+    #[must_use]
+    pub fn needs_names(&self) -> bool {
+        !self.labels.is_empty() || self.attributes.keys().any(|key| *key != Attribute::Unit)
+    }
+
+    /// Whether it selects a cgroup.
+    #[must_use]
+    pub fn selects(&self, identity: &Identity) -> bool {
+        let attribute = |(attribute, patterns): (&Attribute, &Vec<NamePattern>)| {
+            let Some(value) = attribute.of(identity) else {
+                return false;
+            };
+            // A template stands for its instances.
+            let template = (*attribute == Attribute::Unit).then(|| template_of(value));
+            patterns.iter().any(|pattern| {
+                pattern.matches(value)
+                    || template.as_ref().is_some_and(|name| pattern.matches(name))
+            })
+        };
+        let labels = &identity.names.labels;
+        let label = |(key, pattern): (&String, &NamePattern)| {
+            labels.get(key).is_some_and(|value| pattern.matches(value))
+        };
+        !self.is_empty() && self.attributes.iter().all(attribute) && self.labels.iter().all(label)
+    }
+}
+
+/// The template that a unit is an instance of, else the unit:
+/// `getty@.service` for `getty@tty1.service`.
+fn template_of(unit: &str) -> Cow<'_, str> {
+    match (unit.split_once('@'), unit.rsplit_once('.')) {
+        (Some((name, _)), Some((_, kind))) => format!("{name}@.{kind}").into(),
+        _ => unit.into(),
+    }
+}
+
+/// As a person would write it: `container = db-*, label app = web`.
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words = Vec::new();
+        for (attribute, patterns) in &self.attributes {
+            let patterns: Vec<_> = patterns.iter().map(NamePattern::as_str).collect();
+            words.push(format!("{} = {}", attribute.key(), patterns.join(" or ")));
+        }
+        for (key, pattern) in &self.labels {
+            words.push(format!("label {key} = {pattern}"));
+        }
+        f.write_str(&words.join(", "))
+    }
+}
+
+/// A name, or a glob over names: `*` and `?` match any characters.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NamePattern {
+    text: String,
+    glob: Option<GlobMatcher>,
+}
+
+impl NamePattern {
+    /// Checks a name or glob as it stands in the config.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong with it.
+    pub fn new(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("must not be empty".to_owned());
+        }
+        let glob = text
+            .contains(['*', '?', '[', '{'])
+            .then(|| {
+                GlobBuilder::new(text)
+                    .literal_separator(false)
+                    // systemd writes `-` in unit names as `\x2d`.
+                    .backslash_escape(false)
+                    .build()
+                    .map_err(|error| format!("not a glob: {}", error.kind()))
+            })
+            .transpose()?;
+        Ok(Self {
+            text: text.to_owned(),
+            glob: glob.map(|glob| glob.compile_matcher()),
+        })
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether a name is meant.
+    #[must_use]
+    pub fn matches(&self, name: &str) -> bool {
+        match &self.glob {
+            Some(glob) => glob.is_match(name),
+            None => self.text == name,
+        }
+    }
+}
+
+impl PartialEq for NamePattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for NamePattern {}
+
+impl FromStr for NamePattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::new(text)
+    }
+}
+
+impl TryFrom<String> for NamePattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::new(&text)
+    }
+}
+
+impl From<NamePattern> for String {
+    fn from(pattern: NamePattern) -> Self {
+        pattern.text
+    }
+}
+
+impl fmt::Display for NamePattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}

@@ -1,0 +1,181 @@
+//! Policies for units and containers by name, with a real dockerd: the first
+//! connection of a container has its policy.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use keepalive_tests::{
+    Agent, Cgroup, Docker, Need, Options, Probe, Program, agent_binary, agent_command, output,
+    require, wait_until,
+};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_mins(1);
+
+const CONFIG: &str = "[default]\nidle = '60s'\n\
+    [[policy]]\nname = 'db'\ncontainer = 'db-*'\nidle = '61s'\n\
+    [[policy]]\nname = 'shop'\nlabel = { app = 'shop/*' }\nidle = '62s'\n\
+    [[policy]]\nname = 'image'\nimage = 'first:2'\nidle = '63s'\n";
+
+/// What both ends print that have this idle time.
+fn both(idle: u32) -> [String; 2] {
+    let line = format!("1 {idle} 10 6");
+    [line.clone(), line]
+}
+
+/// The agent, where the files of this dockerd are.
+fn agent(cgroup: &Cgroup, docker: &Docker, config: &str) -> Result<Agent> {
+    let beside = docker.beside();
+    let by: Vec<_> = beside.iter().map(String::as_str).collect();
+    Agent::start_with(cgroup, config, &by)
+}
+
+/// What a command of the agent's prints, where the files of this dockerd are.
+fn ask(docker: &Docker, words: &[&str]) -> Result<String> {
+    let [nsenter, mount, dashes] = docker.beside();
+    let mut command = std::process::Command::new(nsenter);
+    command
+        .arg(mount)
+        .arg(dashes)
+        .arg(agent_binary())
+        .args(words);
+    let done = output(&mut command, LIMIT)?;
+    ensure!(done.code == Some(0), "{words:?}: {}", done.stderr);
+    Ok(done.stdout)
+}
+
+#[test]
+fn containers_by_name_label_and_image() -> Result<()> {
+    require!(Need::Program("dockerd"), Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let docker = Docker::start(&cgroup)?;
+    docker.run(&["tag", "first:1", "first:2"])?;
+    let agent = agent(&cgroup, &docker, CONFIG)?;
+    for (options, idle) in [
+        (&["--name", "db-1"][..], 61),
+        (&["--name", "web"], 60),
+        (&["--label", "app=shop/front"], 62),
+        (&["--label", "app=other"], 60),
+        // The first policy in the config counts.
+        (&["--name", "db-2", "--label", "app=shop/front"], 61),
+    ] {
+        assert_eq!(docker.first(options)?, both(idle), "{options:?}");
+    }
+    let by_image = docker.run(&["run", "--rm", "--network=host", "first:2", "/first"])?;
+    assert_eq!(by_image.lines().collect::<Vec<_>>(), both(63));
+
+    let hostile = format!("app=shop/\u{1b}[2J\n{}", "x".repeat(2000));
+    let id = docker.stay(&["--name", "evil", "--label", &hostile])?;
+    let logs = || docker.run(&["logs", "evil"]);
+    wait_until(LIMIT, "the container's connection", || {
+        Ok(logs()?.lines().count() == 2)
+    })?;
+    assert_eq!(logs()?.lines().collect::<Vec<_>>(), both(62));
+    let listed = ask(&docker, &["sockets", "--json", "--container", "ev*"])?;
+    assert_eq!(listed.lines().count(), 2, "{listed}");
+    for line in listed.lines() {
+        let line: Value = serde_json::from_str(line)?;
+        assert_eq!(line["container_name"], "evil");
+        assert_eq!(line["container"], id);
+        assert_eq!(line["runtime"], "docker");
+        assert_eq!(line["image"], "first:1");
+        assert_eq!(line["policy"], "shop");
+    }
+    let table = ask(&docker, &["sockets", "--wide", "--container", &id[..12]])?;
+    assert!(
+        table.contains("docker:evil") && table.contains(&id),
+        "{table}"
+    );
+    let explained = ask(&docker, &["explain", "--container", "evil"])?;
+    let why = "policy shop (label app = shop/*) claims the connection";
+    assert!(explained.contains(why), "{explained}");
+    docker.run(&["rm", "--force", "evil"])?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// What is inside of a container's cgroup is the container's, as long as nothing
+/// names it by its path. A new name counts from the next start on.
+#[test]
+fn nested_and_renamed() -> Result<()> {
+    require!(Need::Program("dockerd"), Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let docker = Docker::start(&cgroup)?;
+    let glob = format!(
+        "[[policy]]\nname = 'glob'\ncgroup = '{}/**'\nidle = '64s'\n",
+        cgroup.path()
+    );
+    let agent = agent(&cgroup, &docker, &format!("{CONFIG}{glob}"))?;
+    let id = docker.stay(&["--name", "db-1"])?;
+    let nested = cgroup.descendant(&format!("docker/{id}/container"))?;
+    let mut probe = Probe::start(Program::Static, &nested)?;
+    let (socket, _) = probe.connection()?;
+    assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
+    probe.finish()?;
+    drop(nested);
+
+    docker.run(&["rename", "db-1", "web"])?;
+    docker.run(&["restart", "--time", "0", "web"])?;
+    let logs = || docker.run(&["logs", "web"]);
+    wait_until(LIMIT, "the second run", || Ok(logs()?.lines().count() == 4))?;
+    let expected = [both(61), both(64)].concat();
+    assert_eq!(logs()?.lines().collect::<Vec<_>>(), expected);
+    docker.run(&["rm", "--force", "web"])?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// A hundred containers, each of which connects in its first millisecond.
+#[test]
+fn many_come_and_go() -> Result<()> {
+    const COUNT: u64 = 100;
+    require!(Need::Program("dockerd"), Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let docker = Docker::start(&cgroup)?;
+    let agent = agent(&cgroup, &docker, CONFIG)?;
+    let memory = || -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", agent.id()))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"));
+        let line = line.context("no RssAnon")?.trim().trim_end_matches(" kB");
+        Ok(line.parse()?)
+    };
+    let mut at_first = None;
+    for number in 0..COUNT {
+        let name = format!("db-{number}");
+        assert_eq!(docker.first(&["--name", &name])?, both(61), "{name}");
+        at_first.get_or_insert(memory()?);
+    }
+    let grown = memory()?.saturating_sub(at_first.unwrap_or_default());
+    // A container costs some hundred bytes while it is there.
+    assert!(grown < 1024, "{grown} KiB for {COUNT} containers");
+    let finished = agent.stop()?;
+    assert_eq!(finished.count("db", "seen"), 2 * COUNT);
+    assert_eq!(finished.count("default", "seen"), 0);
+    Ok(())
+}
+
+/// Without any runtime: a unit is in its path.
+#[test]
+fn units_by_name() -> Result<()> {
+    require!(Need::Built(Program::Static));
+    let unit = Cgroup::with_suffix(".service")?;
+    let name = unit.path().trim_start_matches('/');
+    let config = format!("[[policy]]\nname = 'unit'\nunit = '{name}'\nidle = '65s'\n");
+    let agent = Agent::start(&unit, &config)?;
+    let inside = unit.child("worker")?;
+    for cgroup in [&unit, &inside] {
+        let mut probe = Probe::start(Program::Static, cgroup)?;
+        let (socket, _) = probe.connection()?;
+        assert_eq!(probe.options(socket)?, Options::on(65, 10, 6));
+    }
+    let mut explain = agent_command();
+    explain.args(["explain", "--unit", name]);
+    let explained = output(&mut explain, LIMIT)?;
+    let why = format!("policy unit (unit = {name}) claims the connection");
+    assert!(explained.stdout.contains(&why), "{}", explained.stdout);
+    agent.stop()?;
+    Ok(())
+}
