@@ -807,11 +807,11 @@ mod tests {
     #[test]
     fn connections_are_held_to_bounds_as_far_down_as_possible() {
         let bounded = |root: &str, policies: &[(&str, &str)]| {
-            let mut text = String::new();
-            for (number, (cgroup, keys)) in policies.iter().enumerate() {
-                let name = format!("[[policy]]\nname = 'p{number}'\n");
-                text += &format!("{name}cgroup = '{cgroup}'\n{keys}\n");
-            }
+            let policies = policies.iter().enumerate();
+            let policies = policies.map(|(number, (cgroup, keys))| {
+                format!("[[policy]]\nname = 'p{number}'\ncgroup = '{cgroup}'\n{keys}\n")
+            });
+            let text: String = policies.collect();
             let (root, _) = hierarchy(&[root]);
             let bounded = Claimants::new(&config(&text), &root).unwrap().bounded();
             bounded.iter().map(ToString::to_string).collect::<Vec<_>>()

@@ -25,6 +25,7 @@ use crate::{
 /// A value of the application that a policy replaced; all zero where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Replaced {
     /// What the application had set; [`UNSET`] if it had set nothing.
     pub original: u32,
@@ -80,6 +81,7 @@ impl Replaced {
 /// What policies replaced on one socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Originals {
     /// Of TCP_KEEPIDLE.
     pub idle: Replaced,
@@ -110,6 +112,22 @@ const fn keepalive_flags(asked: bool, asked_later: bool, is_on: bool) -> u32 {
         | if asked { ASKED_ON } else { 0 }
         | if asked_later { ASKED_LATER } else { 0 }
         | if is_on { IS_ON } else { 0 }
+}
+
+/// What an application asked for: none where that is not known, a timer of 0
+/// where it set none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// SO_KEEPALIVE.
+    pub keepalive: Option<bool>,
+    /// TCP_KEEPIDLE, in seconds.
+    pub idle: Option<u32>,
+    /// TCP_KEEPINTVL, in seconds.
+    pub interval: Option<u32>,
+    /// TCP_KEEPCNT.
+    pub probes: Option<u32>,
+    /// TCP_USER_TIMEOUT, in milliseconds.
+    pub user_timeout: Option<u32>,
 }
 
 impl Originals {
@@ -165,6 +183,19 @@ impl Originals {
     #[inline(always)]
     pub const fn asked_later(&self) -> bool {
         self.keepalive & ASKED_LATER != 0
+    }
+
+    /// What the application asked for on a socket that `has` these options, as far
+    /// as it is kept.
+    #[must_use]
+    pub const fn asked(&self, has: &Options) -> Asked {
+        Asked {
+            keepalive: self.asks_keepalive(has.keepalive),
+            idle: self.idle.application(has.idle),
+            interval: self.interval.application(has.interval),
+            probes: self.probes.application(has.probes),
+            user_timeout: self.user_timeout.application(has.user_timeout),
+        }
     }
 
     /// What was written last.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::Sockopt::{Idle, Interval, Keepalive, Probes, UserTimeout};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, Sockopt, errno, output, require,
-    wait_until,
+    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, Sockopt, agent_command, errno,
+    output, require, wait_until,
 };
 use rustix::io::Errno;
 use serde_json::Value;
@@ -202,6 +202,62 @@ fn a_long_value_is_bounded_too() -> Result<()> {
         assert_eq!(probe.options(ends[0])?.idle, expected, "{length} bytes");
     }
     Ok(())
+}
+
+#[test]
+fn what_was_asked_for_is_shown() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let mut agent = Agent::start(&cgroup, BOUNDED)?;
+    agent.swept()?;
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let ([connecting, accepting], ..) = connection(&mut probe)?;
+    let ends = [probe.name(connecting)?, probe.name(accepting)?];
+    probe.set_all(connecting, &[(Idle, 7200), (Interval, 7), (Keepalive, 1)])?;
+    let listed = lines(&["sockets", "--json", "--cgroup", cgroup.path()])?;
+    let of = |local: SocketAddr| {
+        let mut listed = listed.iter();
+        listed.find(|line| line["local_port"] == local.port())
+    };
+    let line = of(ends[0]).context("it is not listed")?;
+    for (name, expected) in [
+        ("idle_s", 90.into()),
+        ("idle_asked_s", 7200.into()),
+        ("idle_source", "policy-bound".into()),
+        ("interval_s", 7.into()),
+        ("interval_asked_s", Value::Null),
+        ("interval_source", "app".into()),
+        ("probes_source", "policy".into()),
+        ("probes_asked", Value::Null),
+    ] {
+        assert_eq!(line[name], expected, "{name}: {line}");
+    }
+    let line = of(ends[1]).context("it is not listed")?;
+    assert_eq!(
+        (&line["idle_s"], &line["idle_asked_s"]),
+        (&60.into(), &Value::Null)
+    );
+
+    let socket = [ends[0].to_string(), ends[1].to_string()];
+    let explain = ["explain", "--socket", &socket[0], &socket[1]];
+    let explained = lines(&[&explain[..], &["--json"]].concat())?;
+    assert_eq!(explained[0]["bounds_held"], true, "{explained:?}");
+    assert_eq!(explained[0]["holds"]["idle_asked_s"], 7200);
+    let said = output(agent_command().args(explain), SOON)?.stdout;
+    ensure!(said.contains("the application asked for 2h"), "{said}");
+    ensure!(
+        said.contains("hold whenever the application sets"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// What a command of the agent prints, as JSON, line by line.
+fn lines(arguments: &[&str]) -> Result<Vec<Value>> {
+    let done = output(agent_command().args(arguments), SOON)?;
+    ensure!(done.code == Some(0), "{arguments:?}: {done:?}");
+    let lines = done.stdout.lines().map(serde_json::from_str);
+    Ok(lines.collect::<Result<_, _>>()?)
 }
 
 #[test]
