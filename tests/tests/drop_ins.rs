@@ -14,7 +14,7 @@ use keepalive_tests::{
     Agent, Cgroup, Need, Options, Output, Probe, Program, agent_command, output, require,
     wait_until,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -74,6 +74,8 @@ impl Node {
     fn policy(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = agent_command();
         command.args(["policy", subcommand]);
+        // No path is cut off.
+        command.env("COLUMNS", "200");
         command.args(self.arguments()).args(arguments);
         output(&mut command, LIMIT)
     }
@@ -317,11 +319,6 @@ fn the_default_and_bounds_by_command() -> Result<()> {
     // No key, no change.
     let set = node.policy("set", &["--default"])?;
     assert_eq!(set.code, Some(2), "{set:?}");
-    let set = node.policy(
-        "set",
-        &["--default", "--idle", "80s", "--idle-at-most", "70s"],
-    )?;
-    assert_eq!(set.code, Some(1), "{set:?}");
     assert_eq!(node.idle()?, 72);
 
     let unset = node.policy("unset", &["--default"])?;
@@ -332,7 +329,7 @@ fn the_default_and_bounds_by_command() -> Result<()> {
     Ok(())
 }
 
-/// What the files say may be right, and still be more than fits.
+/// Such as one that hangs.
 #[test]
 fn what_an_agent_cannot_take_is_an_error_and_is_taken_back() -> Result<()> {
     require!();
@@ -342,11 +339,11 @@ fn what_an_agent_cannot_take_is_an_error_and_is_taken_back() -> Result<()> {
     let set = node.policy("set", &["--default", "--idle", "72s"])?;
     assert_eq!(set.code, Some(0), "{set:?}");
     agent.reloaded()?;
-    // What comes after what is set, and only the agent reads.
     let before = fs::read_to_string(node.path("run/90-default.toml"))?;
-    agent.signal(Signal::STOP)?;
+    let process = Pid::from_raw(i32::try_from(agent.id())?).context("no such process")?;
+    kill_process(process, Signal::STOP)?;
     let set = node.policy("set", &["--default", "--idle", "73s"])?;
-    agent.signal(Signal::CONT)?;
+    kill_process(process, Signal::CONT)?;
     assert_eq!(set.code, Some(1), "{set:?}");
     assert!(set.stderr.contains("has not taken it over"), "{set:?}");
     assert_eq!(
@@ -368,7 +365,7 @@ fn the_file_in_an_editor() -> Result<()> {
         let mut command = agent_command();
         command.args(["policy", "edit"]).args(node.arguments());
         command.env_remove("VISUAL").env("EDITOR", editor);
-        output(command.stdin(Stdio::null()), Duration::from_secs(60))
+        output(command.stdin(Stdio::null()), Duration::from_mins(1))
     };
     let done = edit("sed -i s/71s/72s/")?;
     assert_eq!(done.code, Some(0), "{done:?}");

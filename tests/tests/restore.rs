@@ -8,7 +8,7 @@ use keepalive_tests::{
     Agent, Cgroup, Kind, Options, Probe, Program, Socket, agent_command, output, require,
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// Everything there is to set.
 const EVERYTHING: [(keepalive_tests::Sockopt, i32); 5] = [

@@ -494,7 +494,7 @@ impl<'a> Explained<'a> {
         self.enforced.is_in_force
             && self
                 .policy
-                .is_some_and(|assigned| assigned.policy.is_enforced() && assigned.policy.holds())
+                .is_some_and(|assigned| assigned.policy.for_kernel().holds())
     }
 
     /// What holds.
