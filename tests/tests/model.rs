@@ -2,13 +2,14 @@
 //! becomes of the agent: each connection has what the formula of the documentation
 //! says, at every moment.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::Sockopt::{Idle, Interval, Probes};
 use keepalive_tests::{
     Agent, Cgroup, Kind, Options, Pins, Probe, Program, Random, Socket, Sockopt, agent_command,
     output, require, soak_or,
 };
-use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -61,23 +62,23 @@ const ASKED: [(Sockopt, &[i32]); 3] = [
 ];
 
 fn config(policy: &Policy) -> String {
-    let mut text = String::from("[default]\n");
-    for ((name, unit), timer) in [("idle", true), ("interval", true), ("probes", false)]
-        .iter()
-        .zip(policy)
-    {
-        let value = |value: i32| match unit {
-            true => format!("\"{value}s\""),
-            false => value.to_string(),
+    let keys = ["idle", "interval", "probes"];
+    let lines = keys.iter().zip(policy).map(|(key, timer)| {
+        let value = |value: i32| match *key {
+            "probes" => value.to_string(),
+            _ => format!("\"{value}s\""),
         };
-        let mut keys = vec![format!("default = {}", value(timer.default))];
-        if timer.most != i32::MAX {
-            keys.push(format!("at-least = {}", value(timer.least)));
-            keys.push(format!("at-most = {}", value(timer.most)));
-        }
-        text += &format!("{name} = {{ {} }}\n", keys.join(", "));
-    }
-    text
+        let bounds = match timer.most {
+            i32::MAX => String::new(),
+            most => format!(
+                ", at-least = {}, at-most = {}",
+                value(timer.least),
+                value(most)
+            ),
+        };
+        format!("{key} = {{ default = {}{bounds} }}\n", value(timer.default))
+    });
+    "[default]\n".to_owned() + &lines.collect::<String>()
 }
 
 /// An end of a connection, and what its application asked for; 0 is nothing.
