@@ -47,7 +47,7 @@ for kernel; do
     series=${kernel%%=*} suite=${kernel#*=}
     # The cloud kernel has the same code and fewer drivers. Some are in packages of
     # their own, all of which are of the image's source.
-    package=$(chroot "$machine" apt-cache --no-all-versions -t "$suite" depends linux-image-cloud-amd64 \
+    package=$(chroot "$machine" apt-cache -t "$suite" depends linux-image-cloud-amd64 \
         | sed -n 's/^  Depends: \(linux-image-[0-9].*\)/\1/p')
     case $package in
         linux-image-"$series"[.-]*) ;;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tracing::Level;
 
-use super::{log, output};
+use super::{log, output, table};
 use crate::{
     VERSION,
     assignment::{Assigned, Assignment},
@@ -408,11 +408,9 @@ fn text_of(event: &daemon::Event<'_>) -> String {
                 }
                 Leaves::AnotherAgent => "enforcement goes on with that one",
             };
-            format!(
-                "\nstopped by {by} after {}; {what}\n\n{}",
-                duration::show(Duration::from_secs(after.as_secs())),
-                changed_text(*record)
-            )
+            let after = duration::show(Duration::from_secs(after.as_secs()));
+            let line = wrapped(&format!("stopped by {by} after {after}; {what}"));
+            format!("\n{line}\n{}", changed_text(*record))
         }
     }
 }
@@ -494,21 +492,25 @@ fn changed_text(record: Option<&SetRecord>) -> String {
         let connections =
             record.established.user_timeout_conflict + record.existing.user_timeout_conflict;
         if connections > 0 {
-            let _ = writeln!(
-                text,
+            text += &wrapped(&format!(
                 "policy {}: {} left without keepalive of the policy, because the application's \
                  user-timeout would end {} at the first lost probes; \
                  user-timeout = {{ at-least = \"derive\" }} allows for them",
                 record.name,
                 count(connections, "connection"),
                 if connections == 1 { "it" } else { "them" },
-            );
+            ));
         }
     }
     for refused in refusals {
         let _ = writeln!(text, "{refused}");
     }
     text
+}
+
+/// Lines that fit the terminal.
+fn wrapped(text: &str) -> String {
+    table::on_terminal(text, 0).join("\n") + "\n"
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.
