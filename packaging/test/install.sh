@@ -10,8 +10,8 @@ what=${new##*.}
 . "$(dirname "$0")/lib.sh"
 
 case $what in
-    deb) prepare "$suite" ;;
-    rpm) prepare "$suite-rpm" rpm ;;
+    deb) prepare ;;
+    rpm) prepare rpm ;;
 esac
 cp "$(dirname "$0")/churn.py" "$system/root/"
 cp "$old" "$system/root/old.$what"
@@ -122,7 +122,7 @@ inside systemctl start keepalive-agent || fail "it does not start without CAP_SY
 has_swept() { journal --output=cat KEEPALIVE_EVENT=swept _PID="$(inside systemctl show --property=MainPID --value keepalive-agent)" | grep -q .; }
 within has_swept || fail "no sweep"
 [ "$(protected_in_other)" = 0 ] || fail "CAP_SYS_PTRACE is not needed"
-inside keepalive-agent status > "$cache/$name.status" || true
+inside keepalive-agent status --cgroup / > "$cache/$name.status" || true
 grep -q CAP_SYS_PTRACE "$cache/$name.status" || fail "status does not say what is missing: $(cat "$cache/$name.status")"
 with_all
 inside systemctl restart keepalive-agent

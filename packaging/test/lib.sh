@@ -14,8 +14,8 @@ nspawn= init=
 
 say() { echo "$suite, $what: $*"; }
 fail() {
-    echo "$suite, $what: FAILED: $*" >&2
     [ -z "$init" ] || inside journalctl --no-pager -n 50 >&2 2> /dev/null || true
+    echo "$suite, $what: FAILED: $*" >&2
     exit 1
 }
 
@@ -32,22 +32,36 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-# Makes a system with these packages beyond what every one has; NAME keeps it.
-prepare() { # NAME PACKAGE...
-    local base=$cache/$1 codename mirror packages
-    shift
-    packages=$(IFS=,; echo "systemd,systemd-sysv,dbus,iproute2,python3-minimal${*:+,$*}")
+# Makes a system, of what every one has and these packages.
+prepare() { # PACKAGE...
+    local base=$cache/$suite codename mirror more
     if ! [ -e "$base/complete" ]; then
-        say "making the base system $base"
+        say "making the base system"
         rm -rf --one-file-system "$base"
         mkdir -p "$cache"
         codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
         mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $codename" | head -n 1)
         [ -n "$mirror" ] || fail "apt knows no mirror; run apt-get update"
-        debootstrap --variant=minbase --include="$packages" \
+        debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2,python3-minimal \
             "$suite" "$base" "$mirror" > "$base.log" || fail "debootstrap, see $base.log"
+        cp -L /etc/hosts /etc/resolv.conf "$base/etc/"
         touch "$base/complete"
     fi
+    more=$base-$(IFS=-; echo "$*")
+    if [ $# -gt 0 ] && ! [ -e "$more/complete" ]; then
+        say "adding $*"
+        rm -rf --one-file-system "$more"
+        cp -a --reflink=auto "$base" "$more"
+        rm "$more/complete"
+        # No debootstrap: it does not choose between alternatives.
+        {
+            chroot "$more" apt-get update
+            chroot "$more" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+            chroot "$more" apt-get clean
+        } > "$more.log" 2>&1 || fail "apt-get, see $more.log"
+        touch "$more/complete"
+    fi
+    [ $# -eq 0 ] || base=$more
     cp -a --reflink=auto "$base" "$system"
     cp "$(dirname "$0")/connection.py" "$system/root/"
 }
