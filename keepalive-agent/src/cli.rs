@@ -7,6 +7,7 @@ mod exec;
 mod explain;
 mod follow;
 mod generate;
+mod log;
 mod output;
 mod policy;
 mod report;
@@ -18,32 +19,16 @@ mod sweep;
 mod table;
 mod trial;
 
-use std::{
-    fmt,
-    io::{self, IsTerminal as _, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use tracing::{Level, field::Field};
-use tracing_subscriber::{
-    Layer as _,
-    field::MakeExt as _,
-    filter::Targets,
-    fmt::format::{Writer, debug_fn},
-    layer::SubscriberExt as _,
-    util::SubscriberInitExt as _,
-};
 
 use crate::{
     VERSION,
     config::Sources,
     hierarchy::{Cgroup, Hierarchy},
     identity::{NamePattern, Wanted},
-    names::PrintableLines,
-    unblocked::Stream,
 };
 
 /// Exit code: some network namespace could not be entered, the rest is done.
@@ -112,6 +97,13 @@ enum Command {
     Trial,
 }
 
+impl Command {
+    /// Whether what it logs is for machines: what goes on for long, and prints JSON.
+    fn logs_json(&self) -> bool {
+        matches!(self, Self::Run(arguments) if arguments.prints_json())
+    }
+}
+
 /// Which policy, and where.
 #[derive(Args, Debug)]
 struct Target {
@@ -127,7 +119,8 @@ struct Target {
     )]
     cgroup: PathBuf,
 
-    /// Print JSON lines for machines instead of text for people
+    /// Print JSON lines with timestamps for machines instead of text for people;
+    /// what is logged too
     #[arg(long)]
     json: bool,
 }
@@ -191,7 +184,8 @@ impl Target {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    let json = cli.command.logs_json();
+    log::init(cli.verbose, json);
     let done = match &cli.command {
         Command::Run(arguments) => run::run(arguments),
         Command::Sweep(arguments) => sweep::sweep(arguments),
@@ -208,47 +202,7 @@ pub fn main() -> ExitCode {
         Command::Trial => trial::child().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        // Nobody is left to tell when this fails too.
-        let error = format!("{error:#}");
-        let _ = writeln!(io::stderr(), "error: {}", PrintableLines(&error));
+        log::last_error(&error, json);
         ExitCode::FAILURE
     })
-}
-
-/// Writes a field of a log line; the message is one without a name. Its values
-/// may have names in them that others chose.
-fn printable_field(out: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
-    let value = format!("{value:?}");
-    let value = PrintableLines(&value);
-    match field.name() {
-        "message" => write!(out, "{value}"),
-        // Where a record of the crate log comes from.
-        name if name.starts_with("log.") => Ok(()),
-        name => write!(out, "{name}={value}"),
-    }
-}
-
-/// Levels: error, the agent cannot do what it is for; warn, something in its
-/// surroundings keeps a part of the policy from holding; info, unused, reports
-/// go to stdout; debug, each step that is taken, never one line per socket.
-fn log_to_stderr(verbose: bool) {
-    let colour = io::stderr().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let own = if verbose { Level::DEBUG } else { Level::WARN };
-    // What libraries do step by step helps nobody who runs the agent.
-    let levels = Targets::new()
-        .with_default(Level::WARN)
-        .with_target(env!("CARGO_CRATE_NAME"), own)
-        // Warns of the limit for locked memory when an error is about to tell of it.
-        .with_target("aya::sys::bpf", Level::ERROR);
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(Stream::Error)
-        .fmt_fields(debug_fn(printable_field).delimited(" "))
-        .with_ansi(colour)
-        .with_target(false)
-        // The journal and terminals have clocks of their own.
-        .without_time();
-    tracing_subscriber::registry()
-        .with(lines.with_filter(levels))
-        .init();
 }

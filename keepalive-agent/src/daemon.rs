@@ -112,6 +112,8 @@ pub enum Event<'a> {
     },
     /// Another config is in force.
     Reloaded {
+        /// Why it was read again.
+        why: &'static str,
         /// The policies and what they claim.
         assignment: &'a Assignment,
     },
@@ -128,6 +130,35 @@ pub enum Event<'a> {
         /// What was done.
         record: Option<&'a SetRecord>,
     },
+}
+
+/// Why the config is read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    FilesChanged,
+    Signal,
+    /// Another agent was about to take over, and did not.
+    GoesOn,
+    Retry,
+    /// More cgroups were made and removed than could be told of.
+    Cgroups,
+}
+
+impl Why {
+    /// Whether a set is built also where the config says nothing new.
+    fn demands(self) -> bool {
+        self != Self::FilesChanged
+    }
+
+    const fn words(self) -> &'static str {
+        match self {
+            Self::FilesChanged => "its files have changed",
+            Self::Signal => "SIGHUP",
+            Self::GoesOn => "another agent did not take over",
+            Self::Retry => "what had failed is tried again",
+            Self::Cgroups => "more cgroups were made than could be told of",
+        }
+    }
 }
 
 /// What an agent leaves behind.
@@ -251,10 +282,10 @@ struct Daemon {
     /// Cgroups that came and went since the set that is being built was begun.
     changes: Vec<Change>,
     /// Whether the set that is being built follows from a change of the config.
-    reloads: bool,
+    reloads: Option<Why>,
     /// A reload that waits for the first pass of a sweep, or for a set that is
     /// being built; whether somebody asked for it.
-    reload_waiting: Option<bool>,
+    reload_waiting: Option<Why>,
     sweep: Option<SweepJob>,
     /// That of an earlier set, until it has stopped: two at a time would undo what
     /// the other one does.
@@ -328,7 +359,7 @@ impl Daemon {
             events: None,
             building: None,
             changes: Vec::new(),
-            reloads: false,
+            reloads: None,
             reload_waiting: None,
             sweep: None,
             earlier_sweep: None,
@@ -398,6 +429,7 @@ impl Daemon {
                     error: error.clone(),
                 }),
                 None if before.is_some_and(|before| before.status == PartStatus::Failed) => {
+                    info!("works again: {name}");
                     self.journal.note(What::PartWorks {
                         part: name.to_owned(),
                     });
@@ -832,8 +864,8 @@ impl Daemon {
                 return Some((signal, leaves));
             }
             Wake::Asked(asked) => return self.on_request(asked).await,
-            Wake::Hangup => self.reload(true),
-            Wake::FilesChanged(Ok(())) => self.reload(false),
+            Wake::Hangup => self.reload(Why::Signal),
+            Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged),
             Wake::FilesChanged(Err(error)) => self.files_unwatched(&error),
             Wake::Refusals(Ok(())) => self.report_refusals(),
             Wake::Refusals(Err(error)) => {
@@ -904,7 +936,7 @@ impl Daemon {
         }
         if let Err(error) = asked.answer().await {
             debug!("answering on the control socket: {error}");
-            self.reload(true);
+            self.reload(Why::GoesOn);
             return None;
         }
         match asked.request {
@@ -931,7 +963,7 @@ impl Daemon {
             return Some((ANOTHER_AGENT, Leaves::AnotherAgent));
         }
         warn!("the agent that was about to take over is gone; this one goes on");
-        self.reload(true);
+        self.reload(Why::GoesOn);
         None
     }
 
@@ -945,16 +977,17 @@ impl Daemon {
     }
 
     /// Reads the config again, and builds what it says if that is anything new or
-    /// the reading is `demanded`. What is wrong with it is logged and changes
-    /// nothing.
-    fn reload(&mut self, demanded: bool) {
+    /// asked for. What is wrong with it is logged and changes nothing.
+    fn reload(&mut self, why: Why) {
         if self.building.is_some() || self.is_first_pass() {
             // The sweep needs what was before the set in force.
-            self.reload_waiting = Some(demanded || self.reload_waiting == Some(true));
+            if why.demands() || self.reload_waiting.is_none() {
+                self.reload_waiting = Some(why);
+            }
             return;
         }
         self.reload_waiting = None;
-        match self.read_again(demanded) {
+        match self.read_again(why.demands()) {
             Ok(None) => {}
             Ok(Some(target::Read {
                 config,
@@ -965,9 +998,9 @@ impl Daemon {
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                self.build(config, origin, true);
+                self.build(config, origin, Some(why));
             }
-            Err(error) => self.reload_failed(&error, demanded),
+            Err(error) => self.reload_failed(&error, why.demands()),
         }
     }
 
@@ -1020,8 +1053,8 @@ impl Daemon {
     }
 
     /// Builds a set, on a thread of its own where one can be started.
-    fn build(&mut self, config: Config, origin: Origin, reloads: bool) {
-        if reloads {
+    fn build(&mut self, config: Config, origin: Origin, reloads: Option<Why>) {
+        if reloads.is_some() {
             notify(&[
                 NotifyState::Reloading,
                 NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
@@ -1075,7 +1108,7 @@ impl Daemon {
             self.listen();
         }
         if self.has_failed("policy set") {
-            self.reload(true);
+            self.reload(Why::Retry);
         } else if self.has_failed("existing connections") {
             self.sweep();
         }
@@ -1116,7 +1149,7 @@ impl Daemon {
             }
         };
         self.warn_of_new(&built.warnings);
-        if self.reloads {
+        if self.reloads.is_some() {
             target::warn_of_give_up(&built.assignment);
         }
         if let Some(enforcement) = &mut self.enforcement {
@@ -1131,12 +1164,13 @@ impl Daemon {
         self.state.settled = false;
         self.retry_after = RETRY;
         self.part("policy set", Ok(()));
-        if self.reloads {
+        if let Some(why) = self.reloads {
             self.state.reload = Some(Reload {
                 at: seconds_since_1970(),
                 error: None,
             });
             reporter.report(&Event::Reloaded {
+                why: why.words(),
                 assignment: &built.assignment,
             });
             notify(&[NotifyState::Ready]);
@@ -1274,9 +1308,9 @@ impl Daemon {
     fn resume_reload(&mut self) {
         if self.building.is_none()
             && !self.is_first_pass()
-            && let Some(demanded) = self.reload_waiting.take()
+            && let Some(why) = self.reload_waiting.take()
         {
-            self.reload(demanded);
+            self.reload(why);
         }
     }
 
@@ -1320,10 +1354,10 @@ impl Daemon {
     /// Builds the set in force anew, for the cgroups that exist now.
     fn build_again(&mut self) {
         if self.building.is_some() || self.is_first_pass() {
-            self.reload_waiting = Some(true);
+            self.reload_waiting = Some(Why::Cgroups);
             return;
         }
-        self.build(self.config.clone(), self.origin.clone(), false);
+        self.build(self.config.clone(), self.origin.clone(), None);
     }
 
     fn on_cgroup_made(&mut self, cgroup: &Cgroup, reporter: &mut dyn Reporter) {

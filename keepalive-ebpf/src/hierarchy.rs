@@ -51,6 +51,13 @@ pub(crate) fn tell(ctx: &BtfTracePointContext, kind: Kind) {
             length: length as u32,
         };
     }
+    // Read back and looked at again: the verifier of Linux 6.1 loses the bounds of
+    // the length on the way from where it was looked at first.
+    // SAFETY: it has just been written.
+    let length = unsafe { (&raw const (*event).header.length).read_volatile() } as usize;
+    if length > PATH_SIZE {
+        return;
+    }
     // SAFETY: the record is that long.
     let record =
         unsafe { core::slice::from_raw_parts(event.cast::<u8>(), size_of::<Header>() + length) };

@@ -3,6 +3,7 @@
 mod config_page;
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -10,11 +11,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
+use serde_json::Value;
 
 use crate::{exec, tool, workspace};
 
 /// A user's programs, and what a container image is made of.
 const MAX_BINARY: u64 = 6 << 20;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Build the static binary and what one installs: .deb, .rpm, a tarball,
 /// checksums and an SBOM
@@ -30,11 +34,12 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn main(options: &Options) -> Result<()> {
+    let version = options.package_version.as_deref().unwrap_or(VERSION);
+    all(version)
+}
+
+fn all(version: &str) -> Result<()> {
     let dist = build()?;
-    let version = options
-        .package_version
-        .as_deref()
-        .unwrap_or(env!("CARGO_PKG_VERSION"));
     let deb = deb(&dist, version)?;
     let rpm = rpm(&dist, version)?;
     let tarball = tarball(&dist, version)?;
@@ -52,9 +57,82 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Builds everything, and beside it a .deb and an .rpm of a version before this
+/// one: the same agent, for there is no release yet. Each as before and current.
+pub(crate) fn pairs() -> Result<([PathBuf; 2], [PathBuf; 2])> {
+    const BEFORE: &str = "0.1.0~before";
+    all(VERSION)?;
+    let dist = directory();
+    let of = |make: fn(&Path, &str) -> Result<String>| -> Result<[PathBuf; 2]> {
+        Ok([
+            dist.join(make(&dist, BEFORE)?),
+            dist.join(make(&dist, VERSION)?),
+        ])
+    };
+    Ok((of(deb)?, of(rpm)?))
+}
+
+/// Holds what was built against what it says of itself: the checksums, the SBOM,
+/// and the tarball's agent, which has to run.
+pub(crate) fn verify() -> Result<()> {
+    let dist = directory();
+    let mut sums = Command::new("sha256sum");
+    sums.args(["--check", "--strict", "SHA256SUMS"])
+        .current_dir(&dist);
+    exec::run(&mut sums)?;
+    let named = fs::read_to_string(dist.join("SHA256SUMS"))?;
+    for kind in [".deb", ".rpm", ".tar.gz", ".cdx.json"] {
+        ensure!(
+            named.lines().any(|line| line.ends_with(kind)),
+            "SHA256SUMS names no {kind}"
+        );
+    }
+    let bill = fs::read_to_string(dist.join(format!("keepalive-agent-{VERSION}.cdx.json")))?;
+    let bill: Value = serde_json::from_str(&bill).context("the SBOM is no JSON")?;
+    let listed: BTreeSet<_> = bill["components"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|part| Some((part["name"].as_str()?, part["version"].as_str()?)))
+        .collect();
+    let mut tree = workspace::cargo();
+    tree.args(["tree", "--package", "keepalive-agent", "--edges", "normal"])
+        .args(["--prefix", "none", "--format", "{p}"]);
+    let tree = exec::output(&mut tree)?;
+    let used: BTreeSet<_> = tree
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            Some((words.next()?, words.next()?.strip_prefix('v')?))
+        })
+        .filter(|(name, _)| *name != "keepalive-agent")
+        .collect();
+    ensure!(!used.is_empty(), "cargo tree names no crate");
+    ensure!(
+        listed == used,
+        "the SBOM and cargo tree differ: {:?}",
+        listed.symmetric_difference(&used).collect::<Vec<_>>()
+    );
+    let tarball = format!("keepalive-agent-{VERSION}-{}.tar.gz", host()?);
+    let unpacked = dist.join("unpacked");
+    drop(fs::remove_dir_all(&unpacked));
+    fs::create_dir(&unpacked)?;
+    let mut tar = Command::new("tar");
+    tar.arg("--extract").arg("--file").arg(dist.join(tarball));
+    exec::run(tar.arg("--directory").arg(&unpacked))?;
+    let agent = unpacked.join(format!("keepalive-agent-{VERSION}/keepalive-agent"));
+    let said = exec::output(Command::new(agent).arg("--version"))?;
+    ensure!(
+        said.contains(VERSION),
+        "the tarball's agent is another version: {said}"
+    );
+    fs::remove_dir_all(&unpacked)?;
+    Ok(())
+}
+
 /// Builds the static binary, and man pages and completions with it. Tells the
 /// directory.
-pub(crate) fn build() -> Result<PathBuf> {
+fn build() -> Result<PathBuf> {
     let target = host()?;
     exec::run(
         workspace::cargo()
@@ -64,8 +142,7 @@ pub(crate) fn build() -> Result<PathBuf> {
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS"),
     )?;
-    // Its place is fixed: the manifest names it.
-    let dist = workspace::root().join("target/packages");
+    let dist = directory();
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
     let agent = dist.join("keepalive-agent");
     let built = workspace::target_dir()
@@ -84,16 +161,18 @@ pub(crate) fn build() -> Result<PathBuf> {
     let docs =
         fs::read_to_string(&docs).with_context(|| format!("cannot read {}", docs.display()))?;
     let page = dist.join("man/keepalive.toml.5");
-    fs::write(
-        &page,
-        config_page::render(&docs, &commit_date(), env!("CARGO_PKG_VERSION")),
-    )
-    .with_context(|| format!("cannot write {}", page.display()))?;
+    fs::write(&page, config_page::render(&docs, &commit_date(), VERSION))
+        .with_context(|| format!("cannot write {}", page.display()))?;
     Ok(dist)
 }
 
+/// Where all of it goes. The place is fixed: the manifest names it.
+pub(crate) fn directory() -> PathBuf {
+    workspace::root().join("target/packages")
+}
+
 /// The .deb's name in `dist`.
-pub(crate) fn deb(dist: &Path, version: &str) -> Result<String> {
+fn deb(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent_{version}.deb");
     let mut cargo = tool::cargo_with("cargo-deb", "3.8.0")?;
     cargo

@@ -5,6 +5,7 @@ mod report;
 
 use std::{
     fs, io,
+    path::PathBuf,
     process::{Command, ExitCode},
     time::Instant,
 };
@@ -64,9 +65,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
-        if report.add(step("build", |_| build::build())) {
-            virtual_machines(kernels, filter, options.write_types, &mut report);
-        }
+        virtual_machines(kernels, filter, options.write_types, &mut report);
         return report.finish();
     }
     if let Some(suites) = &options.packages {
@@ -108,7 +107,8 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     report.finish()
 }
 
-/// What becomes of a machine on which the .deb is installed, upgraded, purged.
+/// Whether the packages are whole, and what becomes of a machine on which they are
+/// installed, upgraded, purged.
 fn packages(suites: &[String], no_install: bool, report: &mut Report) {
     let is_there = |program: &str| exec::output(Command::new(program).arg("--version")).is_ok();
     if !no_install
@@ -119,28 +119,32 @@ fn packages(suites: &[String], no_install: bool, report: &mut Report) {
     }
     let mut packages = None;
     report.add(step("packages", |_| {
-        let dist = dist::build()?;
-        // The same agent: there is no release before this one yet.
-        let before = dist::deb(&dist, "0.1.0~before")?;
-        let current = dist::deb(&dist, env!("CARGO_PKG_VERSION"))?;
-        packages = Some((dist.join(before), dist.join(current)));
+        packages = Some(dist::pairs()?);
         Ok(())
     }));
-    let Some((before, current)) = packages else {
+    let Some((deb, rpm)) = packages else {
         return;
+    };
+    report.add(step("package files", |_| dist::verify()));
+    let cache = workspace::target_dir().join("debian");
+    let mut run = |name, script: &str, suite: &str, files: &[PathBuf]| {
+        let script = workspace::root().join("packaging/test").join(script);
+        let mut command = workspace::as_root(script);
+        command.arg(suite).args(files).arg(&cache);
+        report.add(step(name, |_| exec::run(&mut command)));
     };
     let default = ["bookworm".to_owned()];
     let suites = if suites.is_empty() { &default } else { suites };
     for suite in suites {
-        report.add(step("installation", |_| {
-            exec::run(
-                workspace::as_root(workspace::root().join("packaging/test-install.sh"))
-                    .arg(suite)
-                    .args([&before, &current])
-                    .arg(workspace::target_dir().join("debian")),
-            )
-        }));
+        run("installation", "install.sh", suite, &deb);
     }
+    run("rpm", "install.sh", &suites[0], &rpm);
+    run(
+        "container",
+        "container.sh",
+        &suites[0],
+        &[dist::directory()],
+    );
 }
 
 /// Whether the shipped object is what its sources come to.

@@ -1,17 +1,15 @@
 //! `cargo xtask test --vm`: the live tests on every kernel that is claimed to
 //! work, each booted in QEMU.
 
-mod apt;
 mod btf;
 mod emulator;
-mod image;
 mod judge;
 pub(crate) mod kernels;
 mod transcript;
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
@@ -19,19 +17,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{exec, workspace};
-use apt::{Apt, Mirrors};
+use crate::{build, exec, workspace};
 use emulator::Emulator;
-use image::Archive;
 use judge::{Outcome, Program, Verdict};
-use kernels::{Kernel, Series};
+use kernels::Series;
 use transcript::Transcript;
-
-/// What the guest does first, and from then on.
-const INIT: &str = include_str!("vm/init.sh");
 
 /// How long a test program may take in a guest.
 const PROGRAM_LIMIT: Duration = Duration::from_mins(4);
@@ -42,26 +35,6 @@ const GUEST_LIMIT: Duration = Duration::from_mins(15);
 /// Tests that run at the same time in one program. They mostly wait, and an
 /// emulated processor is slow.
 const TEST_THREADS: &str = "3";
-
-/// What the tests' guards and the agent start; from this machine.
-const TOOLS: [&str; 8] = [
-    "sh", "ip", "ss", "nsenter", "unshare", "setpriv", "mount", "umount",
-];
-
-/// The same, but a machine may lack them; tests skip without them.
-const OPTIONAL_TOOLS: [&str; 2] = ["bpftool", "tcpdump"];
-
-const LIBKEEPALIVE: &str = "/usr/lib/libkeepalive.so.0";
-
-/// Files that the tools look into.
-const FILES: [&str; 2] = ["/etc/passwd", "/etc/group"];
-
-/// Drivers that Debian's kernels have as modules, in an order in which they load.
-const MODULES: [&str; 3] = [
-    "net/ipv4/inet_diag",
-    "net/ipv4/tcp_diag",
-    "drivers/net/veth",
-];
 
 /// What the tests of one kernel came to.
 pub(crate) struct Summary {
@@ -85,11 +58,21 @@ pub(crate) fn test(
 ) -> Result<Vec<Summary>> {
     let all: Vec<_> = kernels::ALL.into_iter().collect();
     let kernels = if kernels.is_empty() { &all } else { kernels };
+    ensure!(
+        cfg!(target_arch = "x86_64"),
+        "guests are of the host's architecture, and only x86_64 is prepared"
+    );
+    ensure!(
+        workspace::is_root(),
+        "the guests' system is made and used by root: sudo -E cargo xtask test --vm"
+    );
     let cache = workspace::target_dir().join("vm");
     let _alone = alone_in(&cache)?;
-    let mirrors = Mirrors::of_this_machine()?;
-    let emulator = Emulator::find_or_fetch(&mirrors, &cache)?;
-    exec::say(&format!("QEMU {}", emulator.version));
+    let machine = cache.join("machine");
+    let suites = all
+        .iter()
+        .map(|series| format!("{}={}", series.name, series.suite));
+    exec::run(script("machine.sh").arg(&machine).args(suites))?;
     let built = Built::build(filter)?;
     if filter.is_none() {
         let programs: Vec<_> = built.programs().collect();
@@ -100,24 +83,17 @@ pub(crate) fn test(
             unknown.join(", ")
         );
     }
-    let base = base_image(&built, &mirrors, &cache)?;
-    let suites: Vec<_> = all.iter().map(|series| series.suite).collect();
-    let apt = Apt::with(cache.join("kernel-apt"), &mirrors, &suites)?;
-    let guests = kernels.iter().map(|series| {
-        let kernel = Kernel::fetch(*series, &apt, &cache.join("kernels"));
-        (*series, kernel)
-    });
-    let outcomes = run_all(guests.collect(), |series, kernel| {
-        let kernel = kernel?;
-        Guest {
-            kernel: &kernel,
-            emulator: &emulator,
-            base: &base,
-            built: &built,
-            writes_types,
-        }
-        .run(&cache)
-        .with_context(|| format!("booting {} {}", series.name, kernel.version))
+    let tree = cache.join("tree");
+    built.fill(&tree)?;
+    let guests: Vec<_> = kernels
+        .iter()
+        .map(|series| (*series, Guest::prepare(*series, &machine, &tree)))
+        .collect();
+    let outcomes = run_all(guests, |series, guest| {
+        let guest = guest?;
+        guest
+            .run(&built, writes_types)
+            .with_context(|| format!("booting {} {}", series.name, guest.version))
     });
     for failure in outcomes.iter().flat_map(Outcome::failures) {
         println!("{failure}");
@@ -143,8 +119,8 @@ fn alone_in(cache: &Path) -> Result<fs::File> {
 /// As many guests at a time as this machine has processors for: a guest has two,
 /// and waits half of its time.
 fn run_all(
-    guests: Vec<(Series, Result<Kernel>)>,
-    run: impl Fn(Series, Result<Kernel>) -> Result<Outcome> + Sync,
+    guests: Vec<(Series, Result<Guest>)>,
+    run: impl Fn(Series, Result<Guest>) -> Result<Outcome> + Sync,
 ) -> Vec<Outcome> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let count = guests.len();
@@ -198,23 +174,15 @@ struct Built {
 }
 
 impl Built {
-    /// Builds the agent and the tests as static programs, for a guest has no C
-    /// library of its own, and the tests' helper programs.
+    /// Builds the agent, the tests and the tests' helper programs, as for the
+    /// live tests of this machine.
     fn build(filter: Option<&str>) -> Result<Self> {
-        let target = host_target()?;
         let cargo = |arguments: &[&str]| {
             let mut cargo = workspace::cargo();
-            cargo
-                .args(arguments)
-                .args(["--release", "--target", &target])
-                .env(
-                    "RUSTFLAGS",
-                    "-C target-feature=+crt-static -C strip=symbols",
-                )
-                .env_remove("CARGO_ENCODED_RUSTFLAGS");
+            cargo.args(arguments).arg("--release");
             cargo
         };
-        exec::run(&mut cargo(&["build", "-p", "keepalive-agent"]))?;
+        build::build()?;
         let helpers = workspace::target_dir().join("vm/helpers");
         exec::run(
             cargo(&["run", "-p", "keepalive-tests", "--bin", "build-helpers"])
@@ -246,9 +214,7 @@ impl Built {
             filter.unwrap_or_default()
         );
         Ok(Self {
-            agent: workspace::target_dir()
-                .join(&target)
-                .join("release/keepalive-agent"),
+            agent: workspace::agent(),
             tests: programs,
             helpers,
             filter: filter.map(str::to_owned),
@@ -257,6 +223,36 @@ impl Built {
 
     fn programs(&self) -> impl Iterator<Item = Program> + use<'_> {
         self.tests.iter().map(|(program, _)| program.clone())
+    }
+
+    /// Puts all of it where the guests' files are made.
+    fn fill(&self, tree: &Path) -> Result<()> {
+        drop(fs::remove_dir_all(tree));
+        for directory in ["tests", "programs"] {
+            fs::create_dir_all(tree.join(directory))
+                .with_context(|| format!("cannot create {}", tree.display()))?;
+        }
+        let copy = |from: &Path, to: &str| {
+            fs::copy(from, tree.join(to)).with_context(|| format!("cannot copy {}", from.display()))
+        };
+        copy(&workspace::root().join("xtask/vm/init.sh"), "init")?;
+        copy(&self.agent, "tests/keepalive-agent")?;
+        for (program, path) in &self.tests {
+            copy(path, &format!("tests/{}", program.name))?;
+        }
+        for helper in fs::read_dir(&self.helpers)? {
+            let helper = helper?;
+            // Go keeps its cache there.
+            if helper.file_type()?.is_file() {
+                let name = helper.file_name();
+                copy(
+                    &helper.path(),
+                    &format!("programs/{}", name.to_string_lossy()),
+                )?;
+            }
+        }
+        fs::write(tree.join("plan"), self.plan())?;
+        Ok(())
     }
 
     /// What init goes through: program, limit in seconds, arguments.
@@ -278,20 +274,6 @@ impl Built {
             .map(|(program, _)| line(program))
             .collect()
     }
-}
-
-/// The compiler's own target, which must be one that links statically.
-fn host_target() -> Result<String> {
-    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let version = exec::output(Command::new(rustc).arg("-vV"))?;
-    let host = version
-        .lines()
-        .find_map(|line| line.strip_prefix("host: "))
-        .context("rustc names no host")?;
-    if !host.starts_with("x86_64-unknown-linux-") {
-        bail!("guests are of the host's architecture, and only x86_64 is prepared, not {host}");
-    }
-    Ok(host.to_owned())
 }
 
 /// Name and path of each program that cargo says it built for testing.
@@ -317,127 +299,67 @@ fn tests_in(listed: &str) -> Vec<String> {
         .collect()
 }
 
-/// What all guests have, and the busybox that also unpacks modules.
-struct Base {
-    archive: Vec<u8>,
-    busybox: PathBuf,
+/// A script beside the sources.
+fn script(name: &str) -> Command {
+    Command::new(workspace::root().join("xtask/vm").join(name))
 }
 
-fn base_image(built: &Built, mirrors: &Mirrors, cache: &Path) -> Result<Base> {
-    let busybox = find_busybox(mirrors, cache)?;
-    let mut archive = Archive::default();
-    for directory in ["dev", "proc", "run", "sys", "tmp", "applets", "modules"] {
-        archive.directory(directory)?;
-    }
-    archive.file("init", 0o755, INIT.as_bytes())?;
-    archive.file("plan", 0o644, built.plan().as_bytes())?;
-    archive.copy("bin/busybox", &busybox)?;
-    // Not busybox's shell, which runs its own applets in the place of programs.
-    archive.link("bin/sh", "../usr/bin/sh")?;
-    for tool in TOOLS {
-        let path = find(tool).with_context(|| {
-            format!("{tool} is not installed, and the tests in the guests need it")
-        })?;
-        archive.program(&format!("usr/bin/{tool}"), &path)?;
-    }
-    for tool in OPTIONAL_TOOLS {
-        if let Some(path) = find(tool) {
-            archive.program(&format!("usr/bin/{tool}"), &path)?;
-        }
-    }
-    for file in FILES {
-        archive.copy(file, Path::new(file))?;
-    }
-    // A library that is preloaded needs what it is linked with, as a program does.
-    if Path::new(LIBKEEPALIVE).exists() {
-        archive.program(LIBKEEPALIVE, Path::new(LIBKEEPALIVE))?;
-    }
-    archive.program("tests/keepalive-agent", &built.agent)?;
-    for (program, path) in &built.tests {
-        archive.program(&format!("tests/{}", program.name), path)?;
-    }
-    for helper in fs::read_dir(&built.helpers)? {
-        let helper = helper?;
-        // Go keeps its cache there.
-        if helper.file_type()?.is_dir() {
-            continue;
-        }
-        let name = helper.file_name();
-        archive.program(
-            &format!("programs/{}", name.to_string_lossy()),
-            &helper.path(),
-        )?;
-    }
-    Ok(Base {
-        archive: archive.finish()?,
-        busybox,
-    })
+/// A kernel, ready to be booted.
+struct Guest {
+    series: Series,
+    version: String,
+    /// Where it writes.
+    directory: PathBuf,
+    emulator: Emulator,
+    image: PathBuf,
+    initramfs: PathBuf,
 }
 
-/// A program in `PATH` or where administrators' programs are.
-fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
-        .map(|directory| directory.join(program))
-        .find(|program| program.is_file())
-}
-
-fn find_busybox(mirrors: &Mirrors, cache: &Path) -> Result<PathBuf> {
-    let root = cache.join("busybox");
-    let codename = mirrors.codename.as_str();
-    if !root.exists() {
-        let apt = Apt::with(cache.join("busybox-apt"), mirrors, &[codename])?;
-        apt.unpack(&["busybox-static".to_owned()], &root)?;
-    }
-    ["bin/busybox", "usr/bin/busybox"]
-        .into_iter()
-        .map(|path| root.join(path))
-        .find(|path| path.is_file())
-        .context("Debian's busybox-static has no busybox")
-}
-
-/// One kernel and what is needed to run the tests on it.
-struct Guest<'a> {
-    kernel: &'a Kernel,
-    emulator: &'a Emulator,
-    base: &'a Base,
-    built: &'a Built,
-    writes_types: bool,
-}
-
-impl Guest<'_> {
-    /// Boots it and reads what it says.
-    fn run(&self, cache: &Path) -> Result<Outcome> {
-        let Kernel {
-            series, version, ..
-        } = self.kernel;
-        let directory = cache.join("runs").join(series.name);
+impl Guest {
+    fn prepare(series: Series, machine: &Path, tree: &Path) -> Result<Self> {
+        let directory = machine.join("runs").join(series.name);
         fs::create_dir_all(&directory)
             .with_context(|| format!("cannot create {}", directory.display()))?;
         let initramfs = directory.join("initramfs");
-        fs::write(&initramfs, self.image()?)
-            .with_context(|| format!("cannot write {}", initramfs.display()))?;
+        exec::output(
+            script("image.sh")
+                .args([machine, tree])
+                .args([&series.directory(machine).canonicalize()?, &initramfs]),
+        )?;
+        Ok(Self {
+            series,
+            version: series.version(machine)?,
+            directory,
+            emulator: Emulator::of(machine),
+            image: series.image(machine)?,
+            initramfs,
+        })
+    }
+
+    /// Boots it and reads what it says.
+    fn run(&self, built: &Built, writes_types: bool) -> Result<Outcome> {
+        let Self {
+            series,
+            version,
+            directory,
+            ..
+        } = self;
         exec::say(&format!("booting Linux {version}"));
-        let arguments = if self.writes_types {
-            "keepalive.types"
-        } else {
-            ""
-        };
+        let arguments = if writes_types { "keepalive.types" } else { "" };
         let boot = self.emulator.boot(
-            &self.kernel.image,
-            &initramfs,
+            &self.image,
+            &self.initramfs,
             arguments,
-            &directory,
+            directory,
             GUEST_LIMIT,
         )?;
-        // Some 70 MB that can be made again.
-        fs::remove_file(&initramfs)?;
+        // Some 150 MB that can be made again.
+        fs::remove_file(&self.initramfs)?;
         let transcript = Transcript::parse(&boot.transcript);
-        let programs: Vec<_> = self.built.programs().collect();
+        let programs: Vec<_> = built.programs().collect();
         let verdicts = judge::judge(&programs, &transcript);
         let faults = judge::faults(programs.len(), &transcript, &boot.console, boot.timed_out);
-        if self.writes_types {
+        if writes_types {
             write_types(series.name, &boot.types)?;
         }
         exec::say(&format!(
@@ -452,19 +374,6 @@ impl Guest<'_> {
             faults,
             took: boot.took,
         })
-    }
-
-    /// The files of all guests, and this kernel's modules.
-    fn image(&self) -> Result<Vec<u8>> {
-        let mut modules = Archive::default();
-        for (index, name) in MODULES.into_iter().enumerate() {
-            let content = image::unpacked(&self.base.busybox, &self.kernel.module(name)?)?;
-            let name = name.rsplit('/').next().unwrap_or(name);
-            modules.file(&format!("modules/{index}-{name}.ko"), 0o644, &content)?;
-        }
-        let mut image = self.base.archive.clone();
-        image.extend(modules.finish()?);
-        Ok(image)
     }
 }
 

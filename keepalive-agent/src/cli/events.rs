@@ -157,7 +157,8 @@ fn text(entry: &Entry, cgroup: Option<&CgroupPath>) -> String {
     )
 }
 
-fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
+/// What happened, on one line.
+pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
     match what {
         What::Started {
             cgroup,
@@ -171,9 +172,9 @@ fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
             )
         }
         What::Waiting { cgroup } => format!("waiting for cgroup {cgroup}, which does not exist"),
-        What::Reloaded { policies } => {
+        What::Reloaded { why, policies } => {
             format!(
-                "another config is in force; policies: {}",
+                "the config was read again ({why}); policies: {}",
                 policies.join(", ")
             )
         }

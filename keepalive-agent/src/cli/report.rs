@@ -4,18 +4,20 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use keepalive_common::{counters::Counters, dead_peer::Cause};
 use serde::Serialize;
+use serde_json::Value;
+use tracing::Level;
 
-use super::output;
+use super::{log, output, table};
 use crate::{
     VERSION,
     assignment::{Assigned, Assignment},
     config::DEFAULT_FILE,
-    daemon::{self, Leaves, Reporter},
+    daemon::{self, Leaves, Reporter, journal::What},
     datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord},
     duration,
     hierarchy::CgroupPath,
@@ -29,18 +31,28 @@ use crate::{
 /// before, SIGTERM is answered within a second.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// Writes reports to standard output, without waiting for whoever reads them.
+/// How it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// For people who look at the terminal.
+    Text,
+    /// A line for each change, with all that is known of it.
+    Json,
+    /// A record of the journal for each change.
+    Journal,
+}
+
+/// Writes reports without waiting for whoever reads them.
 pub(super) struct Report {
-    /// Whether for machines.
-    pub(super) json: bool,
+    pub(super) form: Form,
 }
 
 impl Reporter for Report {
     fn report(&mut self, event: &daemon::Event<'_>) {
-        let text = if self.json {
-            line(&record_of(event))
-        } else {
-            text_of(event)
+        let text = match self.form {
+            Form::Text => text_of(event),
+            Form::Json => timed_line(&record_of(event)),
+            Form::Journal => return to_journal(event),
         };
         let is_last = matches!(event, daemon::Event::Stopped { .. });
         if is_last {
@@ -52,6 +64,32 @@ impl Reporter for Report {
             Stream::Output.finish(PATIENCE);
         }
     }
+}
+
+/// One line, with the fields that `events --json` has.
+fn to_journal(event: &daemon::Event<'_>) {
+    let what = What::from(event);
+    let message = super::events::what(&what, None);
+    let mut record = log::Record::new(Level::INFO, &message);
+    // Numbers and strings cannot fail to be written.
+    if let Ok(Value::Object(fields)) = serde_json::to_value(&what) {
+        for (name, value) in &fields {
+            record.field(name, value);
+        }
+    }
+    record.send(&message);
+}
+
+#[derive(Serialize)]
+struct Timed<'a> {
+    #[serde(flatten)]
+    record: &'a Record<'a>,
+    at_ms: u64,
+}
+
+fn timed_line(record: &Record<'_>) -> String {
+    let at_ms = daemon::journal::milliseconds(SystemTime::now());
+    line(&Timed { record, at_ms })
 }
 
 /// One JSON object on a line of its own.
@@ -79,6 +117,7 @@ enum Record<'a> {
         cgroup: &'a CgroupPath,
     },
     Reloaded {
+        why: &'a str,
         policies: Vec<PolicyRecord<'a>>,
     },
     Swept {
@@ -298,7 +337,8 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
             policies: policies(assignment),
         },
         daemon::Event::Waiting { cgroup } => Record::Waiting { cgroup },
-        daemon::Event::Reloaded { assignment } => Record::Reloaded {
+        daemon::Event::Reloaded { why, assignment } => Record::Reloaded {
+            why,
             policies: policies(assignment),
         },
         daemon::Event::Swept(swept) => Record::Swept {
@@ -350,9 +390,9 @@ fn text_of(event: &daemon::Event<'_>) -> String {
         daemon::Event::Waiting { cgroup } => {
             format!("cgroup {cgroup} does not exist: nothing is enforced until it does\n")
         }
-        daemon::Event::Reloaded { assignment } => {
+        daemon::Event::Reloaded { why, assignment } => {
             format!(
-                "\nthe config was read again\n\n{}",
+                "\nthe config was read again ({why})\n\n{}",
                 policy_table(assignment)
             )
         }
@@ -371,11 +411,9 @@ fn text_of(event: &daemon::Event<'_>) -> String {
                 }
                 Leaves::AnotherAgent => "enforcement goes on with that one",
             };
-            format!(
-                "\nstopped by {by} after {}; {what}\n\n{}",
-                duration::show(Duration::from_secs(after.as_secs())),
-                changed_text(*record)
-            )
+            let after = duration::show(Duration::from_secs(after.as_secs()));
+            let line = wrapped(&format!("stopped by {by} after {after}; {what}"));
+            format!("\n{line}\n{}", changed_text(*record))
         }
     }
 }
@@ -435,7 +473,7 @@ pub(super) fn swept_text(swept: &Swept) -> String {
 /// What `sweep` did, in numbers.
 pub(super) fn swept(json: bool, swept: &Swept) -> String {
     if json {
-        return line(&record_of(&daemon::Event::Swept(swept)));
+        return timed_line(&record_of(&daemon::Event::Swept(swept)));
     }
     swept_text(swept)
 }
@@ -443,7 +481,7 @@ pub(super) fn swept(json: bool, swept: &Swept) -> String {
 /// What was done, in numbers.
 pub(super) fn changed(json: bool, record: &SetRecord) -> String {
     if json {
-        line(&stopped(None, false, Some(record)))
+        timed_line(&stopped(None, false, Some(record)))
     } else {
         changed_text(Some(record))
     }
@@ -457,21 +495,25 @@ fn changed_text(record: Option<&SetRecord>) -> String {
         let connections =
             record.established.user_timeout_conflict + record.existing.user_timeout_conflict;
         if connections > 0 {
-            let _ = writeln!(
-                text,
+            text += &wrapped(&format!(
                 "policy {}: {} left without keepalive of the policy, because the application's \
                  user-timeout would end {} at the first lost probes; \
                  user-timeout = {{ at-least = \"derive\" }} allows for them",
                 record.name,
                 count(connections, "connection"),
                 if connections == 1 { "it" } else { "them" },
-            );
+            ));
         }
     }
     for refused in refusals {
         let _ = writeln!(text, "{refused}");
     }
     text
+}
+
+/// Lines that fit the terminal.
+fn wrapped(text: &str) -> String {
+    table::on_terminal(text, 0).join("\n") + "\n"
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.

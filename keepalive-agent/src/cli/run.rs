@@ -5,7 +5,10 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{Target, report::Report};
+use super::{
+    Target, log,
+    report::{Form, Report},
+};
 use crate::{
     daemon::{self, Options},
     datapath::PinDirectory,
@@ -62,6 +65,12 @@ pub(super) struct Arguments {
     metrics_public: bool,
 }
 
+impl Arguments {
+    pub(super) fn prints_json(&self) -> bool {
+        self.target.json
+    }
+}
+
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
     if let Some(address) = &arguments.metrics
@@ -81,6 +90,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         take_over: arguments.take_over,
         metrics: arguments.metrics.clone(),
     };
-    daemon::run(&options, &mut Report { json: target.json })?;
+    let form = match log::journal() {
+        _ if target.json => Form::Json,
+        Some(_) => Form::Journal,
+        None => Form::Text,
+    };
+    daemon::run(&options, &mut Report { form })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::{
     output,
     report::{self, DoneRecord},
+    table,
 };
 use crate::{
     daemon::ownership,
@@ -242,9 +243,13 @@ fn text(status: &Status) -> String {
 }
 
 fn describe(set: &Set, text: &mut String) {
+    const INDENT: usize = 11;
     let mut line = |what: &str, value: &str| {
-        // Memory can always be written to.
-        let _ = writeln!(text, "{what:<11}{value}");
+        for (index, value) in table::on_terminal(value, INDENT).iter().enumerate() {
+            let what = if index == 0 { what } else { "" };
+            // Memory can always be written to.
+            let _ = writeln!(text, "{what:<INDENT$}{value}");
+        }
     };
     let cgroup = set.cgroup.as_ref().map(ToString::to_string);
     line(
@@ -317,7 +322,11 @@ fn sweep(known: &Known) -> String {
         waiting,
         missed,
     } = known.sweep;
-    let mut text = format!("{connections} connections in {namespaces} network namespaces");
+    let mut text = format!(
+        "{} in {}",
+        report::count(connections, "connection"),
+        report::count(namespaces, "network namespace")
+    );
     if waiting > 0 {
         let _ = write!(text, ", {waiting} silent ones wait for their turn");
     }

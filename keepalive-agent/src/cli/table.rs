@@ -11,8 +11,12 @@ const DEFAULT_WIDTH: usize = 80;
 /// Between two columns.
 const GAP: &str = "  ";
 
-/// No column is made narrower than this to make room for others.
-const NARROWEST: usize = 12;
+/// No column is made narrower than its longest word, or this, to make room for
+/// others.
+const NARROW: usize = 12;
+
+/// Where that is not enough, down to this.
+const NARROWEST: usize = 6;
 
 /// Columns and lines of the terminal that standard output is; none where it is
 /// none.
@@ -29,6 +33,15 @@ pub(super) fn width() -> usize {
         .or_else(|| env::var("COLUMNS").ok()?.parse().ok())
         .filter(|columns| *columns > 0)
         .unwrap_or(DEFAULT_WIDTH)
+}
+
+/// A text in lines that fit the terminal beside an indent; whole where it is none,
+/// so that it can be searched.
+pub(super) fn on_terminal(text: &str, indent: usize) -> Vec<String> {
+    match terminal() {
+        Some((columns, _)) => wrap(text, columns.saturating_sub(indent)),
+        None => vec![text.to_owned()],
+    }
 }
 
 /// How many places of a terminal a text takes.
@@ -77,7 +90,8 @@ pub(super) fn end_of(text: &str, width: usize) -> String {
     format!("…{}", text.get(start..).unwrap_or_default())
 }
 
-/// Breaks a text into lines, between words where there are any.
+/// Breaks a text into lines: between words, after their hyphens and slashes, or
+/// anywhere.
 pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
     let width = width.max(1);
     let mut lines = Vec::new();
@@ -89,9 +103,16 @@ pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
             } else if !line.is_empty() {
                 line.push(' ');
             }
+            let mut start = line.len();
             for character in word.chars() {
                 if width_of(&line) + character.width().unwrap_or(0) > width {
-                    lines.push(std::mem::take(&mut line));
+                    let part = line.get(start..).unwrap_or_default();
+                    let at = part
+                        .rfind(['-', '/'])
+                        .map_or(line.len(), |at| start + at + 1);
+                    let rest = line.split_off(at);
+                    lines.push(std::mem::replace(&mut line, rest));
+                    start = 0;
                 }
                 line.push(character);
             }
@@ -103,17 +124,25 @@ pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
 
 /// A table whose cells are broken into lines where it would be too wide.
 pub(super) fn lay_out(header: &[&str], rows: &[Vec<String>], available: usize) -> String {
+    let longest_word = |text: &str| text.split(' ').map(width_of).max().unwrap_or(0);
     let mut widths: Vec<_> = header.iter().map(|title| width_of(title)).collect();
+    let mut words: Vec<_> = header.iter().map(|title| longest_word(title)).collect();
     for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
+        for ((width, word), cell) in widths.iter_mut().zip(&mut words).zip(row) {
             *width = (*width).max(width_of(cell));
+            *word = (*word).max(longest_word(cell));
         }
     }
-    while width_of_row(widths.iter().copied()) > available
-        && let Some(widest) = widths.iter_mut().max()
-        && *widest > NARROWEST
-    {
-        *widest -= 1;
+    for narrowest in [NARROW, NARROWEST] {
+        while width_of_row(widths.iter().copied()) > available
+            && let Some((widest, _)) = widths
+                .iter_mut()
+                .zip(&words)
+                .filter(|(width, word)| **width > narrowest.min(**word))
+                .max()
+        {
+            *widest -= 1;
+        }
     }
     let mut out = String::new();
     let header = header.iter().map(|title| (*title).to_owned()).collect();
@@ -166,6 +195,21 @@ mod tests {
             table,
             "NAME    DETAIL\na name  one two three\n        four five\n"
         );
+    }
+
+    #[test]
+    fn words_break_after_hyphens_where_there_is_no_room() {
+        assert_eq!(wrap("USER-TIMEOUT", 9), ["USER-", "TIMEOUT"]);
+        assert_eq!(wrap("a /app/one", 6), ["a", "/app/", "one"]);
+        assert_eq!(wrap("-abcdef", 4), ["-", "abcd", "ef"]);
+    }
+
+    #[test]
+    fn nine_columns_fit_a_terminal() {
+        let header = ["USER-TIMEOUT"; 9];
+        let row = vec!["database-connections and more".to_owned(); 9];
+        let table = lay_out(&header, &[row], DEFAULT_WIDTH);
+        assert!(table.lines().all(|line| width_of(line) <= DEFAULT_WIDTH));
     }
 
     #[test]

@@ -59,6 +59,9 @@ pub enum What {
     },
     /// Another config is in force.
     Reloaded {
+        /// Why it was read again.
+        #[serde(default)]
+        why: String,
         /// Names of the policies.
         policies: Vec<String>,
     },
@@ -156,7 +159,8 @@ impl From<DeadPeer> for Entry {
     }
 }
 
-fn milliseconds(at: SystemTime) -> u64 {
+/// Since 1970.
+pub(crate) fn milliseconds(at: SystemTime) -> u64 {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -320,7 +324,8 @@ impl From<&Event<'_>> for What {
             Event::Waiting { cgroup } => Self::Waiting {
                 cgroup: (*cgroup).clone(),
             },
-            Event::Reloaded { assignment } => Self::Reloaded {
+            Event::Reloaded { why, assignment } => Self::Reloaded {
+                why: (*why).to_owned(),
                 policies: names(assignment),
             },
             Event::Swept(swept) => Self::Swept {

@@ -194,6 +194,10 @@ impl Legend {
             (Source::Policy, "the policy"),
             (Source::PolicyBound, "a bound of the policy"),
             (Source::Sysctl, "a sysctl of the namespace"),
+            (
+                Source::UserTimeout,
+                "nobody (the application's user-timeout would end it too early)",
+            ),
             (Source::Kernel, "nobody (the kernel's default)"),
         ];
         let meanings: Vec<_> = words

@@ -1,7 +1,6 @@
-//! QEMU: found or fetched, and each boot ended when its time is up.
+//! QEMU, each boot ended when its time is up.
 
 use std::{
-    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -10,25 +9,16 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::apt::{Apt, Mirrors};
-use crate::exec;
-
-/// Older ones crash now and then under newer kernels (7.2 did, in one boot of
-/// ten).
-const OLDEST: u32 = 8;
-
 const PROGRAM: &str = "qemu-system-x86_64";
 
 /// Memory of a guest; it holds the programs and all they write too.
 const MEMORY: &str = "2G";
 
-/// An emulator that this machine can run.
+/// An emulator in a system of its own.
 pub(super) struct Emulator {
+    /// The root of that system.
+    root: PathBuf,
     program: PathBuf,
-    /// Where it was unpacked, unless it is the machine's own.
-    root: Option<PathBuf>,
-    /// Its version, for the report.
-    pub(super) version: String,
 }
 
 /// What a boot leaves.
@@ -45,44 +35,12 @@ pub(super) struct Boot {
 }
 
 impl Emulator {
-    /// The machine's own, or Debian's backport of it, with the libraries that
-    /// this machine lacks, unpacked and not installed.
-    pub(super) fn find_or_fetch(mirrors: &Mirrors, cache: &Path) -> Result<Self> {
-        if let Ok(own) = Self::at(PathBuf::from(PROGRAM), None)
-            && major(&own.version).is_some_and(|major| major >= OLDEST)
-        {
-            return Ok(own);
+    /// That of the system that `machine.sh` has made.
+    pub(super) fn of(machine: &Path) -> Self {
+        Self {
+            root: machine.to_owned(),
+            program: PROGRAM.into(),
         }
-        let codename = mirrors.codename.as_str();
-        let backports = format!("{codename}-backports");
-        let security = format!("{codename}-security");
-        let apt = Apt::with(
-            cache.join("emulator-apt"),
-            mirrors,
-            &[codename, &security, &backports],
-        )?;
-        let packages = apt.needed_for("qemu-system-x86", &backports)?;
-        let version = packages
-            .iter()
-            .find_map(|package| package.strip_prefix("qemu-system-x86="))
-            .context("apt does not know how to install qemu-system-x86")?
-            .to_owned();
-        let root = cache.join(format!("qemu-{}", version.replace(':', "_")));
-        apt.unpack(&packages, &root)?;
-        Self::at(root.join("usr/bin").join(PROGRAM), Some(root))
-    }
-
-    fn at(program: PathBuf, root: Option<PathBuf>) -> Result<Self> {
-        let mut emulator = Self {
-            program,
-            root,
-            version: String::new(),
-        };
-        let said = exec::output(emulator.command(Duration::from_mins(1)).arg("--version"))?;
-        let first = said.lines().next().unwrap_or_default();
-        let version = first.strip_prefix("QEMU emulator version ");
-        version.unwrap_or(first).clone_into(&mut emulator.version);
-        Ok(emulator)
     }
 
     /// Ends by itself when `limit` is over, also when nobody waits for it any more.
@@ -91,23 +49,21 @@ impl Emulator {
         command
             .args(["--foreground", "--kill-after=5"])
             .arg(format!("{}s", limit.as_secs()))
+            .arg("chroot")
+            .arg(&self.root)
             .arg(&self.program);
-        if let Some(root) = &self.root {
-            let mut libraries = OsString::new();
-            for directory in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
-                libraries.push(root.join(directory));
-                libraries.push(":");
-            }
-            command.env("LD_LIBRARY_PATH", libraries);
-            for directory in ["usr/share/qemu", "usr/share/seabios"] {
-                command.arg("-L").arg(root.join(directory));
-            }
-        }
         command
     }
 
+    /// The path of a file as the emulator sees it.
+    fn inside(&self, file: &Path) -> PathBuf {
+        let below = file.strip_prefix(&self.root).unwrap_or(file);
+        Path::new("/").join(below)
+    }
+
     /// Boots a kernel and waits until the machine stops or `limit` is over. The
-    /// guest's three serial lines go to files in `directory`.
+    /// guest's three serial lines go to files in `directory`. All files are below
+    /// the emulator's root.
     pub(super) fn boot(
         &self,
         kernel: &Path,
@@ -129,10 +85,10 @@ impl Emulator {
             fs::write(line, "").with_context(|| format!("cannot write {}", line.display()))?;
             command
                 .arg("-serial")
-                .arg(format!("file:{}", line.display()));
+                .arg(format!("file:{}", self.inside(line).display()));
         }
-        command.arg("-kernel").arg(kernel);
-        command.arg("-initrd").arg(initramfs);
+        command.arg("-kernel").arg(self.inside(kernel));
+        command.arg("-initrd").arg(self.inside(initramfs));
         command.arg("-append").arg(format!(
             "console=ttyS0 panic=-1 loglevel=5 mitigations=off {arguments}"
         ));
@@ -160,11 +116,6 @@ impl Emulator {
     }
 }
 
-/// `10` of `10.0.2 (Debian 1:10.0.2+ds-2)`.
-fn major(version: &str) -> Option<u32> {
-    version.split('.').next()?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -185,10 +136,10 @@ mod tests {
         );
         fs::write(&program, lines).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        // As if the whole system were its own: that takes no root.
         let emulator = Emulator {
+            root: "/".into(),
             program,
-            root: None,
-            version: String::new(),
         };
         let nothing = Path::new("/dev/null");
         let limit = Duration::from_secs(2);
@@ -237,12 +188,5 @@ mod tests {
         let faults = faults(&boot("stop", BEGIN));
         assert!(faults[0].contains("last line is missing"), "{faults:?}");
         assert_eq!(faults.len(), 1);
-    }
-
-    #[test]
-    fn the_major_version_decides_whether_an_emulator_will_do() {
-        assert_eq!(major("10.0.2 (Debian 1:10.0.2+ds-2)"), Some(10));
-        assert_eq!(major("7.2.15"), Some(7));
-        assert_eq!(major("unknown"), None);
     }
 }
