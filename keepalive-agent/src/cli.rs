@@ -15,6 +15,7 @@ mod sockets;
 mod status;
 mod sweep;
 mod table;
+mod top;
 mod trial;
 
 use std::{
@@ -66,6 +67,7 @@ const PARTIAL: u8 = 4;
                   keepalive-agent events                    what happens, such as dead peers\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
+                  keepalive-agent top                       the same as a live view\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
                   keepalive-agent policy show               what holds, and where it is written\n  \
                   keepalive-agent exec -- COMMAND           keepalive for one command"
@@ -95,6 +97,8 @@ enum Command {
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Watch all connections: who survives, what is forgotten next
+    Top(top::Arguments),
     /// Tell which policy claims a connection, why, and what comes of it
     Explain(explain::Arguments),
     /// Show the policy with the file and line of each value, and change it
@@ -199,6 +203,7 @@ pub fn main() -> ExitCode {
         Command::Detach(arguments) => detach::detach(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Top(arguments) => top::top(arguments),
         Command::Explain(arguments) => explain::explain(arguments),
         Command::Policy(arguments) => policy::policy(arguments),
         Command::Exec(arguments) => exec::exec(arguments),
