@@ -8,6 +8,7 @@ mod explain;
 mod generate;
 mod output;
 mod policy;
+mod recommend;
 mod report;
 mod run;
 mod screen;
@@ -65,6 +66,7 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run --pin                 that go on when the agent ends\n  \
                   keepalive-agent status                    what is in force\n  \
                   keepalive-agent events                    what happens, such as dead peers\n  \
+                  keepalive-agent recommend                 which idle time would have kept them\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
                   keepalive-agent top                       the same as a live view\n  \
@@ -91,6 +93,8 @@ enum Command {
     Status(status::Arguments),
     /// Follow what happens: dead peers, reloads, sweeps, errors
     Events(events::Arguments),
+    /// Recommend timers, from the silences that connections died of
+    Recommend(recommend::Arguments),
     /// Take enforcement off, with all its pins
     Detach(detach::Arguments),
     /// Find out whether this kernel is able, and whether a config is right
@@ -200,6 +204,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Status(arguments) => status::status(arguments),
         Command::Events(arguments) => events::events(arguments),
+        Command::Recommend(arguments) => recommend::recommend(arguments),
         Command::Detach(arguments) => detach::detach(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),

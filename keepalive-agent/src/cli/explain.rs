@@ -731,14 +731,7 @@ fn meaning(meaning: &Meaning) -> String {
 }
 
 fn setting(name: &str, source: Source, shown: &str) -> String {
-    let source = match source {
-        Source::App => "the application",
-        Source::Policy => "the policy",
-        Source::PolicyBound => "a bound of the policy",
-        Source::Sysctl => "a sysctl of the namespace",
-        Source::UserTimeout => "the application's user-timeout",
-        Source::Kernel => "nobody",
-    };
+    let source = source.author();
     format!("{name:<13} {shown}, set by {source}")
 }
 

@@ -188,7 +188,9 @@ enum News {
 
 pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
     if table::terminal().is_none() || !io::stdin().is_terminal() {
-        bail!("it draws on a terminal, and there is none: `sockets --summary` prints the same once");
+        bail!(
+            "it draws on a terminal, and there is none: `sockets --summary` prints the same once"
+        );
     }
     preflight::may_enforce()?;
     let hierarchy = Hierarchy::find();

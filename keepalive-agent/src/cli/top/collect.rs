@@ -127,7 +127,9 @@ impl Collector {
         } = taking;
         for Unseen { netns, error } in not_listed {
             let netns = printable(&netns);
-            unseen.push(format!("connections of network namespace {netns}: {error:#}"));
+            unseen.push(format!(
+                "connections of network namespace {netns}: {error:#}"
+            ));
         }
         let mut dead = Vec::new();
         for (id, count) in &self.dead {
@@ -176,7 +178,11 @@ impl Collector {
             let policy: Arc<str> = printable(&name).to_string().into();
             let before = self.established.insert(policy.clone(), established);
             // A policy that is in force since then has none from before.
-            let before = if is_first { established } else { before.unwrap_or(0) };
+            let before = if is_first {
+                established
+            } else {
+                before.unwrap_or(0)
+            };
             counts.push(Counts {
                 policy,
                 new: established.saturating_sub(before),
@@ -239,9 +245,8 @@ impl Names {
             };
             let identity = known.identity();
             let unit = identity.and_then(|identity| identity.unit.as_deref());
-            let contained = |identity: &&Identity| {
-                identity.container.is_some() || identity.pod_uid.is_some()
-            };
+            let contained =
+                |identity: &&Identity| identity.container.is_some() || identity.pod_uid.is_some();
             Arc::new(Place {
                 cgroup: known.path.to_string().into(),
                 unit: unit.map(|unit| printable(unit).to_string().into()),

@@ -49,7 +49,10 @@ pub(super) fn draw(model: &Model, frame: &mut Frame<'_>) {
     match (&model.view, &model.snapshot) {
         _ if model.shows_help => frame.render_widget(Paragraph::new(help(model)), body),
         (_, None) => {
-            let text = model.error.as_deref().unwrap_or("looking at all connections …");
+            let text = model
+                .error
+                .as_deref()
+                .unwrap_or("looking at all connections …");
             frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: true }), body);
         }
         (View::Groups, Some(_)) => draw_groups(model, frame, body),
@@ -108,7 +111,11 @@ fn coverage_line(model: &Model) -> Line<'static> {
         let bar: String = (0..BAR)
             .map(|place| if place < full { '#' } else { '.' })
             .collect();
-        let colour = if totals.at_risk == 0 { Color::Green } else { Color::Yellow };
+        let colour = if totals.at_risk == 0 {
+            Color::Green
+        } else {
+            Color::Yellow
+        };
         spans.push(Span::styled(
             format!("[{bar}] {}.{}%", coverage / 10, coverage % 10),
             style(model, colour),
@@ -153,7 +160,10 @@ fn notes_line(model: &Model) -> Line<'static> {
         rate(totals.new, snapshot)
     ) + " new/s";
     if let Some(first) = snapshot.unseen.first() {
-        text = format!("{} parts not seen (? tells more): {first}", snapshot.unseen.len());
+        text = format!(
+            "{} parts not seen (? tells more): {first}",
+            snapshot.unseen.len()
+        );
         return Line::styled(text, style(model, Color::Yellow));
     }
     Line::from(text)
@@ -161,7 +171,10 @@ fn notes_line(model: &Model) -> Line<'static> {
 
 fn footer(model: &Model) -> Line<'static> {
     if model.is_typing {
-        return Line::from(format!("only with: {}_   enter keeps it, esc drops it", model.filter));
+        return Line::from(format!(
+            "only with: {}_   enter keeps it, esc drops it",
+            model.filter
+        ));
     }
     let filtered = if model.filter.is_empty() {
         String::new()
@@ -214,11 +227,22 @@ fn titles<const COLUMNS: usize>(
     is_reversed: bool,
 ) -> Row<'static> {
     let mark = if is_reversed { "^" } else { "v" };
-    let cells = titles.into_iter().enumerate().map(|(index, (title, is_key))| {
-        let title = if is_key { format!("{mark}{title}") } else { title.to_owned() };
-        let line = Line::from(title);
-        Cell::from(if index == 0 { line } else { line.right_aligned() })
-    });
+    let cells = titles
+        .into_iter()
+        .enumerate()
+        .map(|(index, (title, is_key))| {
+            let title = if is_key {
+                format!("{mark}{title}")
+            } else {
+                title.to_owned()
+            };
+            let line = Line::from(title);
+            Cell::from(if index == 0 {
+                line
+            } else {
+                line.right_aligned()
+            })
+        });
     Row::new(cells).underlined()
 }
 
@@ -231,7 +255,9 @@ fn right(text: String) -> Cell<'static> {
 }
 
 fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
-    let Some(snapshot) = &model.snapshot else { return };
+    let Some(snapshot) = &model.snapshot else {
+        return;
+    };
     const COLUMNS: [u16; 7] = [7, 7, 7, 7, 6, 6, 10];
     let name = area
         .width
@@ -270,7 +296,11 @@ fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
             forgotten_ms,
         } = group;
         let risk = Line::from(at_risk.to_string()).right_aligned();
-        let risk = if *at_risk > 0 { risk.style(style(model, Color::Red)) } else { risk };
+        let risk = if *at_risk > 0 {
+            risk.style(style(model, Color::Red))
+        } else {
+            risk
+        };
         let row = Row::new([
             Cell::from(end_of(group_name, name)),
             number(*connections),
@@ -285,7 +315,10 @@ fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
     });
     let mut widths = vec![Constraint::Length(name)];
     widths.extend(COLUMNS.map(Constraint::Length));
-    frame.render_widget(Table::new(rows, widths).header(header).column_spacing(1), area);
+    frame.render_widget(
+        Table::new(rows, widths).header(header).column_spacing(1),
+        area,
+    );
 }
 
 fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area: Rect) {
@@ -322,7 +355,11 @@ fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area:
         let process = process.map_or_else(|| "-".to_owned(), |(pid, name)| format!("{name}/{pid}"));
         let idle = Line::from(idle(socket)).right_aligned();
         let is_at_risk = socket.exposure == Exposure::AtRisk;
-        let idle = if is_at_risk { idle.style(style(model, Color::Red)) } else { idle };
+        let idle = if is_at_risk {
+            idle.style(style(model, Color::Red))
+        } else {
+            idle
+        };
         let mut cells = vec![
             Cell::from(end_of(&socket.local.to_string(), local)),
             right(end_of(&socket.remote.to_string(), remote)),

@@ -303,17 +303,22 @@ impl Model {
 
     /// Takes what was found.
     pub(super) fn take(&mut self, snapshot: Snapshot) {
-        let selected = self.selected_socket().map(|socket| (socket.local, socket.remote));
-        let group = self.groups.get(self.selected).map(|group| group.name.clone());
+        let selected = self
+            .selected_socket()
+            .map(|socket| (socket.local, socket.remote));
+        let group = self
+            .groups
+            .get(self.selected)
+            .map(|group| group.name.clone());
         self.totals = totals(&snapshot);
         self.snapshot = Some(snapshot);
         self.error = None;
         self.arrange();
         // The cursor stays on what it was on, wherever that is now.
         let place = match self.view {
-            View::Groups => group.and_then(|name| {
-                self.groups.iter().position(|group| group.name == name)
-            }),
+            View::Groups => {
+                group.and_then(|name| self.groups.iter().position(|group| group.name == name))
+            }
             View::Sockets(_) => selected.and_then(|ends| self.place_of(ends)),
             View::Explained { .. } => None,
         };
@@ -548,7 +553,9 @@ impl Model {
     /// The connections of the snapshot.
     #[must_use]
     pub(super) fn sockets(&self) -> &[Socket] {
-        self.snapshot.as_ref().map_or(&[], |snapshot| &snapshot.sockets)
+        self.snapshot
+            .as_ref()
+            .map_or(&[], |snapshot| &snapshot.sockets)
     }
 
     fn selected_socket(&self) -> Option<&Socket> {
@@ -569,7 +576,9 @@ impl Model {
 
     /// Works out the rows anew.
     fn arrange(&mut self) {
-        let Some(snapshot) = &self.snapshot else { return };
+        let Some(snapshot) = &self.snapshot else {
+            return;
+        };
         match &self.view {
             View::Groups => {
                 let mut groups = groups(snapshot, self.by);
@@ -626,10 +635,13 @@ fn totals(snapshot: &Snapshot) -> Totals {
 
 fn groups(snapshot: &Snapshot, by: By) -> Vec<Group> {
     let mut groups: HashMap<Arc<str>, Group> = HashMap::new();
-    let group = |groups: &mut HashMap<Arc<str>, Group>, name: Arc<str>, add: &dyn Fn(&mut Group)| {
-        let group = groups.entry(name.clone()).or_insert_with(|| Group::new(name));
-        add(group);
-    };
+    let group =
+        |groups: &mut HashMap<Arc<str>, Group>, name: Arc<str>, add: &dyn Fn(&mut Group)| {
+            let group = groups
+                .entry(name.clone())
+                .or_insert_with(|| Group::new(name));
+            add(group);
+        };
     for socket in &snapshot.sockets {
         let forgotten = socket.forgotten_ms(snapshot.timeout);
         group(&mut groups, by.group(socket), &|group| {
