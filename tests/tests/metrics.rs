@@ -140,6 +140,8 @@ fn a_prometheus_scrapes_it_and_health_is_by_evidence() -> Result<()> {
             "keepalive_silence_before_death_seconds_count{cause=\"probes\"}",
             "0",
         ),
+        ("keepalive_map_entries{map=\"CGROUPS\"}", "1"),
+        ("keepalive_map_capacity{map=\"CGROUPS\"}", "32768"),
         // None of the alerts fires.
         ("count(ALERTS) or vector(0)", "0"),
     ] {

@@ -27,6 +27,27 @@ const BAR: u64 = 20;
 /// From so many columns on the list of connections has more of them.
 const WIDE: u16 = 120;
 
+/// What the ? key shows, for 80 columns.
+pub(super) const HELP: [&str; 17] = [
+    "j k, arrows      one row down, up      s S    sort by the next, earlier column",
+    "ctrl-d ctrl-u    half a page           r      turn the order round",
+    "g G, home end    first, last row       /      only rows with some text in them",
+    "enter, l         look inside           tab    by cgroup, policy, container, unit",
+    "esc, h           back                  p      pause, and go on",
+    "?                this help             q      quit",
+    "",
+    "SURVIVE    connections that a path with this idle timeout keeps, also when two",
+    "           probes in a row are lost; AT RISK: it forgets them. See --path",
+    "CHANGED    a policy decided one of their options",
+    "DEAD       peers found dead: by policy all that the kernel has counted, else",
+    "           those that running agents remember",
+    "NEW/S      new connections a second: by policy as the kernel counts them, else",
+    "           those that were still there at the next look",
+    "FORGOTTEN  when the path forgets the first of them if it stays silent; past:",
+    "           it has been silent for longer, so it is lost or there is no such",
+    "           path",
+];
+
 /// Rows that a terminal of this height has room for.
 #[must_use]
 pub(super) fn room(height: u16) -> usize {
@@ -60,7 +81,8 @@ pub(super) fn draw(model: &Model, frame: &mut Frame<'_>) {
         (View::Explained { text, .. }, _) => {
             let text = text.as_deref().unwrap_or("asking …");
             let lines = text.lines().skip(model.top).map(Line::from);
-            frame.render_widget(Paragraph::new(lines.collect::<Vec<_>>()), body);
+            let text = Paragraph::new(lines.collect::<Vec<_>>());
+            frame.render_widget(text.wrap(Wrap { trim: false }), body);
         }
     }
     frame.render_widget(footer(model), below);
@@ -195,26 +217,7 @@ fn footer(model: &Model) -> Line<'static> {
 }
 
 fn help(model: &Model) -> Vec<Line<'static>> {
-    let mut lines: Vec<Line<'static>> = [
-        "j k, arrows       one row down, up        s S   sort by the next column, the one before",
-        "ctrl-d ctrl-u     half a page             r     turn the order round",
-        "g G, home end     first row, last row     /     only rows with some text",
-        "enter, l          look inside: connections, then what explain says of one",
-        "esc, h            back                    tab   group by cgroup, policy, container, unit",
-        "p, space          pause                   q     quit",
-        "",
-        "SURVIVE    connections that a path with this idle timeout keeps, even if two probes",
-        "           in a row are lost; AT RISK: it forgets them. --path names another path",
-        "CHANGED    a policy decided an option of theirs",
-        "DEAD       peers found dead; by policy as the kernel counts them, else as running",
-        "           agents remember and tell them",
-        "NEW/S      connections a second that were not there before; by policy as the kernel",
-        "           counts them, else those that were still there at the next look",
-        "FORGOTTEN  when the path forgets the first of them if they stay silent; past: their",
-        "           silence is longer than that, so there is no such path, or they are lost",
-    ]
-    .map(Line::from)
-    .to_vec();
+    let mut lines: Vec<Line<'static>> = HELP.map(Line::from).to_vec();
     for part in model.snapshot.iter().flat_map(|snapshot| &snapshot.unseen) {
         lines.push(Line::styled(part.clone(), style(model, Color::Yellow)));
     }

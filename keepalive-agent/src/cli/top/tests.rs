@@ -179,6 +179,7 @@ fn the_help_fits_and_any_key_ends_it() {
             .any(|line| line.contains("there is no such path")),
         "{lines:?}"
     );
+    assert!(draw::HELP.iter().all(|line| line.len() <= 80));
     press(&mut model, "x");
     assert!(!model.shows_help);
 }
