@@ -148,7 +148,7 @@ fn a_person_looks_inside_and_ends_it() -> Result<()> {
     let terminal = Terminal::start((80, 24), &[], &command)?;
 
     // What is at risk stands on top.
-    let screen = terminal.shows(&["50.0% of 2 survive 5m 50s of silence, 1 at risk"])?;
+    let screen = terminal.shows(&["50.0% of 2 survive 5m 50s", "1 at risk"])?;
     let rows: Vec<_> = screen.lines().collect();
     ensure!(
         rows[4].contains("/other") && rows[4].contains("in 5m"),

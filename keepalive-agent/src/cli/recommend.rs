@@ -334,7 +334,7 @@ fn text(recommendation: &Recommendation) -> String {
     } = recommendation;
     let since = UNIX_EPOCH + Duration::from_millis(*since_ms);
     let mut text = format!(
-        "# What connections died of since {}, as the agent remembers it.\n",
+        "# Connections that died since {}, as the agent remembers them.\n",
         humantime::format_rfc3339_seconds(since)
     );
     if *unknown > 0 {
@@ -417,7 +417,7 @@ fn told(evidence: &Evidence) -> String {
     }
     if let Some(remote) = evidence.answered_since {
         lines.push(format!(
-            "  {remote} has answered on another connection since: the path had forgotten"
+            "  {remote} has answered on another connection since: the path forgot"
         ));
         lines.push("  (a peer that was restarted meanwhile looks the same)".to_owned());
     }

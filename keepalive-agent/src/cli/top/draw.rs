@@ -120,7 +120,7 @@ fn draw_title(model: &Model, frame: &mut Frame<'_>, area: Rect) {
     );
 }
 
-/// `[########....] 66.6% of 3 survive 5m 50s of silence, 1 at risk; …`
+/// `[########....] 66.6% of 3 survive 5m 50s, 1 at risk; …`
 fn coverage_line(model: &Model) -> Line<'static> {
     let Some(snapshot) = &model.snapshot else {
         return Line::default();
@@ -143,9 +143,7 @@ fn coverage_line(model: &Model) -> Line<'static> {
             style(model, colour),
         ));
         let on_path = totals.survive + totals.at_risk;
-        spans.push(Span::from(format!(
-            " of {on_path} survive {timeout} of silence"
-        )));
+        spans.push(Span::from(format!(" of {on_path} survive {timeout}")));
         if totals.at_risk > 0 {
             spans.push(Span::from(", "));
             spans.push(Span::styled(
@@ -224,28 +222,23 @@ fn help(model: &Model) -> Vec<Line<'static>> {
     lines
 }
 
-/// Titles of columns, the one that is sorted by marked.
-fn titles<const COLUMNS: usize>(
-    titles: [(&'static str, bool); COLUMNS],
-    is_reversed: bool,
-) -> Row<'static> {
+/// A title of a column, and whether it is sorted by; texts begin at the left,
+/// numbers end at the right.
+enum Title {
+    Text(&'static str, bool),
+    Number(&'static str, bool),
+}
+
+fn titles<const COLUMNS: usize>(titles: [Title; COLUMNS], is_reversed: bool) -> Row<'static> {
     let mark = if is_reversed { "^" } else { "v" };
-    let cells = titles
-        .into_iter()
-        .enumerate()
-        .map(|(index, (title, is_key))| {
-            let title = if is_key {
-                format!("{mark}{title}")
-            } else {
-                title.to_owned()
-            };
-            let line = Line::from(title);
-            Cell::from(if index == 0 {
-                line
-            } else {
-                line.right_aligned()
-            })
-        });
+    let line = |title: &str, is_key: bool| {
+        let mark = if is_key { mark } else { "" };
+        Line::from(format!("{mark}{title}"))
+    };
+    let cells = titles.into_iter().map(|title| match title {
+        Title::Text(title, is_key) => Cell::from(line(title, is_key)),
+        Title::Number(title, is_key) => Cell::from(line(title, is_key).right_aligned()),
+    });
     Row::new(cells).underlined()
 }
 
@@ -274,14 +267,14 @@ fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
     };
     let header = titles(
         [
-            (first, sorted(GroupKey::Name)),
-            ("CONNS", sorted(GroupKey::Connections)),
-            ("SURVIVE", sorted(GroupKey::Survive)),
-            ("AT RISK", sorted(GroupKey::AtRisk)),
-            ("CHANGED", sorted(GroupKey::Changed)),
-            ("DEAD", sorted(GroupKey::Dead)),
-            ("NEW/S", sorted(GroupKey::New)),
-            ("FORGOTTEN", sorted(GroupKey::Forgotten)),
+            Title::Text(first, sorted(GroupKey::Name)),
+            Title::Number("CONNS", sorted(GroupKey::Connections)),
+            Title::Number("SURVIVE", sorted(GroupKey::Survive)),
+            Title::Number("AT RISK", sorted(GroupKey::AtRisk)),
+            Title::Number("CHANGED", sorted(GroupKey::Changed)),
+            Title::Number("DEAD", sorted(GroupKey::Dead)),
+            Title::Number("NEW/S", sorted(GroupKey::New)),
+            Title::Number("FORGOTTEN", sorted(GroupKey::Forgotten)),
         ],
         model.reversed,
     );
@@ -325,12 +318,14 @@ fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
 }
 
 fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area: Rect) {
-    /// Process, idle, silent, forgotten.
-    const COLUMNS: [u16; 4] = [13, 7, 9, 10];
+    /// Idle, silent, forgotten.
+    const COLUMNS: [u16; 3] = [7, 9, 10];
     /// Noticed, policy, network namespace.
     const MORE: [u16; 3] = [10, 14, 16];
     let is_wide = area.width >= WIDE;
-    let mut fixed = COLUMNS.to_vec();
+    let name = if is_wide { 24 } else { 13 };
+    let mut fixed = vec![name];
+    fixed.extend(COLUMNS);
     if is_wide {
         fixed.extend(MORE);
     }
@@ -340,15 +335,15 @@ fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area:
     let (local, remote) = (ends / 2, ends - ends / 2);
     let sorted = |key: SocketKey| model.socket_key == key;
     let header = [
-        ("LOCAL", sorted(SocketKey::Local)),
-        ("REMOTE", sorted(SocketKey::Remote)),
-        ("PROCESS", sorted(SocketKey::Process)),
-        ("IDLE", sorted(SocketKey::Idle)),
-        ("SILENT", sorted(SocketKey::Silent)),
-        ("FORGOTTEN", sorted(SocketKey::Forgotten)),
-        ("NOTICED", false),
-        ("POLICY", false),
-        ("NETNS", false),
+        Title::Text("LOCAL", sorted(SocketKey::Local)),
+        Title::Text("REMOTE", sorted(SocketKey::Remote)),
+        Title::Text("PROCESS", sorted(SocketKey::Process)),
+        Title::Number("IDLE", sorted(SocketKey::Idle)),
+        Title::Number("SILENT", sorted(SocketKey::Silent)),
+        Title::Number("FORGOTTEN", sorted(SocketKey::Forgotten)),
+        Title::Number("NOTICED", false),
+        Title::Text("POLICY", false),
+        Title::Text("NETNS", false),
     ];
     let room = area.height.saturating_sub(1).into();
     let rows = model.listed.iter().enumerate().skip(model.top).take(room);
@@ -365,8 +360,8 @@ fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area:
         };
         let mut cells = vec![
             Cell::from(end_of(&socket.local.to_string(), local)),
-            right(end_of(&socket.remote.to_string(), remote)),
-            right(end_of(&process, COLUMNS[0])),
+            Cell::from(end_of(&socket.remote.to_string(), remote)),
+            Cell::from(end_of(&process, name)),
             Cell::from(idle),
             right(short(socket.silent_ms)),
             right(forgotten(socket.forgotten_ms(snapshot.timeout))),
@@ -375,8 +370,8 @@ fn draw_sockets(model: &Model, snapshot: &Snapshot, frame: &mut Frame<'_>, area:
             let policy = socket.policy.as_deref().unwrap_or("-");
             cells.extend([
                 right(noticed(socket.noticed)),
-                right(end_of(policy, MORE[1])),
-                right(end_of(&socket.netns, MORE[2])),
+                Cell::from(end_of(policy, MORE[1])),
+                Cell::from(end_of(&socket.netns, MORE[2])),
             ]);
         }
         Some(mark(Row::new(cells), index == model.selected))

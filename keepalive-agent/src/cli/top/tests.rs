@@ -117,35 +117,108 @@ fn assert_picture(model: &mut Model, (width, height): (u16, u16), expected: &[&s
 
 #[test]
 fn the_overview() {
-    assert_picture(&mut model(), (80, 24), &[]);
+    assert_picture(
+        &mut model(),
+        (80, 24),
+        &[
+            "keepalive  all connections by cgroup                                22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "CGROUP                    CONNS SURVIVE AT RISK CHANGED   DEAD  NEW/S vFORGOTTEN",
+            "…lice/docker-3f2a.scope       1       0       1       0      0      0     in 10s",
+            "…em.slice/redis.service       4       2       1       3      2    0.5  in 4m 10s",
+            "1 of 2; enter look inside, tab group, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
 }
 
 #[test]
-fn the_overview_by_policy_and_unit_and_container() {
+fn the_overview_by_policy_container_and_unit() {
     let mut model = model();
     press(&mut model, "\t");
-    assert_picture(&mut model, (80, 24), &[]);
-}
-
-#[test]
-fn the_others() {
-    let mut model = model();
-    press(&mut model, "\t\t");
-    assert_picture(&mut model, (80, 24), &[]);
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  all connections by policy                                22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "POLICY                    CONNS SURVIVE AT RISK CHANGED   DEAD  NEW/S vFORGOTTEN",
+            "(unclaimed)                   2       0       2       0      0      0     in 10s",
+            "default                       3       2       0       3      3    3.5          -",
+            "1 of 2; enter look inside, tab group, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
+    press(&mut model, "\t");
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  all connections by container                             22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "CONTAINER                 CONNS SURVIVE AT RISK CHANGED   DEAD  NEW/S vFORGOTTEN",
+            "docker:web                    1       0       1       0      0      0     in 10s",
+            "(none)                        4       2       1       3      2    0.5  in 4m 10s",
+            "1 of 2; enter look inside, tab group, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
+    press(&mut model, "\t");
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  all connections by unit                                  22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "UNIT                      CONNS SURVIVE AT RISK CHANGED   DEAD  NEW/S vFORGOTTEN",
+            "docker-3f2a.scope             1       0       1       0      0      0     in 10s",
+            "redis.service                 4       2       1       3      2    0.5  in 4m 10s",
+            "1 of 2; enter look inside, tab group, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
 }
 
 #[test]
 fn the_connections_of_a_group() {
     let mut model = model();
     press(&mut model, "j\n");
-    assert_picture(&mut model, (80, 24), &[]);
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  connections of cgroup /system.slice/redis.service        22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "LOCAL              REMOTE             PROCESS          IDLE    SILENT vFORGOTTEN",
+            "192.0.2.1:40002    198.51.100.7:5432  …-server/4711     off    1m 40s  in 4m 10s",
+            "192.0.2.1:40000    198.51.100.7:5432  …-server/4711      1m        1s          -",
+            "192.0.2.1:40001    198.51.100.7:5432  …-server/4711      1m       59s          -",
+            "192.0.2.1:40004    198.51.100.7:5432  …-server/4711      1m     2h 1m          -",
+            "1 of 4; enter explain, esc back, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
 }
 
 #[test]
 fn a_wide_terminal_shows_more() {
     let mut model = model();
     press(&mut model, "j\n");
-    assert_picture(&mut model, (200, 50), &[]);
+    assert_picture(
+        &mut model,
+        (200, 50),
+        &[
+            "keepalive  connections of cgroup /system.slice/redis.service                                                                                                                                22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "LOCAL                                               REMOTE                                              PROCESS                     IDLE    SILENT vFORGOTTEN    NOTICED POLICY         NETNS",
+            "192.0.2.1:40002                                     198.51.100.7:5432                                   redis-server/4711            off    1m 40s  in 4m 10s      never -              host",
+            "192.0.2.1:40000                                     198.51.100.7:5432                                   redis-server/4711             1m        1s          -     1m 35s default        host",
+            "192.0.2.1:40001                                     198.51.100.7:5432                                   redis-server/4711             1m       59s          -     1m 35s default        host",
+            "192.0.2.1:40004                                     198.51.100.7:5432                                   redis-server/4711             1m     2h 1m          -     1m 35s default        host",
+            "1 of 4; enter explain, esc back, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
 }
 
 #[test]
@@ -154,7 +227,17 @@ fn an_explanation() {
     let action = press(&mut model, "\n\n");
     let ends = ["192.0.2.1:40003", "198.51.100.7:5432"].map(|end| end.parse().unwrap());
     assert_eq!(action, Action::Explain(ends[0], ends[1]));
-    assert_picture(&mut model, (80, 24), &[]);
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  192.0.2.1:40003 → 198.51.100.7:5432                      22:13:20 UTC",
+            "[##########..........] 50.0% of 4 survive 5m 50s, 2 at risk; 1 stay here",
+            "agent 123 on /; 3 changed, 3 dead peers, 0.5 new/s",
+            "asking …",
+            "esc back, j k scroll, ? help, q quit",
+        ],
+    );
     model.take_explanation("connection a → b\nin cgroup /\n".repeat(20));
     press(&mut model, "j");
     let lines = picture(&mut model, 80, 24);
@@ -174,9 +257,7 @@ fn the_help_fits_and_any_key_ends_it() {
     let lines = picture(&mut model, 80, 24);
     assert!(lines[3].starts_with("j k, arrows"), "{lines:?}");
     assert!(
-        lines
-            .iter()
-            .any(|line| line.contains("there is no such path")),
+        lines.iter().any(|line| line.contains("there is no such")),
         "{lines:?}"
     );
     assert!(draw::HELP.iter().all(|line| line.len() <= 80));
@@ -187,7 +268,15 @@ fn the_help_fits_and_any_key_ends_it() {
 #[test]
 fn before_the_first_look_it_says_so() {
     let mut model = Model::new(By::Unit, false);
-    assert_picture(&mut model, (80, 24), &[]);
+    assert_picture(
+        &mut model,
+        (80, 24),
+        &[
+            "keepalive  all connections by unit                                           UTC",
+            "looking at all connections …",
+            "nothing; enter look inside, tab group, s sort, / filter, p pause, ? help, q quit",
+        ],
+    );
 }
 
 #[test]
