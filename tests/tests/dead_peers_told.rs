@@ -270,7 +270,7 @@ fn of_many_at_once_each_is_counted() -> Result<()> {
         "nft",
         "add chain inet t i { type filter hook input priority 0; policy drop; }",
     )?;
-    let probes = || Ok(counted(&cgroup, "default")?["probes"].as_u64());
+    let probes = || -> Result<Option<u64>> { Ok(counted(&cgroup, "default")?["probes"].as_u64()) };
     wait_until(LIMIT, "all to be counted", || Ok(probes()? == Some(ends)))
         .with_context(|| format!("{:?} of {ends}", probes()))?;
     agent.signal(Signal::CONT)?;

@@ -118,13 +118,14 @@ fn what_is_recommended_keeps_the_next_connection() -> Result<()> {
         (&network["connections"], &network["idle"][0]["idle_s"]),
         (&1.into(), &13.into())
     );
-    ours.close(again)?;
-
     // Taken as it is printed, it keeps a connection.
     let recommended = recommend(&cgroup, &[])?;
+    ours.close(again)?;
     agent.reload(&format!("{config}{recommended}"))?;
     let kept = ours.connected(address)?;
     let accepted = server.accept(listener)?;
+    let has = ours.options(kept)?;
+    assert_eq!(u64::try_from(has.idle)?, idle, "{recommended}");
     sleep(Duration::from_secs(FORGETS + 5));
     ours.send(kept, "are you there?")?;
     ensure!(

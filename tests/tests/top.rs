@@ -94,6 +94,7 @@ impl Drop for Terminal {
 struct Place {
     cgroup: Cgroup,
     governed: Cgroup,
+    _other: Cgroup,
     _near: Netns,
     ours: Probe,
     _others: [Probe; 2],
@@ -114,6 +115,7 @@ impl Place {
         Ok(Self {
             cgroup,
             governed,
+            _other: other,
             _near: near,
             ours,
             _others: [theirs, others],
