@@ -246,8 +246,8 @@ fn told_of_at_once() -> Result<()> {
 /// of how many nothing more is known is said.
 #[test]
 fn of_many_at_once_each_is_counted() -> Result<()> {
-    require!(Need::Program("ip"), Need::Program("nft"));
     const CONNECTIONS: u32 = 3000;
+    require!(Need::Program("ip"), Need::Program("nft"));
     let ends = u64::from(2 * CONNECTIONS);
     let cgroup = Cgroup::new()?;
     let netns = Netns::new()?;

@@ -97,6 +97,10 @@ struct Evidence {
 }
 
 /// An idle time that connections have.
+#[expect(
+    clippy::struct_field_names,
+    reason = "the names in JSON, with their unit"
+)]
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Idle {
     idle_s: u32,
@@ -338,7 +342,11 @@ fn text(recommendation: &Recommendation) -> String {
         humantime::format_rfc3339_seconds(since)
     );
     if *unknown > 0 {
-        text += &format!("# {unknown} more were counted, of which no more is known.\n");
+        // Memory can always be written to, here and below.
+        let _ = writeln!(
+            text,
+            "# {unknown} more were counted, of which no more is known."
+        );
     }
     if networks.is_empty() {
         text += "# No peer was found dead on a connection that a policy had changed: there is \
@@ -361,9 +369,10 @@ fn text(recommendation: &Recommendation) -> String {
                 let network = &evidence.network;
                 let within = duration::show(Duration::from_secs(evidence.within_ms / 1000));
                 let interval = evidence.interval_s.unwrap_or(1);
-                text += &format!(
+                let _ = writeln!(
+                    text,
                     "[[policy]]\nname = \"recommended-{network}\"\nremote = \"{network}\"\n\
-                     path = \"{within}\"    # idle {idle}s, interval {interval}s\n"
+                     path = \"{within}\"    # idle {idle}s, interval {interval}s"
                 );
             }
         }
@@ -376,12 +385,13 @@ fn text(recommendation: &Recommendation) -> String {
             .min();
         if let Some((within_ms, idle, interval)) = shortest {
             let most = within_ms / 1000;
-            text += &format!(
+            let _ = writeln!(
+                text,
                 "\n# for all connections of this policy\n\
                  [[policy]]\nname = {}\n\
                  idle = {{ default = \"{idle}s\", at-most = \"{}s\" }}\n\
                  interval = {{ default = \"{interval}s\", at-most = \"{}s\" }}\n\
-                 probes = {{ default = 6, at-least = 3 }}\n",
+                 probes = {{ default = 6, at-least = 3 }}",
                 toml::Value::from(policy),
                 most / 2,
                 most / 10,

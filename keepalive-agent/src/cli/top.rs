@@ -315,15 +315,18 @@ fn show(
                 News::Failed(error) => model.error = Some(error),
                 News::Explained(text) => model.take_explanation(text),
                 News::Ended => bail!("looking at connections has failed"),
-                News::Terminal(event) => match event.context("reading keys")? {
-                    Event::Key(key) => match model.press(key) {
+                News::Terminal(event) => {
+                    let Event::Key(key) = event.context("reading keys")? else {
+                        next = news.try_recv().ok();
+                        continue;
+                    };
+                    match model.press(key) {
                         Action::None => {}
                         Action::Quit => return Ok(()),
                         Action::Pause(paused) => pause.send(paused).context("pausing")?,
                         Action::Explain(local, remote) => explain(local, remote, tell.clone())?,
-                    },
-                    _ => {}
-                },
+                    }
+                }
             }
             next = news.try_recv().ok();
         }

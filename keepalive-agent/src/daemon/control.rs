@@ -158,6 +158,7 @@ impl Asked {
     }
 
     /// The stream, for what follows the answer.
+    #[must_use]
     pub fn into_stream(self) -> UnixStream {
         self.stream.into_inner()
     }

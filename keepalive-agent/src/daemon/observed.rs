@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn there_are_never_too_many() {
         let mut observations = Observations::default();
-        for number in 0..MOST as u32 + 10 {
+        for number in 0..u32::try_from(MOST).unwrap() + 10 {
             let [_, a, b, c] = number.rotate_left(8).to_be_bytes();
             observations.add(&peer(&format!("10.{a}.{b}.{c}:1"), Cause::Probes, 1, 1));
         }

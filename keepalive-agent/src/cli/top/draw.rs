@@ -251,10 +251,10 @@ fn right(text: String) -> Cell<'static> {
 }
 
 fn draw_groups(model: &Model, frame: &mut Frame<'_>, area: Rect) {
+    const COLUMNS: [u16; 7] = [7, 7, 7, 7, 6, 6, 10];
     let Some(snapshot) = &model.snapshot else {
         return;
     };
-    const COLUMNS: [u16; 7] = [7, 7, 7, 7, 6, 6, 10];
     let name = area
         .width
         .saturating_sub(COLUMNS.iter().map(|width| width + 1).sum());

@@ -232,6 +232,7 @@ impl Totals {
 }
 
 /// Everything that is shown.
+#[expect(clippy::struct_excessive_bools, reason = "each is a state of its own")]
 #[derive(Clone, Debug)]
 pub(super) struct Model {
     /// What was found at last; none before the first look is over.
