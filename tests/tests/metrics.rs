@@ -1,4 +1,4 @@
-//! Metrics and health of a running agent, as a scraper and promtool see them.
+//! Metrics and health of a running agent, as Prometheus and promtool see them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -172,5 +172,49 @@ fn a_prometheus_scrapes_it_and_health_is_by_evidence() -> Result<()> {
     wait_until(LIMIT, "it to be ill", || {
         Ok(get(&netns, AGENT, "/healthz")?.1 == "503")
     })?;
+    Ok(())
+}
+
+/// As systemd does it: a socket as descriptor 3, and the environment that says so.
+const HAND_OVER: &str = "\
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+";
+
+#[test]
+fn on_a_socket_that_is_handed_over() -> Result<()> {
+    require!(Need::Program("curl"), Need::Program("python3"));
+    let cgroup = Cgroup::new()?;
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("metrics.sock");
+    let name = socket.to_str().context("a path in UTF-8")?;
+    let by = ["python3", "-c", HAND_OVER, name];
+    let _agent = Agent::start_by(&cgroup, "[default]\n", &by, &["--metrics", "systemd"])?;
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--unix-socket", name, "http://agent/metrics"]);
+    let served = output(&mut curl, LIMIT)?.stdout;
+    ensure!(served.contains("\nkeepalive_in_force 1\n"), "{served}");
+    Ok(())
+}
+
+#[test]
+fn without_a_socket_that_is_handed_over_it_says_so() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let mut command = keepalive_tests::agent_command();
+    command.args(["run", "--metrics", "systemd", "--cgroup", cgroup.path()]);
+    let ended = output(&mut command, LIMIT)?;
+    assert_eq!(ended.code, Some(1));
+    ensure!(
+        ended.stderr.contains("systemd has handed over no socket"),
+        "{}",
+        ended.stderr
+    );
     Ok(())
 }

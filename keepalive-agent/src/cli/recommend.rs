@@ -456,16 +456,18 @@ fn told(evidence: &Evidence) -> String {
         lines.push(now);
     }
     lines.push(match (evidence.forgets, evidence.idle_s) {
-        (false, _) => "  whether the path forgets or the peers are gone cannot be known: none of \
-                       them has\n#   been heard of since"
-            .to_owned(),
+        (false, _) => {
+            "  whether the path forgets or the peers are gone cannot be known: none of\n#   \
+                       them has been heard of since"
+                .to_owned()
+        }
         (true, None) => format!(
             "  the path forgets after {} of silence or sooner: too soon for timers of whole \
              seconds",
             show(evidence.within_ms)
         ),
         (true, Some(_)) => format!(
-            "  so the path forgets after {} of silence or sooner; how much sooner cannot be\n#   \
+            "  so the path forgets after {} of silence or sooner; how much sooner\n#   cannot be \
              known: if this goes on with the timers below, look again",
             show(evidence.within_ms)
         ),
