@@ -12,16 +12,14 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// A terminal of this size with a shell command in it, in a tmux server of its own.
 struct Terminal {
-    server: String,
+    /// Where the server's socket is.
+    directory: tempfile::TempDir,
 }
 
 impl Terminal {
     fn start(size: (u32, u32), environment: &[&str], command: &str) -> Result<Self> {
-        // Names of sockets: one for each test of each process.
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let terminal = Self {
-            server: format!("keepalive-{}-{number}", std::process::id()),
+            directory: tempfile::tempdir()?,
         };
         let (width, height) = (size.0.to_string(), size.1.to_string());
         let mut start = vec![
@@ -44,7 +42,8 @@ impl Terminal {
 
     fn tmux(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new("tmux");
-        command.args(["-L", &self.server]).args(arguments);
+        command.arg("-S").arg(self.directory.path().join("tmux"));
+        command.args(arguments);
         let output = output(&mut command, LIMIT)?;
         ensure!(
             output.code == Some(0),
@@ -165,7 +164,10 @@ fn a_person_looks_inside_and_ends_it() -> Result<()> {
     // By policy, down to the connection, and what is explained of it.
     terminal.press(&["Tab"])?;
     terminal.shows(&["all connections by policy", "default", "(unclaimed)"])?;
-    terminal.press(&["G", "Enter"])?;
+    // Other agents of this machine have policies too.
+    terminal.press(&["/", "default", "Enter"])?;
+    terminal.shows(&["only with \"default\", 1 of"])?;
+    terminal.press(&["Enter"])?;
     terminal.shows(&["connections of policy default", &place.remote, "30s"])?;
     terminal.press(&["l"])?;
     terminal.shows(&[
