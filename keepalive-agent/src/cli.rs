@@ -10,6 +10,7 @@ mod generate;
 mod log;
 mod output;
 mod policy;
+mod recommend;
 mod report;
 mod run;
 mod screen;
@@ -17,6 +18,7 @@ mod sockets;
 mod status;
 mod sweep;
 mod table;
+mod top;
 mod trial;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -50,8 +52,10 @@ const PARTIAL: u8 = 4;
                   keepalive-agent run --pin                 that go on when the agent ends\n  \
                   keepalive-agent status                    what is in force\n  \
                   keepalive-agent events                    what happens, such as dead peers\n  \
+                  keepalive-agent recommend                 which idle time would have kept them\n  \
                   keepalive-agent sweep                     for the ones that exist, once\n  \
                   keepalive-agent sockets                   what every connection really has\n  \
+                  keepalive-agent top                       the same as a live view\n  \
                   keepalive-agent explain --pid 1234                which policy, and why\n  \
                   keepalive-agent policy show               what holds, and where it is written\n  \
                   keepalive-agent exec -- COMMAND           keepalive for one command"
@@ -75,12 +79,16 @@ enum Command {
     Status(status::Arguments),
     /// Follow what happens: dead peers, reloads, sweeps, errors
     Events(events::Arguments),
+    /// Recommend timers, from the silences that connections died of
+    Recommend(recommend::Arguments),
     /// Take enforcement off, with all its pins
     Detach(detach::Arguments),
     /// Find out whether this kernel is able, and whether a config is right
     Check(check::Arguments),
     /// List every connection and the keepalive it really has
     Sockets(sockets::Arguments),
+    /// Watch all connections: who survives, what is forgotten next
+    Top(top::Arguments),
     /// Tell which policy claims a connection, why, and what comes of it
     Explain(explain::Arguments),
     /// Show the policy with the file and line of each value, and change it
@@ -191,9 +199,11 @@ pub fn main() -> ExitCode {
         Command::Sweep(arguments) => sweep::sweep(arguments),
         Command::Status(arguments) => status::status(arguments),
         Command::Events(arguments) => events::events(arguments),
+        Command::Recommend(arguments) => recommend::recommend(arguments),
         Command::Detach(arguments) => detach::detach(arguments),
         Command::Check(arguments) => check::check(arguments),
         Command::Sockets(arguments) => sockets::sockets(arguments),
+        Command::Top(arguments) => top::top(arguments),
         Command::Explain(arguments) => explain::explain(arguments),
         Command::Policy(arguments) => policy::policy(arguments),
         Command::Exec(arguments) => exec::exec(arguments),

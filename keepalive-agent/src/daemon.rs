@@ -9,6 +9,7 @@ pub(crate) mod building;
 pub mod control;
 mod dead_peers;
 pub mod journal;
+pub mod observed;
 pub mod ownership;
 pub mod target;
 
@@ -944,6 +945,10 @@ impl Daemon {
                 self.read_dead_peers();
                 self.journal.serve(wanted, asked.into_stream());
                 self.dead_peers.follow();
+            }
+            Request::Observed => {
+                self.read_dead_peers();
+                self.dead_peers.serve_observed(asked.into_stream());
             }
             Request::Detach => return Some(("a request to detach", Leaves::Nothing)),
             Request::StepAside => self.successor = Some(asked),

@@ -17,6 +17,7 @@ mod set_record;
 mod survey;
 mod sweeper;
 mod syscalls;
+mod usage;
 
 use std::{
     fs::File,
@@ -49,6 +50,7 @@ pub use pin::PinDirectory;
 pub use set_record::SetRecord;
 pub use survey::{Survey, Surveyed};
 pub use sweeper::{Step, Sweeper};
+pub use usage::Usage;
 
 /// The programs.
 mod program {

@@ -22,7 +22,7 @@ use prometheus_client::{
 
 use crate::{
     VERSION,
-    datapath::{Counted, Done, Error, Evidence, PartStatus, Refusals, SetRecord, State},
+    datapath::{Counted, Done, Error, Evidence, PartStatus, Refusals, SetRecord, State, Usage},
 };
 
 /// What kind of number a statistic is.
@@ -69,12 +69,13 @@ struct Snapshot {
     in_force: bool,
     done: Vec<(Counted, Done)>,
     refusals: Vec<Refusals>,
+    usage: Vec<Usage>,
     state: State,
     built_at: u64,
 }
 
 /// All there are, in the order in which they are shown.
-pub const STATISTICS: [Statistic; 17] = [
+pub const STATISTICS: [Statistic; 19] = [
     Statistic {
         name: "keepalive_build",
         kind: Kind::Info,
@@ -162,6 +163,28 @@ pub const STATISTICS: [Statistic; 17] = [
         read: |now| {
             let lost = enforced(now);
             lost.map(|(name, done)| sample([name], done.dead_peers.events_lost))
+                .collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_map_entries",
+        kind: Kind::Gauge,
+        help: "Elements in a map in which the program looks things up",
+        labels: &["map"],
+        read: |now| {
+            let maps = now.usage.iter();
+            maps.map(|usage| sample([&usage.map], usage.entries))
+                .collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_map_capacity",
+        kind: Kind::Gauge,
+        help: "Elements that such a map has room for; another config gets maps of another size",
+        labels: &["map"],
+        read: |now| {
+            let maps = now.usage.iter();
+            maps.map(|usage| sample([&usage.map], usage.capacity.into()))
                 .collect()
         },
     },
@@ -427,6 +450,7 @@ impl Exposed {
                 in_force: false,
                 done: Vec::new(),
                 refusals: Vec::new(),
+                usage: Vec::new(),
                 state: State::default(),
                 built_at: 0,
             });
@@ -435,6 +459,8 @@ impl Exposed {
             in_force: source.evidence.holds(),
             done: source.record.done()?,
             refusals: source.record.refusals()?,
+            // Another one's program may be there by now: that is told by in_force.
+            usage: source.evidence.usage().unwrap_or_default(),
             state: source.record.state()?,
             built_at: source.record.description.built_at,
         })
@@ -490,6 +516,11 @@ mod tests {
                 (counted("dry", false), done),
             ],
             refusals: Vec::new(),
+            usage: vec![Usage {
+                map: "CGROUPS".to_owned(),
+                entries: 3,
+                capacity: 32_768,
+            }],
             state: State::default(),
             built_at: 7,
         }
@@ -501,6 +532,8 @@ mod tests {
         for line in [
             "# TYPE keepalive_dead_peers counter",
             "keepalive_in_force 1",
+            "keepalive_map_entries{map=\"CGROUPS\"} 3",
+            "keepalive_map_capacity{map=\"CGROUPS\"} 32768",
             "keepalive_dead_peers_total{policy=\"a \\\"b\\\"\\n\",cause=\"probes\"} 3",
             "keepalive_dead_peers_total{policy=\"a \\\"b\\\"\\n\",cause=\"reset\"} 0",
             "keepalive_silence_before_death_seconds_bucket{le=\"4.0\",policy=\"a \\\"b\\\"\\n\",\

@@ -18,6 +18,18 @@ pub struct Network {
 const MAPPED: u8 = 96;
 
 impl Network {
+    /// The network around an address whose addresses share so many leading bits; of
+    /// all bits where that is more than there are.
+    #[must_use]
+    pub fn around(address: IpAddr, prefix: u8) -> Self {
+        let address = address.to_canonical();
+        let prefix = prefix.min(if address.is_ipv4() { 32 } else { 128 });
+        Self {
+            address: masked(address, prefix),
+            prefix,
+        }
+    }
+
     /// How many leading bits its addresses share; 0 to 32, or to 128 for IPv6.
     #[must_use]
     pub const fn prefix(&self) -> u8 {

@@ -357,6 +357,15 @@ impl Agent {
         Ok(written?)
     }
 
+    /// Sends it a signal, such as one that stops it for a while.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
+    }
+
     /// Ends it with SIGTERM.
     ///
     /// # Errors

@@ -3,16 +3,17 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Netns, Probe, Process, Program, Socket, agent_command, errno, output,
-    require,
+    Agent, Cgroup, Crowd, Need, Netns, Probe, Process, Program, Socket, agent_binary,
+    agent_command, errno, output, require, wait_until,
 };
 use rustix::io::Errno;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -238,6 +239,65 @@ fn told_of_at_once() -> Result<()> {
         (event["event"] == "dead_peer").then_some(event)
     });
     assert!(dead.next().is_some() && dead.next().is_some());
+    Ok(())
+}
+
+/// A rack goes down while the agent does not get to run: each one is counted, and
+/// of how many nothing more is known is said.
+#[test]
+fn of_many_at_once_each_is_counted() -> Result<()> {
+    const CONNECTIONS: u32 = 3000;
+    require!(Need::Program("ip"), Need::Program("nft"));
+    let ends = u64::from(2 * CONNECTIONS);
+    let cgroup = Cgroup::new()?;
+    let netns = Netns::new()?;
+    netns.run("ip", "link set lo up")?;
+    let agent = Agent::start(&cgroup, POLICY)?;
+    let mut crowd = Crowd::start((&cgroup, &netns), "127.0.0.1:7000")?;
+    crowd.connect(CONNECTIONS)?;
+    // Ended if it waits for more than there are.
+    let mut command = Command::new("timeout");
+    command.arg("60").arg(agent_binary());
+    command.args(["events", "--json", "--cgroup", cgroup.path()]);
+    command.stdout(Stdio::piped());
+    let mut follower = Process::start(&mut command)?;
+    let lines = BufReader::new(follower.child().stdout.take().context("no stdout")?);
+    sleep(Duration::from_millis(500));
+
+    agent.signal(Signal::STOP)?;
+    netns.run("nft", "add table inet t")?;
+    netns.run(
+        "nft",
+        "add chain inet t i { type filter hook input priority 0; policy drop; }",
+    )?;
+    let probes = || -> Result<Option<u64>> { Ok(counted(&cgroup, "default")?["probes"].as_u64()) };
+    wait_until(LIMIT, "all to be counted", || Ok(probes()? == Some(ends)))
+        .with_context(|| format!("{:?} of {ends}", probes()))?;
+    agent.signal(Signal::CONT)?;
+
+    let (mut told, mut skipped, mut lost) = (0, 0, 0);
+    for line in lines.lines() {
+        let event: Value = serde_json::from_str(&line?)?;
+        match event["event"].as_str() {
+            Some("dead_peer") => told += 1,
+            Some("skipped") => skipped += event["skipped"].as_u64().context("no number")?,
+            Some("dead_peers_lost") => lost += event["lost"].as_u64().context("no number")?,
+            _ => {}
+        }
+        if told + skipped + lost >= ends {
+            break;
+        }
+    }
+    ensure!(
+        told > 0 && lost > 0,
+        "{told} told, {skipped} skipped, {lost} lost"
+    );
+    assert_eq!(
+        told + skipped + lost,
+        ends,
+        "{told} told, {skipped} skipped, {lost} lost"
+    );
+    assert_eq!(probes()?, Some(ends));
     Ok(())
 }
 

@@ -744,14 +744,7 @@ fn meaning(meaning: &Meaning) -> String {
 }
 
 fn setting<T: Copy>(name: &str, setting: Setting<T>, show: impl Fn(T) -> String) -> String {
-    let source = match setting.source {
-        Source::App => "the application",
-        Source::Policy => "the policy",
-        Source::PolicyBound => "a bound of the policy",
-        Source::Sysctl => "a sysctl of the namespace",
-        Source::UserTimeout => "the application's user-timeout",
-        Source::Kernel => "nobody",
-    };
+    let source = setting.source.author();
     let asked = setting.asked.map_or_else(String::new, |asked| {
         format!("; the application asked for {}", show(asked))
     });

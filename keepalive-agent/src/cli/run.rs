@@ -56,7 +56,7 @@ pub(super) struct Arguments {
 
     /// Serve metrics (OpenMetrics) at /metrics, and /healthz and /readyz, on this
     /// address of the loopback interface or socket, such as 127.0.0.1:9464 or
-    /// /run/keepalive/metrics.sock
+    /// /run/keepalive/metrics.sock; "systemd" is the socket of a .socket unit
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<Address>,
 

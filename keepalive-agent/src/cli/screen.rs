@@ -33,7 +33,10 @@ impl Screen {
         if table::terminal().is_none() {
             return Ok(None);
         }
-        leave_on_signals()?;
+        leave_on_signals(|| {
+            // Nobody sees it if the terminal is gone.
+            let _ = write(LEAVE);
+        })?;
         write(ENTER).context("drawing on the terminal")?;
         Ok(Some(Self(())))
     }
@@ -65,7 +68,11 @@ fn write(text: &str) -> io::Result<()> {
 
 /// Gives the screen back when a signal ends the process, and ends it with the code
 /// that a shell gives to that.
-fn leave_on_signals() -> Result<()> {
+///
+/// # Errors
+///
+/// When signals cannot be waited for.
+pub(super) fn leave_on_signals(leave: impl FnOnce() + Send + 'static) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
@@ -84,9 +91,8 @@ fn leave_on_signals() -> Result<()> {
             }
         });
         // Held, so that nothing is drawn after it.
-        let mut out = io::stdout().lock();
-        let _ = out.write_all(LEAVE.as_bytes());
-        let _ = out.flush();
+        let _out = io::stdout().lock();
+        leave();
         process::exit(128 + number.as_raw_value());
     };
     thread::Builder::new()

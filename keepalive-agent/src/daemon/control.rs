@@ -33,6 +33,9 @@ pub enum Request {
     /// Tell what happens: more lines follow the answer, one for each
     /// [`super::journal::Entry`].
     Events(Wanted),
+    /// Tell what was observed of silences: one line follows the answer, an
+    /// [`super::observed::Observed`].
+    Observed,
 }
 
 /// What is answered.
@@ -155,6 +158,7 @@ impl Asked {
     }
 
     /// The stream, for what follows the answer.
+    #[must_use]
     pub fn into_stream(self) -> UnixStream {
         self.stream.into_inner()
     }

@@ -4,10 +4,16 @@
 use std::{future::pending, sync::Arc};
 
 use anyhow::{Context as _, Result};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::UnixStream,
+};
 use tracing::{debug, warn};
 
-use super::journal::{Entry, Journal, What};
+use super::{
+    journal::{Entry, Journal, What},
+    observed::Observations,
+};
 use crate::datapath::{self, DeadPeers, LoadedSet, SetRecord};
 
 /// From here on some may have been lost.
@@ -20,6 +26,7 @@ pub(super) struct DeadPeerWatch {
     /// A program that is replaced may be running still.
     before: Option<DeadPeers>,
     journal: Arc<Journal>,
+    observations: Observations,
     lost: u64,
     /// Whether there is more to be read than was, and nobody will say so.
     has_more: bool,
@@ -101,6 +108,7 @@ impl DeadPeerWatch {
             many |= found.len() >= MANY;
             self.has_more |= found.len() >= DeadPeers::BATCH;
             for peer in found {
+                self.observations.add(&peer);
                 self.journal.add(&Entry::from(peer));
             }
         }
@@ -110,6 +118,11 @@ impl DeadPeerWatch {
         if !self.journal.is_followed() {
             self.follow();
         }
+    }
+
+    /// Tells a client what was observed of silences.
+    pub(super) fn serve_observed(&self, stream: UnixStream) {
+        self.observations.serve(stream);
     }
 
     fn note_lost(&mut self, record: &SetRecord) {

@@ -41,7 +41,7 @@ pub struct InForce {
 #[derive(Debug)]
 pub struct Evidence {
     link: OwnedFd,
-    program: u32,
+    pub(super) program: u32,
     cgroup: u64,
 }
 

@@ -241,6 +241,29 @@ pub(super) fn program_info(program: impl AsFd) -> io::Result<ProgramInfo> {
     })
 }
 
+/// How many keys a map has, `most` at the most: while elements come and go, the
+/// kernel may begin anew.
+pub(super) fn count_keys(map: BorrowedFd<'_>, key_size: u32, most: u32) -> io::Result<u64> {
+    let mut key = vec![0_u8; key_size as usize];
+    let mut next = key.clone();
+    let mut attr = empty();
+    // SAFETY: of the union it is the part that this command reads.
+    let asked = unsafe { &mut attr.__bindgen_anon_2 };
+    asked.map_fd = number(map);
+    asked.__bindgen_anon_1.next_key = pointer(next.as_mut_ptr());
+    for count in 0..u64::from(most) {
+        match call(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
+            Err(error) => return Err(error),
+        }
+        key.copy_from_slice(&next);
+        // SAFETY: as above.
+        unsafe { &mut attr.__bindgen_anon_2 }.key = pointer(key.as_ptr());
+    }
+    Ok(most.into())
+}
+
 /// The ids of the programs of a hook that run for a cgroup, those of its
 /// ancestors included, in the order in which they run.
 pub(super) fn programs_on(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io::Result<Vec<u32>> {

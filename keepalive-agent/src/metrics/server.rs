@@ -5,7 +5,10 @@ use std::{
     convert::Infallible,
     fs, io,
     net::{SocketAddr, TcpListener},
-    os::unix::net::UnixListener,
+    os::{
+        fd::{FromRawFd as _, OwnedFd},
+        unix::net::UnixListener,
+    },
     path::PathBuf,
     str::FromStr,
     sync::Arc,
@@ -23,6 +26,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use rustix::net::AddressFamily;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Semaphore,
@@ -42,6 +46,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a request's head, at most.
 const HEAD: usize = 8 * 1024;
 
+/// How a socket of the service manager is asked for.
+const SYSTEMD: &str = "systemd";
+
 /// Where to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -49,6 +56,9 @@ pub enum Address {
     Tcp(SocketAddr),
     /// The path of a socket, root's alone.
     Unix(PathBuf),
+    /// On the one socket that the service manager has handed over: it listens where
+    /// its unit says.
+    Systemd,
 }
 
 impl FromStr for Address {
@@ -58,8 +68,12 @@ impl FromStr for Address {
         if text.starts_with('/') {
             return Ok(Self::Unix(PathBuf::from(text)));
         }
+        if text == SYSTEMD {
+            return Ok(Self::Systemd);
+        }
         text.parse().map(Self::Tcp).map_err(|_| {
-            "not an address with a port, such as 127.0.0.1:9464, nor the path of a socket"
+            "not an address with a port, such as 127.0.0.1:9464, nor the path of a socket, nor \
+             \"systemd\""
                 .to_owned()
         })
     }
@@ -100,6 +114,33 @@ impl Listener {
                 listener.set_nonblocking(true)?;
                 Ok(Self::Unix(listener))
             }
+            Address::Systemd => Self::handed_over(),
+        }
+    }
+
+    /// The socket that the service manager has handed over (sd_listen_fds(3)).
+    fn handed_over() -> io::Result<Self> {
+        let mut handed = sd_notify::listen_fds()?;
+        let (Some(socket), None) = (handed.next(), handed.next()) else {
+            let message = "systemd has handed over no socket, or more than one";
+            return Err(io::Error::new(io::ErrorKind::NotFound, message));
+        };
+        #[expect(
+            unsafe_code,
+            reason = "a descriptor that nothing else in the process owns"
+        )]
+        // SAFETY: the service manager made it for this process, and it is taken once:
+        // metrics are started once.
+        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+        let is_unix = rustix::net::getsockname(&socket)?.address_family() == AddressFamily::UNIX;
+        if is_unix {
+            let listener = UnixListener::from(socket);
+            listener.set_nonblocking(true)?;
+            Ok(Self::Unix(listener))
+        } else {
+            let listener = TcpListener::from(socket);
+            listener.set_nonblocking(true)?;
+            Ok(Self::Tcp(listener))
         }
     }
 }
@@ -113,6 +154,7 @@ pub fn start(address: &Address, exposed: Arc<Exposed>) -> Result<()> {
     let place = match address {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => crate::names::printable_path(path).to_string(),
+        Address::Systemd => "the socket of systemd".to_owned(),
     };
     let listener =
         Listener::bind(address).with_context(|| format!("listening for metrics on {place}"))?;
@@ -352,6 +394,7 @@ mod tests {
             ("0.0.0.0:9464", true),
             ("192.0.2.1:9464", true),
             ("[::]:1", true),
+            ("systemd", false),
         ] {
             assert_eq!(
                 text.parse::<Address>().unwrap().is_public(),

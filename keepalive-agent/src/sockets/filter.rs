@@ -82,7 +82,13 @@ impl Risk {
             && self
                 .timeout
                 .is_kept_open_by(settings.idle.value, settings.interval.value);
-        !kept_open && (self.loopback || !is_within_machine(connection.record))
+        !kept_open && self.is_on_path(connection)
+    }
+
+    /// Whether the connection counts as one that passes the path.
+    #[must_use]
+    pub fn is_on_path(&self, connection: &Connection<'_>) -> bool {
+        self.loopback || !is_within_machine(connection.record)
     }
 }
 

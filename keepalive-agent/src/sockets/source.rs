@@ -34,6 +34,21 @@ pub enum Source {
     Kernel,
 }
 
+impl Source {
+    /// Who it is, in words.
+    #[must_use]
+    pub const fn author(self) -> &'static str {
+        match self {
+            Self::App => "the application",
+            Self::Policy => "the policy",
+            Self::PolicyBound => "a bound of the policy",
+            Self::Sysctl => "a sysctl of the namespace",
+            Self::UserTimeout => "the application's user-timeout",
+            Self::Kernel => "nobody",
+        }
+    }
+}
+
 /// A value, and whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Setting<T> {

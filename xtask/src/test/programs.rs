@@ -22,10 +22,13 @@ const NEEDS: &[Need] = &[
     need("ip", &["iproute2"]),
     need("nft", &["nftables"]),
     need("nginx", &["nginx-light", "nginx"]),
+    need("prometheus", &["prometheus"]),
+    need("promtool", &["prometheus"]),
     need("python3", &["python3"]),
     need("redis-server", &["redis-server"]),
     need("runc", &["runc"]),
     need("tcpdump", &["tcpdump"]),
+    need("tmux", &["tmux"]),
     need("/usr/lib/postgresql/*/bin/postgres", &["postgresql"]),
     // Static programs are what LD_PRELOAD cannot reach.
     need("/usr/lib/*/libc.a", &["libc6-dev"]),
