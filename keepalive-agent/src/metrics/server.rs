@@ -79,7 +79,8 @@ enum Listener {
 }
 
 impl Listener {
-    fn bind(address: &Address) -> io::Result<Self> {
+    /// Listens there; `take_over` replaces a socket on which an agent still answers.
+    fn bind(address: &Address, take_over: bool) -> io::Result<Self> {
         match address {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
@@ -88,10 +89,11 @@ impl Listener {
             }
             Address::Unix(path) => {
                 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-                // That of an agent that is gone. Nothing else is removed.
+                // That of an agent that is gone, or of the one that goes. Nothing
+                // else is removed.
                 let is_left = fs::symlink_metadata(path)
                     .is_ok_and(|found| found.file_type().is_socket())
-                    && std::os::unix::net::UnixStream::connect(path).is_err();
+                    && (take_over || std::os::unix::net::UnixStream::connect(path).is_err());
                 if is_left {
                     fs::remove_file(path)?;
                 }
@@ -104,18 +106,19 @@ impl Listener {
     }
 }
 
-/// Serves from now on, until the process ends.
+/// Serves from now on, until the process ends. `take_over` takes a socket from an
+/// agent that answers there; a port it cannot take.
 ///
 /// # Errors
 ///
 /// When nobody can listen there, or no thread can be started.
-pub fn start(address: &Address, exposed: Arc<Exposed>) -> Result<()> {
+pub fn start(address: &Address, take_over: bool, exposed: Arc<Exposed>) -> Result<()> {
     let place = match address {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => crate::names::printable_path(path).to_string(),
     };
-    let listener =
-        Listener::bind(address).with_context(|| format!("listening for metrics on {place}"))?;
+    let listener = Listener::bind(address, take_over)
+        .with_context(|| format!("listening for metrics on {place}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
