@@ -1,6 +1,6 @@
-//! Names in the API, each written here and nowhere else.
+//! The API: its names, each written here and nowhere else, and how it is asked.
 
-use kube::api::ApiResource;
+use kube::{Client, Config, api::ApiResource};
 
 /// The group of the custom resources. Nobody can own a domain below `internal`, so
 /// it clashes with nothing.
@@ -15,6 +15,16 @@ pub const ANNOTATION: &str = "keepalive.internal/policy";
 
 /// Who reports, in events and as the owner of fields.
 pub const CONTROLLER: &str = "keepalive-kube";
+
+/// A client that tries once: who asks knows best when to try again.
+///
+/// # Errors
+///
+/// The config names what cannot be read, such as a certificate.
+pub fn client(mut config: Config) -> kube::Result<Client> {
+    config.default_retry = false;
+    Client::try_from(config)
+}
 
 /// The kinds of custom resources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

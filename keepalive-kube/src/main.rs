@@ -4,8 +4,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use keepalive_kube::{controller, crd, node, uninstall};
-use kube::Client;
+use keepalive_kube::{api, controller, crd, node, uninstall};
+use kube::Config;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::error;
 
@@ -86,9 +86,10 @@ fn run(command: Command) -> Result<()> {
                 _ = interrupted.recv() => {}
             }
         };
-        let client = Client::try_default()
+        let config = Config::infer()
             .await
             .context("finding the API of Kubernetes")?;
+        let client = api::client(config)?;
         match command {
             Command::Node {
                 node,

@@ -101,7 +101,7 @@ impl FakeApi {
 
     pub fn client(&self) -> kube::Client {
         let uri = format!("http://{}", self.address).parse().unwrap();
-        kube::Client::try_from(kube::Config::new(uri)).unwrap()
+        keepalive_kube::api::client(kube::Config::new(uri)).unwrap()
     }
 
     pub fn behave(&self, mood: Mood) {
@@ -234,7 +234,14 @@ async fn answer(
     if parameter("watch") == Some("true") {
         let since: u64 = parameter("resourceVersion").unwrap().parse().unwrap();
         if since < state.lock().unwrap().forgotten {
-            return Ok(failure(StatusCode::GONE, "too old"));
+            let gone = json!({
+                "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
+                "message": "too old resource version", "reason": "Expired", "code": 410,
+            });
+            return Ok(whole(
+                StatusCode::OK,
+                &json!({ "type": "ERROR", "object": gone }),
+            ));
         }
         let lines = stream::unfold((since, versions), move |(since, mut versions)| {
             let (state, collection) = (Arc::clone(&state), collection.clone());
