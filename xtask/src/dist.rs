@@ -27,6 +27,10 @@ pub(crate) struct Options {
     /// Version of the packages, instead of the workspace's
     #[arg(long, value_name = "VERSION")]
     package_version: Option<String>,
+
+    /// Build the companion in Kubernetes too, keepalive-kube
+    #[arg(long)]
+    kube: bool,
 }
 
 pub(crate) fn main(options: &Options) -> Result<()> {
@@ -41,6 +45,9 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     let sbom = sbom(&dist, version)?;
     let files = [deb, rpm, tarball, sbom];
     checksums(&dist, &files)?;
+    if options.kube {
+        static_binary(&dist, "keepalive-kube")?;
+    }
     for file in files {
         let size = fs::metadata(dist.join(&file))?.len();
         exec::say(&format!(
@@ -55,25 +62,11 @@ pub(crate) fn main(options: &Options) -> Result<()> {
 /// Builds the static binary, and man pages and completions with it. Tells the
 /// directory.
 pub(crate) fn build() -> Result<PathBuf> {
-    let target = host()?;
-    exec::run(
-        workspace::cargo()
-            .args(["build", "--profile", "dist", "-p", "keepalive-agent"])
-            // Named, so that the flags are not those of build scripts too.
-            .args(["--target", &target])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-    )?;
     // Its place is fixed: the manifest names it.
     let dist = workspace::root().join("target/packages");
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
-    let agent = dist.join("keepalive-agent");
-    let built = workspace::target_dir()
-        .join(target)
-        .join("dist/keepalive-agent");
-    fs::copy(&built, &agent).with_context(|| format!("cannot copy {}", built.display()))?;
+    let agent = static_binary(&dist, "keepalive-agent")?;
     let size = fs::metadata(&agent)?.len();
-    exec::say(&format!("static binary: {} KiB", size / 1024));
     ensure!(
         size <= MAX_BINARY,
         "{} has {size} bytes, more than {MAX_BINARY}",
@@ -90,6 +83,28 @@ pub(crate) fn build() -> Result<PathBuf> {
     )
     .with_context(|| format!("cannot write {}", page.display()))?;
     Ok(dist)
+}
+
+/// Builds a package's binary into `dist`. Tells where it is.
+fn static_binary(dist: &Path, package: &str) -> Result<PathBuf> {
+    let target = host()?;
+    exec::run(
+        workspace::cargo()
+            .args(["build", "--profile", "dist", "-p", package])
+            // Named, so that the flags are not those of build scripts too.
+            .args(["--target", &target])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+    )?;
+    let binary = dist.join(package);
+    let built = workspace::target_dir()
+        .join(target)
+        .join("dist")
+        .join(package);
+    fs::copy(&built, &binary).with_context(|| format!("cannot copy {}", built.display()))?;
+    let size = fs::metadata(&binary)?.len();
+    exec::say(&format!("static binary {package}: {} KiB", size / 1024));
+    Ok(binary)
 }
 
 /// The .deb's name in `dist`.
