@@ -145,12 +145,12 @@ impl Timer {
                 .filter(|most| *most < bounds.at_least),
         ];
         let value = wrong.into_iter().flatten().next()?;
-        let mut why = format!("does not allow {value}{}", self.unit);
+        let mut why = format!("does not allow {value}{}:", self.unit);
         if bounds.at_least > 0 {
-            why += &format!(", but at least {}{}", bounds.at_least, self.unit);
+            why += &format!(" at least {}{}", bounds.at_least, self.unit);
         }
         if bounds.at_most < u32::MAX {
-            why += &format!(", but at most {}{}", bounds.at_most, self.unit);
+            why += &format!(" at most {}{}", bounds.at_most, self.unit);
         }
         Some(why)
     }

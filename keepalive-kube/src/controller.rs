@@ -114,7 +114,12 @@ fn status(
     now: Timestamp,
 ) -> Option<Value> {
     let (status, reason, message) = match verdict {
-        Ok(()) => ("True", "Accepted", String::new()),
+        // Kubernetes 1.20 takes an empty message for none, and refuses it.
+        Ok(()) => (
+            "True",
+            "Accepted",
+            "in force for what it selects".to_owned(),
+        ),
         Err(refusal) => ("False", refusal.reason(), refusal.to_string()),
     };
     let before = condition(object);

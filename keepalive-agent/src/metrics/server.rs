@@ -278,7 +278,7 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        start(&Address::Tcp(address), Arc::default()).unwrap();
+        start(&Address::Tcp(address), false, Arc::default()).unwrap();
         address
     }
 
@@ -365,5 +365,26 @@ mod tests {
         for text in ["", "9464", "localhost", "127.0.0.1", "run/metrics.sock"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_socket_is_taken_only_from_an_agent_that_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.sock");
+        let bind = |take_over| Listener::bind(&Address::Unix(path.clone()), take_over);
+        let first = bind(false).unwrap();
+        assert!(bind(false).is_err());
+        let Ok(Listener::Unix(second)) = bind(true) else {
+            panic!("it is not taken");
+        };
+        // Whoever asks now asks the second.
+        let asking = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        second.set_nonblocking(false).unwrap();
+        second.accept().unwrap();
+        drop((first, second, asking));
+        bind(false).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "a file").unwrap();
+        assert!(bind(true).is_err());
     }
 }

@@ -296,19 +296,19 @@ fn a_namespace_stays_within_the_bounds_of_the_cluster() {
         (
             json!({ "idle": "5m" }),
             Err(
-                "spec.idle: ClusterKeepalivePolicy base does not allow 300s, but at least 20s, but at most 120s",
+                "spec.idle: ClusterKeepalivePolicy base does not allow 300s: at least 20s at most 120s",
             ),
         ),
         (
             json!({ "idle": { "exactly": "5s" } }),
             Err(
-                "spec.idle: ClusterKeepalivePolicy base does not allow 5s, but at least 20s, but at most 120s",
+                "spec.idle: ClusterKeepalivePolicy base does not allow 5s: at least 20s at most 120s",
             ),
         ),
         (
             json!({ "idle": { "at-least": "3m" } }),
             Err(
-                "spec.idle: ClusterKeepalivePolicy base does not allow 180s, but at least 20s, but at most 120s",
+                "spec.idle: ClusterKeepalivePolicy base does not allow 180s: at least 20s at most 120s",
             ),
         ),
         (
@@ -319,7 +319,7 @@ fn a_namespace_stays_within_the_bounds_of_the_cluster() {
         ),
         (
             json!({ "probes": 2 }),
-            Err("spec.probes: ClusterKeepalivePolicy base does not allow 2, but at least 3"),
+            Err("spec.probes: ClusterKeepalivePolicy base does not allow 2: at least 3"),
         ),
         (
             json!({ "keepalive": "off" }),
