@@ -7,7 +7,10 @@ use clap::{Parser, Subcommand};
 use keepalive_kube::{api, controller, crd, node, uninstall};
 use kube::Config;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::error;
+use tracing::{Level, error, level_filters::LevelFilter};
+use tracing_subscriber::{
+    filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 /// Policies of Kubernetes for keepalive-agent
 #[derive(Parser)]
@@ -53,11 +56,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
+    let writer = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .with_max_level(tracing::Level::INFO)
+        .with_target(false);
+    // What fails is told where it is known what it was for.
+    let told = Targets::new()
+        .with_default(Level::INFO)
+        .with_target("kube_client", LevelFilter::OFF);
+    tracing_subscriber::registry()
+        .with(writer)
+        .with(told)
         .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,

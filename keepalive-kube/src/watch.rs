@@ -141,7 +141,8 @@ where
             }
             Ok(watcher::Event::Delete(object)) => read(object).map(|(key, _)| Step::Gone(key)),
             Err(error) => {
-                warn!("watching {what}: {error}; what was known goes on");
+                let error = anyhow::Error::new(error);
+                warn!("watching {what}: {error:#}; what was known goes on");
                 None
             }
         };
