@@ -8,6 +8,7 @@
 
 mod diagnostic;
 mod document;
+pub mod keys;
 mod merge;
 mod origin;
 mod preset;

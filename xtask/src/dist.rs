@@ -31,11 +31,18 @@ pub(crate) struct Options {
     /// Version of the packages, instead of the workspace's
     #[arg(long, value_name = "VERSION")]
     package_version: Option<String>,
+
+    /// Build the companion in Kubernetes too, keepalive-kube
+    #[arg(long)]
+    kube: bool,
 }
 
 pub(crate) fn main(options: &Options) -> Result<()> {
-    let version = options.package_version.as_deref().unwrap_or(VERSION);
-    all(version)
+    all(options.package_version.as_deref().unwrap_or(VERSION))?;
+    if options.kube {
+        static_binary(&directory(), "keepalive-kube")?;
+    }
+    Ok(())
 }
 
 fn all(version: &str) -> Result<()> {
@@ -133,24 +140,10 @@ pub(crate) fn verify() -> Result<()> {
 /// Builds the static binary, and man pages and completions with it. Tells the
 /// directory.
 fn build() -> Result<PathBuf> {
-    let target = host()?;
-    exec::run(
-        workspace::cargo()
-            .args(["build", "--profile", "dist", "-p", "keepalive-agent"])
-            // Named, so that the flags are not those of build scripts too.
-            .args(["--target", &target])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-    )?;
     let dist = directory();
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
-    let agent = dist.join("keepalive-agent");
-    let built = workspace::target_dir()
-        .join(target)
-        .join("dist/keepalive-agent");
-    fs::copy(&built, &agent).with_context(|| format!("cannot copy {}", built.display()))?;
+    let agent = static_binary(&dist, "keepalive-agent")?;
     let size = fs::metadata(&agent)?.len();
-    exec::say(&format!("static binary: {} KiB", size / 1024));
     ensure!(
         size <= MAX_BINARY,
         "{} has {size} bytes, more than {MAX_BINARY}",
@@ -169,6 +162,28 @@ fn build() -> Result<PathBuf> {
 /// Where all of it goes. The place is fixed: the manifest names it.
 pub(crate) fn directory() -> PathBuf {
     workspace::root().join("target/packages")
+}
+
+/// Builds a package's binary into `dist`. Tells where it is.
+fn static_binary(dist: &Path, package: &str) -> Result<PathBuf> {
+    let target = host()?;
+    exec::run(
+        workspace::cargo()
+            .args(["build", "--profile", "dist", "-p", package])
+            // Named, so that the flags are not those of build scripts too.
+            .args(["--target", &target])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+    )?;
+    let binary = dist.join(package);
+    let built = workspace::target_dir()
+        .join(target)
+        .join("dist")
+        .join(package);
+    fs::copy(&built, &binary).with_context(|| format!("cannot copy {}", built.display()))?;
+    let size = fs::metadata(&binary)?.len();
+    exec::say(&format!("static binary {package}: {} KiB", size / 1024));
+    Ok(binary)
 }
 
 /// The .deb's name in `dist`.

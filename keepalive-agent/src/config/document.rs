@@ -16,9 +16,10 @@ use toml::{
 
 use super::{
     CgroupPattern,
+    keys::{self, WISHES},
     preset::Preset,
     text::{At, Findings},
-    timer::{AtLeast, Default, Timer, Written},
+    timer::{AtLeast, Default, TABLE_KEYS, Timer, Written},
 };
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
@@ -26,34 +27,6 @@ use crate::{
     names::is_printable,
     rules::{Ports, Remote},
 };
-
-/// What only a `[[policy]]` understands.
-const CLAIM_KEYS: [&str; 11] = [
-    "name",
-    "cgroup",
-    "unit",
-    "container",
-    "image",
-    "label",
-    "namespace",
-    "pod",
-    "remote",
-    "port",
-    "local-port",
-];
-
-/// What every policy understands.
-const POLICY_KEYS: [&str; 9] = [
-    "keepalive",
-    "idle",
-    "interval",
-    "probes",
-    "user-timeout",
-    "give-up",
-    "enforce",
-    "ignore",
-    "path",
-];
 
 /// What a text says.
 #[derive(Debug, std::default::Default)]
@@ -137,7 +110,7 @@ impl<'a, 'i> Section<'a, 'i> {
 impl Reader<'_, '_> {
     fn document(&mut self, table: &DeTable<'_>) -> Document {
         let top = Section { name: "", table };
-        self.unknown_keys(top, &[&["default", "policy"]]);
+        self.unknown_keys(top, &["default", "policy"]);
         let mut document = Document::default();
         if let Some(value) = top.get("default") {
             if let DeValue::Table(table) = value.get_ref() {
@@ -145,7 +118,7 @@ impl Reader<'_, '_> {
                     name: "default",
                     table,
                 };
-                self.unknown_keys(section, &[&POLICY_KEYS]);
+                self.unknown_keys(section, &keys::POLICY.map(|key| key.name));
                 document.default = Some(self.table("default", &value.span(), table));
             } else {
                 self.error(&value.span(), "default", "must be a table: write [default]");
@@ -157,7 +130,8 @@ impl Reader<'_, '_> {
                 name: "policy",
                 table,
             };
-            self.unknown_keys(section, &[&CLAIM_KEYS, &POLICY_KEYS]);
+            let known = keys::CLAIM.iter().chain(&keys::POLICY);
+            self.unknown_keys(section, &known.map(|key| key.name).collect::<Vec<_>>());
             let mut policy = self.table("policy", &span, table);
             policy.name = self.name(section, &span, &mut lines_by_name);
             policy.cgroup = self.entry(section, "cgroup", Self::cgroups);
@@ -383,18 +357,13 @@ impl Reader<'_, '_> {
     }
 
     fn keepalive(&mut self, section: Section<'_, '_>, key: &str) -> Option<Keepalive> {
-        match section.get(key)?.get_ref().as_str() {
-            Some("on") => Some(Keepalive::On),
-            Some("always") => Some(Keepalive::Always),
-            Some("off") => Some(Keepalive::Off),
-            Some("never") => Some(Keepalive::Never),
-            Some("leave") => Some(Keepalive::Leave),
-            _ => {
-                let message = "must be \"on\", \"always\", \"off\", \"never\" or \"leave\"";
-                self.wrong_value(section, key, message);
-                None
-            }
+        let word = section.get(key)?.get_ref().as_str();
+        let found = WISHES.iter().find(|(known, _)| Some(*known) == word);
+        if found.is_none() {
+            let message = "must be \"on\", \"always\", \"off\", \"never\" or \"leave\"";
+            self.wrong_value(section, key, message);
         }
+        found.map(|(_, wish)| *wish)
     }
 
     fn truth(&mut self, section: Section<'_, '_>, key: &str, meaning: &str) -> Option<bool> {
@@ -461,9 +430,8 @@ impl Reader<'_, '_> {
         timer: Timer,
         span: &Span<usize>,
     ) -> Option<Written> {
-        const KEYS: [&str; 4] = ["default", "at-least", "at-most", "exactly"];
         let before = self.findings.count_of_errors();
-        self.unknown_keys(section, &[&KEYS]);
+        self.unknown_keys(section, &TABLE_KEYS);
         if section.table.is_empty() {
             let message = "is empty: it needs one of default, at-least, at-most, exactly";
             self.error(span, section.name, message);
@@ -518,11 +486,10 @@ impl Reader<'_, '_> {
         self.bound(section, key, timer).map(Default::Value)
     }
 
-    fn unknown_keys(&mut self, section: Section<'_, '_>, known: &[&[&str]]) {
+    fn unknown_keys(&mut self, section: Section<'_, '_>, known: &[&str]) {
         for key in section.table.keys() {
-            let is = |known: &&str| *known == key.get_ref().as_ref();
-            if !known.iter().copied().flatten().any(is) {
-                let message = format!("unknown key; known here: {}", known.concat().join(", "));
+            if !known.contains(&key.get_ref().as_ref()) {
+                let message = format!("unknown key; known here: {}", known.join(", "));
                 // As it is written: a quoted key may hold anything.
                 let name = self.findings.text(self.text).get(key.span());
                 self.error(

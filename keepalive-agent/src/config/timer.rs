@@ -11,6 +11,9 @@ use toml::de::DeValue;
 
 use crate::duration;
 
+/// The keys of a table that stands for a timer.
+pub(super) const TABLE_KEYS: [&str; 4] = ["default", "at-least", "at-most", "exactly"];
+
 /// One of the four timers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Timer {
@@ -33,7 +36,7 @@ impl Timer {
     }
 
     /// What the kernel accepts, in the timer's own unit.
-    const fn bounds(self) -> (u32, u32) {
+    pub(super) const fn bounds(self) -> (u32, u32) {
         match self {
             Self::Idle | Self::Interval => (MIN_SECONDS, MAX_SECONDS),
             Self::Probes => (MIN_PROBES, MAX_PROBES),

@@ -290,6 +290,12 @@ impl Bundle {
 }
 
 impl ContainerNames {
+    /// The pod as people write it: `namespace/pod`.
+    pub(super) fn pod_with_namespace(&self) -> Option<String> {
+        let (namespace, pod) = self.namespace.as_ref().zip(self.pod.as_ref())?;
+        Some(format!("{namespace}/{pod}"))
+    }
+
     /// Without what is longer than anything that a person would select by.
     fn bounded(self) -> Self {
         let within = |value: Option<String>, longest| {

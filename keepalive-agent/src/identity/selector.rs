@@ -86,11 +86,14 @@ impl Selector {
             let Some(value) = attribute.of(identity) else {
                 return false;
             };
-            // A template stands for its instances.
-            let template = (*attribute == Attribute::Unit).then(|| template_of(value));
+            let longer = match attribute {
+                // A template stands for its instances.
+                Attribute::Unit => Some(template_of(value)),
+                Attribute::Pod => identity.names.pod_with_namespace().map(Cow::from),
+                _ => None,
+            };
             patterns.iter().any(|pattern| {
-                pattern.matches(value)
-                    || template.as_ref().is_some_and(|name| pattern.matches(name))
+                pattern.matches(value) || longer.as_ref().is_some_and(|name| pattern.matches(name))
             })
         };
         let labels = &identity.names.labels;

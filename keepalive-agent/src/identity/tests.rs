@@ -257,6 +257,12 @@ fn selectors_want_all_that_they_name() {
     disk.docker('a', "db-1", &json!({"app": "shop/db", "empty": ""}));
     let container = disk.identities().of(&path("/docker/AID"));
     let unit = |name: &str| Identity::of_path(format!("/system.slice/{name}").as_bytes());
+    let pod = json!({
+        "io.kubernetes.cri.sandbox-name": "web-0",
+        "io.kubernetes.cri.sandbox-namespace": "shop",
+    });
+    disk.containerd("run/containerd", 'b', &pod);
+    let pod = disk.identities().of(&path("/kubepods/besteffort/pod7/BID"));
     for (identity, selector, expected) in [
         (&container, selector(&[], &[]), false),
         (&container, selector(&[(Container, &["db-*"])], &[]), true),
@@ -282,6 +288,15 @@ fn selectors_want_all_that_they_name() {
         ),
         (&container, selector(&[(Namespace, &["*"])], &[]), false),
         (&container, selector(&[(Pod, &["*"])], &[]), false),
+        (&pod, selector(&[(Pod, &["web-0"])], &[]), true),
+        (&pod, selector(&[(Pod, &["shop/web-0"])], &[]), true),
+        (&pod, selector(&[(Pod, &["shop/*"])], &[]), true),
+        (&pod, selector(&[(Pod, &["bank/web-0"])], &[]), false),
+        (
+            &pod,
+            selector(&[(Namespace, &["bank"]), (Pod, &["web-0"])], &[]),
+            false,
+        ),
         (
             &unit("redis.service"),
             selector(&[(Unit, &["redis.service"])], &[]),

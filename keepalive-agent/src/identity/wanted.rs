@@ -37,11 +37,7 @@ impl Wanted {
                 || (pattern.as_str().len() >= super::SHORT_ID && id.starts_with(pattern.as_str()))
         };
         let pod = |pattern: &NamePattern| {
-            let Some(pod) = names.pod.as_deref() else {
-                return false;
-            };
-            let namespace = names.namespace.as_deref().unwrap_or_default();
-            pattern.matches(pod) || pattern.matches(&format!("{namespace}/{pod}"))
+            is(pattern, names.pod.as_deref()) || is(pattern, names.pod_with_namespace().as_deref())
         };
         meets(&self.unit, &unit) && meets(&self.container, &container) && meets(&self.pod, &pod)
     }

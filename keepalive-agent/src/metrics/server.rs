@@ -93,7 +93,8 @@ enum Listener {
 }
 
 impl Listener {
-    fn bind(address: &Address) -> io::Result<Self> {
+    /// Listens there; `take_over` replaces a socket on which an agent still answers.
+    fn bind(address: &Address, take_over: bool) -> io::Result<Self> {
         match address {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
@@ -102,10 +103,11 @@ impl Listener {
             }
             Address::Unix(path) => {
                 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-                // That of an agent that is gone. Nothing else is removed.
+                // That of an agent that is gone, or of the one that goes. Nothing
+                // else is removed.
                 let is_left = fs::symlink_metadata(path)
                     .is_ok_and(|found| found.file_type().is_socket())
-                    && std::os::unix::net::UnixStream::connect(path).is_err();
+                    && (take_over || std::os::unix::net::UnixStream::connect(path).is_err());
                 if is_left {
                     fs::remove_file(path)?;
                 }
@@ -145,19 +147,20 @@ impl Listener {
     }
 }
 
-/// Serves from now on, until the process ends.
+/// Serves from now on, until the process ends. `take_over` takes a socket from an
+/// agent that answers there; a port it cannot take.
 ///
 /// # Errors
 ///
 /// When nobody can listen there, or no thread can be started.
-pub fn start(address: &Address, exposed: Arc<Exposed>) -> Result<()> {
+pub fn start(address: &Address, take_over: bool, exposed: Arc<Exposed>) -> Result<()> {
     let place = match address {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => crate::names::printable_path(path).to_string(),
         Address::Systemd => "the socket of systemd".to_owned(),
     };
-    let listener =
-        Listener::bind(address).with_context(|| format!("listening for metrics on {place}"))?;
+    let listener = Listener::bind(address, take_over)
+        .with_context(|| format!("listening for metrics on {place}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -317,7 +320,7 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        start(&Address::Tcp(address), Arc::default()).unwrap();
+        start(&Address::Tcp(address), false, Arc::default()).unwrap();
         address
     }
 
@@ -405,5 +408,26 @@ mod tests {
         for text in ["", "9464", "localhost", "127.0.0.1", "run/metrics.sock"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_socket_is_taken_only_from_an_agent_that_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.sock");
+        let bind = |take_over| Listener::bind(&Address::Unix(path.clone()), take_over);
+        let first = bind(false).unwrap();
+        assert!(bind(false).is_err());
+        let Ok(Listener::Unix(second)) = bind(true) else {
+            panic!("it is not taken");
+        };
+        // Whoever asks now asks the second.
+        let asking = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        second.set_nonblocking(false).unwrap();
+        second.accept().unwrap();
+        drop((first, second, asking));
+        bind(false).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "a file").unwrap();
+        assert!(bind(true).is_err());
     }
 }
