@@ -80,7 +80,7 @@ pub fn within(policy: &Policy, cluster: &[&Policy]) -> Result<toml::Table, Refus
     }
     for (timer, narrowed) in TIMERS.iter().zip(narrowed) {
         if narrowed.is_narrower {
-            let table = timer.table(keys.get(timer.key), narrowed);
+            let table = timer.table(keys.get(timer.key), &narrowed);
             keys.insert(timer.key.to_owned(), table);
         }
     }
@@ -145,18 +145,15 @@ impl Timer {
                 .filter(|most| *most < bounds.at_least),
         ];
         let value = wrong.into_iter().flatten().next()?;
-        let mut why = format!("does not allow {value}{}:", self.unit);
-        if bounds.at_least > 0 {
-            why += &format!(" at least {}{}", bounds.at_least, self.unit);
-        }
-        if bounds.at_most < u32::MAX {
-            why += &format!(" at most {}{}", bounds.at_most, self.unit);
-        }
-        Some(why)
+        let bound = |word: &str, bound: u32| format!(" {word} {bound}{}", self.unit);
+        let at_least = (bounds.at_least > 0).then(|| bound("at least", bounds.at_least));
+        let at_most = (bounds.at_most < u32::MAX).then(|| bound("at most", bounds.at_most));
+        let bounds: String = at_least.into_iter().chain(at_most).collect();
+        Some(format!("does not allow {value}{}:{bounds}", self.unit))
     }
 
     /// What is written, with other bounds.
-    fn table(&self, written: Option<&toml::Value>, bounds: Narrowed) -> toml::Value {
+    fn table(&self, written: Option<&toml::Value>, bounds: &Narrowed) -> toml::Value {
         let mut table = match written.cloned() {
             Some(toml::Value::Table(table)) => table,
             Some(value) => toml::Table::from_iter([("default".to_owned(), value)]),

@@ -208,8 +208,8 @@ fn duration(words: &[&str]) -> Value {
 }
 
 fn pattern(words: &[&str]) -> String {
-    let words: String = words.iter().map(|word| format!("|{word}")).collect();
-    format!("^({DURATION}{words})$")
+    let forms = [&[DURATION], words].concat();
+    format!("^({})$", forms.join("|"))
 }
 
 /// A value, or a table: a schema that has both has no type.

@@ -162,7 +162,7 @@ impl DropIn {
 /// Removes what a companion left that was killed while it wrote. One that is just
 /// going over to this one may be writing now.
 fn remove_leftovers(directory: &Path) -> io::Result<()> {
-    const OLD: Duration = Duration::from_secs(60);
+    const OLD: Duration = Duration::from_mins(1);
     for entry in fs::read_dir(directory)?.flatten() {
         let is_temporary = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
         let age = || {
@@ -287,7 +287,7 @@ mod tests {
         for path in [&old, &new, &other] {
             fs::write(path, "half").unwrap();
         }
-        let before = SystemTime::now() - Duration::from_secs(120);
+        let before = SystemTime::now() - Duration::from_mins(2);
         for path in [&old, &other] {
             fs::File::options()
                 .write(true)

@@ -17,7 +17,7 @@ const AGENTS: &str = "app.kubernetes.io/name=keepalive-agent";
 const DETACH: &str = "keepalive-detach";
 
 /// A node that does not answer keeps what it has; the rest is done by then.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

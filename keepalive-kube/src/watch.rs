@@ -292,14 +292,14 @@ impl<K: Ord, V> List<K, V> {
 mod tests {
     use super::*;
 
-    fn namespace(step: Step<&str, u8>) -> Change {
+    fn namespace(step: &Step<&str, u8>) -> Change {
         let labels = |value: u8| Labels::from([("n".to_owned(), value.to_string())]);
         Change::Namespace(match step {
             Step::Begin => Step::Begin,
-            Step::Listed(key, value) => Step::Listed(key.to_owned(), labels(value)),
+            Step::Listed(key, value) => Step::Listed((*key).to_owned(), labels(*value)),
             Step::Complete => Step::Complete,
-            Step::Set(key, value) => Step::Set(key.to_owned(), labels(value)),
-            Step::Gone(key) => Step::Gone(key.to_owned()),
+            Step::Set(key, value) => Step::Set((*key).to_owned(), labels(*value)),
+            Step::Gone(key) => Step::Gone((*key).to_owned()),
         })
     }
 
@@ -316,10 +316,10 @@ mod tests {
     fn what_was_known_stays_until_a_list_is_complete() {
         let mut watched = Watched::default();
         for step in [Step::Begin, Step::Listed("a", 1), Step::Listed("b", 1)] {
-            watched.apply(namespace(step));
+            watched.apply(namespace(&step));
         }
         assert!(names(&watched).is_empty());
-        watched.apply(namespace(Step::Complete));
+        watched.apply(namespace(&Step::Complete));
         assert_eq!(names(&watched), ["a", "b"]);
         for step in [
             Step::Set("c", 1),
@@ -327,10 +327,10 @@ mod tests {
             Step::Begin,
             Step::Listed("c", 1),
         ] {
-            watched.apply(namespace(step));
+            watched.apply(namespace(&step));
         }
         assert_eq!(names(&watched), ["b", "c"]);
-        watched.apply(namespace(Step::Complete));
+        watched.apply(namespace(&Step::Complete));
         assert_eq!(names(&watched), ["c"]);
     }
 

@@ -470,6 +470,9 @@ fn spec() -> impl Strategy<Value = Value> {
         })
 }
 
+/// A timer of a policy.
+type RangeOf = fn(&NamedPolicy) -> Range;
+
 proptest! {
     /// Whatever people write, the agent takes the file, and what a namespace says
     /// stays within what the cluster allows.
@@ -484,7 +487,7 @@ proptest! {
                 if above.policy.ignores() {
                     continue;
                 }
-                let timers: [(fn(&NamedPolicy) -> Range, _); 2] = [
+                let timers: [(RangeOf, _); 2] = [
                     (|named| named.policy.idle, SysctlTimer::Idle),
                     (|named| named.policy.interval, SysctlTimer::Interval),
                 ];

@@ -30,7 +30,7 @@ type Body = BoxBody<Bytes, Infallible>;
 
 /// How the server behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mood {
+pub(crate) enum Mood {
     Well,
     /// Every request fails, and every watch ends.
     Away,
@@ -58,7 +58,7 @@ struct State {
 }
 
 #[derive(Debug)]
-pub struct FakeApi {
+pub(crate) struct FakeApi {
     address: SocketAddr,
     state: Arc<Mutex<State>>,
     version: watch::Sender<u64>,
@@ -66,7 +66,7 @@ pub struct FakeApi {
 }
 
 impl FakeApi {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(Mutex::new(State {
@@ -99,19 +99,19 @@ impl FakeApi {
         }
     }
 
-    pub fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let uri = format!("http://{}", self.address).parse().unwrap();
         keepalive_kube::api::client(kube::Config::new(uri)).unwrap()
     }
 
-    pub fn behave(&self, mood: Mood) {
+    pub(crate) fn behave(&self, mood: Mood) {
         self.state.lock().unwrap().mood = mood;
         // Watches look at it when something happens.
         self.version.send_modify(|version| *version += 1);
     }
 
     /// Makes or changes an object; the collection is the last part of its address.
-    pub fn set(&self, collection: &str, object: Value) {
+    pub(crate) fn set(&self, collection: &str, object: Value) {
         let key = (collection.to_owned(), key(&object));
         let mut state = self.state.lock().unwrap();
         let version = *self.version.borrow() + 1;
@@ -133,7 +133,7 @@ impl FakeApi {
         self.version.send_replace(version);
     }
 
-    pub fn remove(&self, collection: &str, name: &str) {
+    pub(crate) fn remove(&self, collection: &str, name: &str) {
         let mut state = self.state.lock().unwrap();
         let version = *self.version.borrow() + 1;
         let key = (collection.to_owned(), name.to_owned());
@@ -149,17 +149,17 @@ impl FakeApi {
     }
 
     /// As after a long time: no watch can go on from where it was.
-    pub fn forget(&self) {
+    pub(crate) fn forget(&self) {
         let mut state = self.state.lock().unwrap();
         state.forgotten = *self.version.borrow();
         state.events.clear();
     }
 
-    pub fn requests(&self) -> Vec<String> {
+    pub(crate) fn requests(&self) -> Vec<String> {
         self.state.lock().unwrap().requests.clone()
     }
 
-    pub fn patches(&self) -> Vec<(String, Value)> {
+    pub(crate) fn patches(&self) -> Vec<(String, Value)> {
         self.state.lock().unwrap().patches.clone()
     }
 }
@@ -243,37 +243,8 @@ async fn answer(
                 &json!({ "type": "ERROR", "object": gone }),
             ));
         }
-        let lines = stream::unfold((since, versions), move |(since, mut versions)| {
-            let (state, collection) = (Arc::clone(&state), collection.clone());
-            let is_wanted = is_wanted.clone();
-            async move {
-                loop {
-                    let now = *versions.borrow_and_update();
-                    let mut lines = String::new();
-                    {
-                        let state = state.lock().unwrap();
-                        if state.mood != Mood::Well {
-                            return None;
-                        }
-                        for event in &state.events {
-                            if event.version > since
-                                && event.collection == collection
-                                && is_wanted(&event.object)
-                            {
-                                let line = json!({ "type": event.what, "object": event.object });
-                                lines += &format!("{line}\n");
-                            }
-                        }
-                    }
-                    if !lines.is_empty() {
-                        return Some((lines, (now, versions)));
-                    }
-                    versions.changed().await.ok()?;
-                }
-            }
-        });
-        let frames = lines.map(|lines| Ok(Frame::data(Bytes::from(lines))));
-        return Ok(Response::new(BodyExt::boxed(StreamBody::new(frames))));
+        let wanted = (collection, is_wanted);
+        return Ok(Response::new(events(since, wanted, state, versions)));
     }
     let state = state.lock().unwrap();
     let items: Vec<_> = state
@@ -290,6 +261,49 @@ async fn answer(
         "items": items,
     });
     Ok(whole(StatusCode::OK, &list))
+}
+
+/// Lines of events, one after the other as they happen, until the server is not well.
+fn events(
+    since: u64,
+    wanted: (
+        String,
+        impl Fn(&Value) -> bool + Clone + Send + Sync + 'static,
+    ),
+    state: Arc<Mutex<State>>,
+    versions: watch::Receiver<u64>,
+) -> Body {
+    let lines = stream::unfold((since, versions), move |(since, mut versions)| {
+        let state = Arc::clone(&state);
+        let (collection, is_wanted) = wanted.clone();
+        async move {
+            loop {
+                let now = *versions.borrow_and_update();
+                let lines: Vec<_> = {
+                    let state = state.lock().unwrap();
+                    if state.mood != Mood::Well {
+                        return None;
+                    }
+                    let is_new = |event: &&Event| {
+                        event.version > since
+                            && event.collection == collection
+                            && is_wanted(&event.object)
+                    };
+                    let events = state.events.iter().filter(is_new);
+                    let line = |event: &Event| {
+                        json!({ "type": event.what, "object": event.object }).to_string() + "\n"
+                    };
+                    events.map(line).collect()
+                };
+                if !lines.is_empty() {
+                    return Some((lines.concat(), (now, versions)));
+                }
+                versions.changed().await.ok()?;
+            }
+        }
+    });
+    let frames = lines.map(|lines| Ok(Frame::data(Bytes::from(lines))));
+    BodyExt::boxed(StreamBody::new(frames))
 }
 
 fn with_metadata(mut object: Value) -> Value {
@@ -323,7 +337,7 @@ fn failure(status: StatusCode, message: &str) -> Response<Body> {
 }
 
 /// Serves these metrics on a socket, as an agent does.
-pub fn fake_agent(socket: &Path, text: Arc<Mutex<String>>) {
+pub(crate) fn fake_agent(socket: &Path, text: Arc<Mutex<String>>) {
     let listener = UnixListener::bind(socket).unwrap();
     tokio::spawn(async move {
         loop {
@@ -339,7 +353,7 @@ pub fn fake_agent(socket: &Path, text: Arc<Mutex<String>>) {
 }
 
 /// Waits until something is true, for at most this many seconds.
-pub async fn eventually(seconds: u64, what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) async fn eventually(seconds: u64, what: &str, mut is: impl FnMut() -> bool) {
     let end = tokio::time::Instant::now() + Duration::from_secs(seconds);
     while !is() {
         assert!(

@@ -182,7 +182,7 @@ async fn a_node_reports_what_its_agent_has_in_force() {
             "keepalive_in_force 1\nkeepalive_policy_set_built_timestamp_seconds {built}\n# EOF\n"
         );
     };
-    say(SystemTime::now() - Duration::from_secs(60));
+    say(SystemTime::now() - Duration::from_mins(1));
     let api = cluster().await;
     let node = json!({ "metadata": { "name": "n1", "uid": "u1" } });
     api.set("nodes", node);
