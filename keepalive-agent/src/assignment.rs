@@ -352,6 +352,52 @@ impl Claimants {
         path.depth().saturating_sub(self.root.path.depth())
     }
 
+    /// The cgroups in and below which connections may be held to bounds, as few as
+    /// there need be: those that policies with bounds name, the last one before
+    /// the first wildcard of a glob. Of more than some dozens, those furthest down
+    /// are taken together by the one above them.
+    #[must_use]
+    pub fn bounded(&self) -> Vec<CgroupPath> {
+        /// Each costs a link and a pin.
+        const MOST: usize = 64;
+        let bounds = |index: &usize| {
+            let policy = self.policies.get(*index);
+            policy.is_some_and(|assigned| assigned.policy.has_bounds())
+        };
+        let root = &self.root.path;
+        let by_path = self.by_path.iter();
+        let by_path = by_path.filter(|(_, policies)| policies.iter().any(bounds));
+        let by_glob = self.by_glob.iter().filter(|(index, _)| bounds(index));
+        let everywhere = self.everywhere.iter().any(bounds);
+        let mut paths: Vec<CgroupPath> = by_path
+            .map(|(path, _)| path.clone())
+            .chain(by_glob.map(|(_, glob)| CgroupPath::from(above_wildcards(glob))))
+            .filter_map(|path| {
+                if root.contains(&path) {
+                    Some(path)
+                } else {
+                    path.contains(root).then(|| root.clone())
+                }
+            })
+            .chain(everywhere.then(|| root.clone()))
+            .collect();
+        loop {
+            paths.sort_unstable();
+            paths.dedup();
+            let all: HashSet<CgroupPath> = paths.iter().cloned().collect();
+            paths.retain(|path| !path.upward().skip(1).any(|above| all.contains(above)));
+            if paths.len() <= MOST {
+                return paths;
+            }
+            let deepest = paths.iter().map(CgroupPath::depth).max().unwrap_or(0);
+            for path in &mut paths {
+                if path.depth() == deepest {
+                    *path = path.parent().unwrap_or_else(|| root.clone());
+                }
+            }
+        }
+    }
+
     /// The policies that a cgroup must claim by itself, as [`Claim::policies`]:
     /// those that the config has for it and not for the ones above, or theirs,
     /// where they are further up than the kernel looks. None where its sockets
@@ -554,6 +600,15 @@ impl<'a> Survey<'a> {
     }
 }
 
+/// The path of a glob down to its first wildcard.
+fn above_wildcards(glob: &str) -> &str {
+    let wild = glob.find(|c| "*?[{\\".contains(c)).unwrap_or(glob.len());
+    match glob.get(..wild).and_then(|literal| literal.rfind('/')) {
+        Some(end) if end > 0 => &glob[..end],
+        _ => "/",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -747,6 +802,49 @@ mod tests {
             let path = CgroupPath::from(path);
             assert_eq!(claimants.of(&path), claiming, "{path}");
         }
+    }
+
+    #[test]
+    fn connections_are_held_to_bounds_as_far_down_as_possible() {
+        let bounded = |root: &str, policies: &[(&str, &str)]| {
+            let policies = policies.iter().enumerate();
+            let policies = policies.map(|(number, (cgroup, keys))| {
+                format!("[[policy]]\nname = 'p{number}'\ncgroup = '{cgroup}'\n{keys}\n")
+            });
+            let text: String = policies.collect();
+            let (root, _) = hierarchy(&[root]);
+            let bounded = Claimants::new(&config(&text), &root).unwrap().bounded();
+            bounded.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let bounds = "idle = { at-most = '1m' }";
+        let free = "idle = '1m'";
+        assert_eq!(bounded("/", &[("/a", free)]), [""; 0]);
+        assert_eq!(
+            bounded("/", &[("/a", free), ("/b/c", bounds), ("/b/d", bounds)]),
+            ["/b/c", "/b/d"]
+        );
+        // What is below another one is covered by it.
+        assert_eq!(
+            bounded("/", &[("/b", bounds), ("/b/c", bounds), ("/bc", bounds)]),
+            ["/b", "/bc"]
+        );
+        assert_eq!(bounded("/", &[("/b/*/x", bounds)]), ["/b"]);
+        assert_eq!(bounded("/", &[("/b/c-*", bounds)]), ["/b"]);
+        assert_eq!(bounded("/", &[("/**", bounds)]), ["/"]);
+        // Nothing above the root, and nothing beside it.
+        assert_eq!(
+            bounded("/b/c", &[("/b/**", bounds), ("/d", bounds)]),
+            ["/b/c"]
+        );
+        let many: Vec<_> = (0..100).map(|number| format!("/s/t/{number}")).collect();
+        let many: Vec<_> = many.iter().map(|path| (&**path, bounds)).collect();
+        assert_eq!(bounded("/", &many), ["/s/t"]);
+        let everywhere = config("[default]\nprobes = { exactly = 3 }");
+        let (root, _) = hierarchy(&["/b"]);
+        assert_eq!(
+            Claimants::new(&everywhere, &root).unwrap().bounded(),
+            [CgroupPath::from("/b")]
+        );
     }
 
     #[test]

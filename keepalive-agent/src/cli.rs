@@ -5,6 +5,7 @@ mod detach;
 mod events;
 mod exec;
 mod explain;
+mod follow;
 mod generate;
 mod log;
 mod output;

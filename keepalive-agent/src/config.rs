@@ -30,6 +30,7 @@ pub use diagnostic::{Diagnostic, Diagnostics};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
+    read_files,
 };
 pub(crate) use trusted_file::{Refusal, read as read_trusted};
 

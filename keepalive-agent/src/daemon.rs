@@ -5,7 +5,7 @@
 //! does then waits for anybody. Sets are built and connections swept on threads of
 //! their own. Only at the start can an error end it.
 
-mod building;
+pub(crate) mod building;
 pub mod control;
 mod dead_peers;
 pub mod journal;
@@ -29,7 +29,7 @@ use crate::{
     assignment::{Assignment, Claimants, Warning},
     config::{Config, Sources},
     datapath::{
-        self, Attachment, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
+        self, Attachment, Bounds, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, Reload, SetRecord, State,
     },
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
@@ -250,6 +250,7 @@ enum Wake {
 /// What is in force on the cgroup.
 struct Enforcement {
     attachment: Attachment,
+    bounds: Bounds,
     set: LoadedSet,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
 }
@@ -529,7 +530,7 @@ impl Daemon {
             }
         };
         let continued = found.is_some();
-        let (attachment, built) = match found {
+        let (attachment, bounds, built) = match found {
             None => self.attach()?,
             Some(found) => self.take_up(found)?,
         };
@@ -547,6 +548,7 @@ impl Daemon {
         self.enforcement = Some(Enforcement {
             log: log_of(&set),
             attachment,
+            bounds,
             set,
         });
         self.part("new connections", Ok(()));
@@ -624,19 +626,47 @@ impl Daemon {
     }
 
     /// Attaches to a cgroup that has nothing of ours.
-    fn attach(&mut self) -> Result<(Attachment, Built)> {
+    fn attach(&mut self) -> Result<(Attachment, Bounds, Built)> {
         let mut job = self.job(self.config.clone(), self.origin.clone());
         job.before = self.ownership.as_ref().and_then(Ownership::given).cloned();
         let built = job.build()?;
         let directory = self.hierarchy.open(&self.root)?;
-        let attachment =
-            Attachment::attach(&built.set, directory, self.root.id, self.pins.as_ref())
-                .with_context(|| format!("cgroup {}", self.root.path))?;
-        Ok((attachment, built))
+        let mut bounds = Bounds::none(self.root.id, self.pins.clone());
+        self.hold_bounds(&mut bounds, &built.set);
+        match Attachment::attach(&built.set, directory, self.root.id, self.pins.as_ref()) {
+            Ok(attachment) => Ok((attachment, bounds, built)),
+            Err(error) => {
+                bounds.detach()?;
+                Err(error).with_context(|| format!("cgroup {}", self.root.path))
+            }
+        }
+    }
+
+    /// Has connections held to the bounds of a set, before it is put in force.
+    fn hold_bounds(&mut self, bounds: &mut Bounds, set: &LoadedSet) {
+        const PART: &str = "bounds";
+        match bounds.hold(set) {
+            Ok(()) if set.has_bounds() => self.part(PART, Ok(())),
+            Ok(()) => {
+                let disabled = Part {
+                    status: PartStatus::Disabled,
+                    reason: Some("no policy has bounds".to_owned()),
+                };
+                self.state.parts.insert(PART.to_owned(), disabled);
+            }
+            Err(error) => {
+                let error = format!(
+                    "{}; bounds hold when a connection is established and after each sweep only",
+                    chain(&error)
+                );
+                warn!("{error}");
+                self.part_failed(PART, error);
+            }
+        }
     }
 
     /// Goes on with what an earlier agent has left in force.
-    fn take_up(&mut self, found: InForce) -> Result<(Attachment, Built)> {
+    fn take_up(&mut self, found: InForce) -> Result<(Attachment, Bounds, Built)> {
         let owner = found.owner().filter(ownership::runs);
         if self.predecessor.is_none()
             && let Some(owner) = owner.filter(|owner| *owner != ownership::own())
@@ -669,10 +699,13 @@ impl Daemon {
                      counted is not known any more"
                 );
                 let built = self.job(self.config.clone(), self.origin.clone()).build()?;
+                let mut bounds = Bounds::none(self.root.id, self.pins.clone());
+                self.hold_bounds(&mut bounds, &built.set);
                 let attachment = found.replace(&built.set, self.pins.as_ref())?;
-                return Ok((attachment, built));
+                return Ok((attachment, bounds, built));
             }
         };
+        let mut bounds = Bounds::of(&record, self.root.id, self.pins.clone())?;
         let state = record.state().unwrap_or_default();
         self.state.reload = state.reload;
         let (attachment, built) = match record.description.before.clone() {
@@ -683,9 +716,10 @@ impl Daemon {
                 job.before = Some(before);
                 job.previous = Some(record);
                 let built = job.build()?;
+                self.hold_bounds(&mut bounds, &built.set);
                 let attachment = found.replace(&built.set, self.pins.as_ref())?;
                 info!("finishing the sweep that an earlier agent had begun");
-                match sweep::first_pass(built.set.sweeper()) {
+                match sweep::first_pass(built.set.sweeper(), false) {
                     Ok(_) => {
                         let settled = State {
                             settled: true,
@@ -704,20 +738,22 @@ impl Daemon {
                 job.before = Some(record.description.config.clone());
                 job.previous = Some(record);
                 let built = job.build()?;
+                self.hold_bounds(&mut bounds, &built.set);
                 let attachment = found.replace(&built.set, self.pins.as_ref())?;
                 (attachment, built)
             }
         };
         if built.config == self.config {
-            return Ok((attachment, built));
+            return Ok((attachment, bounds, built));
         }
         let mut job = self.job(self.config.clone(), self.origin.clone());
         job.before = Some(built.config);
         job.previous = Some(built.set.record().clone());
         let built = job.build()?;
         let mut attachment = attachment;
+        self.hold_bounds(&mut bounds, &built.set);
         attachment.replace(&built.set)?;
-        Ok((attachment, built))
+        Ok((attachment, bounds, built))
     }
 
     /// Removes the pins of cgroups that are gone, and what half a start left.
@@ -1090,10 +1126,13 @@ impl Daemon {
     ) -> Option<(&'static str, Leaves)> {
         self.building = None;
         let replaced = built.and_then(|built| {
-            let Some(enforcement) = &mut self.enforcement else {
+            let Some(mut enforcement) = self.enforcement.take() else {
                 bail!("the cgroup went away meanwhile");
             };
-            enforcement.attachment.replace(&built.set)?;
+            self.hold_bounds(&mut enforcement.bounds, &built.set);
+            let replaced = enforcement.attachment.replace(&built.set);
+            self.enforcement = Some(enforcement);
+            replaced?;
             Ok(built)
         });
         let built = match replaced {
@@ -1215,8 +1254,15 @@ impl Daemon {
                     None => Ok(()),
                     Some((_, error)) => Err(format!("{error:#}")),
                 };
+                let is_complete = missed.is_ok();
                 self.part(PART, missed);
                 self.retry_after = RETRY;
+                if is_complete && let Some(enforcement) = &mut self.enforcement {
+                    // No connection is held to a set before this one any more.
+                    if let Err(error) = enforcement.bounds.release(&enforcement.set) {
+                        warn!("{}", chain(&error));
+                    }
+                }
                 reporter.report(&Event::Swept(&swept));
                 if self.sweep_again {
                     self.sweep();
@@ -1323,6 +1369,15 @@ impl Daemon {
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
             return;
         };
+        if enforcement.set.has_bounds()
+            && self.claimants.bounded().contains(&cgroup.path)
+            && let Ok(directory) = self.hierarchy.open(cgroup)
+        {
+            enforcement.set.add_bounded(cgroup.id, directory);
+            if let Err(error) = enforcement.bounds.hold(&enforcement.set) {
+                warn!("cgroup {}: {}", cgroup.path, chain(&error));
+            }
+        }
         match enforcement.set.add_cgroup(cgroup, &policies) {
             Ok(false) => {}
             Ok(true) => {
@@ -1366,9 +1421,11 @@ impl Daemon {
             return;
         }
         self.claimants.forget(&cgroup.path);
-        if let Some(enforcement) = &mut self.enforcement
-            && let Err(error) = enforcement.set.remove_cgroup(cgroup)
-        {
+        let Some(enforcement) = &mut self.enforcement else {
+            return;
+        };
+        let forgotten = enforcement.set.remove_cgroup(cgroup);
+        if let Err(error) = forgotten.and(enforcement.bounds.forget(cgroup.id)) {
             // An id is not used again, so what stays costs its memory only.
             debug!("{}", chain(&error));
         }
@@ -1515,10 +1572,11 @@ impl Daemon {
                 debug!("{}", chain(&error));
             }
         }
-        if leaves == Leaves::Nothing
-            && let Err(error) = enforcement.attachment.detach()
-        {
-            error!("{}", chain(&error));
+        if leaves == Leaves::Nothing {
+            let detached = enforcement.attachment.detach();
+            if let Err(error) = detached.and(enforcement.bounds.detach()) {
+                error!("{}", chain(&error));
+            }
         }
         reporter.report(&Event::Stopped {
             by,

@@ -3,6 +3,7 @@
 //! The names of its maps, programs and globals stand here and nowhere else.
 
 mod attachment;
+mod bounds;
 mod dead_peers;
 mod description;
 mod error;
@@ -34,6 +35,7 @@ use keepalive_common::layout::Layout;
 use crate::kernel::layout::{Hook, Kernel};
 
 pub use attachment::{Attachment, Evidence, Foreign, InForce, in_force, programs_on_the_way};
+pub use bounds::Bounds;
 pub use dead_peers::{DeadPeer, DeadPeers};
 pub use description::now;
 pub use description::{
@@ -51,6 +53,7 @@ pub use sweeper::{Step, Sweeper};
 /// The programs.
 mod program {
     pub(super) const ESTABLISHED: &str = "established";
+    pub(super) const BOUNDED: &str = "bounded";
     pub(super) const SWEEP: &str = "sweep";
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";

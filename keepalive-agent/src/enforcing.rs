@@ -1,9 +1,9 @@
 //! Enforcing: the policies in force on this node, read from the kernel.
 
 use crate::{
-    config::Config,
+    config::{Config, Merged, read_files},
     daemon::ownership,
-    datapath::{self, Error},
+    datapath::{self, Error, Origin},
     hierarchy::Cgroup,
 };
 
@@ -16,6 +16,11 @@ pub struct Enforcing {
     pub root: Cgroup,
     /// Its policies and what they claim.
     pub config: Config,
+    /// The files that it was read from.
+    pub origin: Origin,
+    /// What was wrong when the agent last read its config, so that it goes on with
+    /// this one.
+    pub error: Option<String>,
 }
 
 /// Everything that is in force, on whichever cgroup. What is of a build that is
@@ -32,19 +37,33 @@ pub fn enforcing() -> Result<Vec<Enforcing>, Error> {
             continue;
         }
         let root = &record.description.root;
-        let owner = record.state().ok().and_then(|state| state.owner);
+        let state = record.state().ok();
+        let error = state
+            .as_ref()
+            .and_then(|state| state.reload.as_ref()?.error.clone());
+        let owner = state.and_then(|state| state.owner);
         found.push(Enforcing {
             agent: owner
                 .filter(|owner| ownership::lives(owner, &root.path))
                 .map(|owner| owner.pid),
             root: root.clone(),
             config: record.description.config.clone(),
+            origin: record.description.origin.clone(),
+            error,
         });
     }
     Ok(found)
 }
 
 impl Enforcing {
+    /// Its files with their lines; none where they say something else by now.
+    #[must_use]
+    pub fn files(&self) -> Option<Merged> {
+        let Origin { main, drop_ins } = &self.origin;
+        let merged = read_files(main.as_deref(), drop_ins).ok()?;
+        goes_by(self, &merged.config).then_some(merged)
+    }
+
     /// In words: `agent 123 on /`.
     #[must_use]
     pub fn name(&self) -> String {
@@ -54,4 +73,11 @@ impl Enforcing {
             None => format!("the policy set pinned on {path}, without an agent"),
         }
     }
+}
+
+/// Whether an agent enforces a config, or counts what it would do: a dry run on the
+/// command line stands in no file.
+#[must_use]
+pub fn goes_by(agent: &Enforcing, config: &Config) -> bool {
+    agent.config == *config || agent.config == config.clone().in_dry_run(true)
 }

@@ -2,7 +2,9 @@
 //!
 //! The same decisions that the kernel takes, with their reasons.
 
-use keepalive_common::{environment::Environment, plan::Options, policy::Policy, slot::MAX_DEPTH};
+use keepalive_common::{
+    environment::Environment, history::Asked, plan::Options, policy::Policy, slot::MAX_DEPTH,
+};
 use serde::Serialize;
 
 use crate::{
@@ -124,8 +126,13 @@ pub struct Path {
 impl Meaning {
     /// Of options that a policy shaped, in a namespace with these sysctls.
     #[must_use]
-    pub fn of(options: &Options, policy: Option<&Policy>, environment: &Environment) -> Self {
-        let settings = settings(options, policy, environment);
+    pub fn of(
+        options: &Options,
+        asked: &Asked,
+        policy: Option<&Policy>,
+        environment: &Environment,
+    ) -> Self {
+        let settings = settings(options, asked, policy, environment);
         let (idle, interval) = (settings.idle.value, settings.interval.value);
         let on = settings.keepalive.value;
         let by_probes =
@@ -251,11 +258,16 @@ mod tests {
     #[test]
     fn what_the_built_in_policy_means() {
         let policy = Policy::BUILT_IN;
-        let meaning = Meaning::of(&given(&policy, &HERE), Some(&policy), &HERE);
+        let meaning = Meaning::of(
+            &given(&policy, &HERE),
+            &Asked::default(),
+            Some(&policy),
+            &HERE,
+        );
         assert_eq!(meaning.first_probe_s, Some(60));
         assert_eq!(meaning.dead_after_ms, Some(120_000));
         assert!(meaning.paths.iter().all(|path| path.survives));
-        let nothing = Meaning::of(&Options::default(), None, &HERE);
+        let nothing = Meaning::of(&Options::default(), &Asked::default(), None, &HERE);
         assert_eq!((nothing.first_probe_s, nothing.dead_after_ms), (None, None));
         assert!(!nothing.paths.iter().any(|path| path.survives));
     }
@@ -266,7 +278,7 @@ mod tests {
             let mut policy = Policy::BUILT_IN;
             policy.user_timeout = Range::default_only(timeout);
             let wants = given(&policy, &HERE);
-            let meaning = Meaning::of(&wants, Some(&policy), &HERE);
+            let meaning = Meaning::of(&wants, &Asked::default(), Some(&policy), &HERE);
             assert_eq!(meaning.dead_after_ms, Some(expected), "{timeout}");
         }
     }

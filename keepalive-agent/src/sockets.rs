@@ -64,7 +64,8 @@ impl<'a> Connection<'a> {
             Some(policy) if policy.is_enforced() => (claimed, None),
             _ => (None, claimed),
         };
-        let settings = settings(&has, enforced, &record.environment);
+        let asked = record.originals.asked(&has);
+        let settings = settings(&has, &asked, enforced, &record.environment);
         let would = counted.map(|policy| plan(policy, &has, &record.environment).wants);
         let timers = settings.keepalive.value.then_some(Timers {
             idle: settings.idle.value,

@@ -93,6 +93,7 @@ impl SweepJob {
         let passes = Passes {
             sweeper: sweeper.clone(),
             settled,
+            dry_run: false,
             stop: stop.clone(),
             probed: probed.clone(),
         };
@@ -142,15 +143,17 @@ impl Drop for SweepJob {
     }
 }
 
-/// Makes the first pass of a sweep here and now.
+/// Makes the first pass of a sweep here and now. One in dry run counts what it
+/// would do and does nothing.
 ///
 /// # Errors
 ///
 /// When no namespace can be found at all, or the kernel refuses the program.
-pub fn first_pass(sweeper: &Sweeper) -> Result<Swept> {
+pub fn first_pass(sweeper: &Sweeper, dry_run: bool) -> Result<Swept> {
     let passes = Passes {
         sweeper: sweeper.clone(),
         settled: false,
+        dry_run,
         stop: Arc::default(),
         probed: Arc::default(),
     };
@@ -160,6 +163,7 @@ pub fn first_pass(sweeper: &Sweeper) -> Result<Swept> {
 struct Passes {
     sweeper: Sweeper,
     settled: bool,
+    dry_run: bool,
     stop: Arc<AtomicBool>,
     probed: Arc<AtomicU64>,
 }
@@ -216,6 +220,7 @@ impl Passes {
             let pass = Pass {
                 counts: u32::from(counts),
                 settled: u32::from(self.settled),
+                dry_run: u32::from(self.dry_run),
                 ..Pass::default()
             };
             match self.in_namespace(&namespace, pass, &mut || true) {

@@ -15,6 +15,9 @@ pub struct Counters {
     pub filled: u64,
     /// Timers that the application had set and that were moved into the bounds.
     pub clamped: u64,
+    /// Timers that got back what the application had set, which an earlier policy
+    /// had moved.
+    pub restored: u64,
     /// Connections on which everything was already as the policy wants it.
     pub left_alone: u64,
     /// Options that the kernel refused; the connection goes on without them.
@@ -36,6 +39,7 @@ impl Counters {
         self.turned_off += other.turned_off;
         self.filled += other.filled;
         self.clamped += other.clamped;
+        self.restored += other.restored;
         self.left_alone += other.left_alone;
         self.failed += other.failed;
         self.user_timeout_conflict += other.user_timeout_conflict;
@@ -110,6 +114,21 @@ impl SocketOption {
         Self::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
+    /// The option that a setsockopt of this level and number is about, if it is one
+    /// that applications are held to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_level_and_number(level: i32, number: i32) -> Option<Self> {
+        match (level, number) {
+            (1, 9) => Some(Self::Keepalive),
+            (6, 4) => Some(Self::Idle),
+            (6, 5) => Some(Self::Interval),
+            (6, 6) => Some(Self::Probes),
+            (6, 18) => Some(Self::UserTimeout),
+            _ => None,
+        }
+    }
+
     /// As the kernel's headers name it.
     #[must_use]
     #[inline(always)]
@@ -152,12 +171,22 @@ mod tests {
         for (number, option) in (0..).zip(SocketOption::ALL) {
             assert_eq!(SocketOption::from_number(number), Some(option));
             assert_eq!(option as u32, number);
+            let (level, name) = option.level_and_number();
+            let is_held = option != SocketOption::RtoMax;
+            assert_eq!(
+                SocketOption::from_level_and_number(level, name),
+                is_held.then_some(option)
+            );
+            assert_ne!(
+                SocketOption::from_level_and_number(level + 1, name),
+                Some(option)
+            );
         }
     }
 
     #[test]
     fn the_records_have_no_padding() {
-        assert_eq!(size_of::<Counters>(), 9 * 8);
+        assert_eq!(size_of::<Counters>(), 10 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
         assert_eq!(size_of::<Failure>(), 8);
         assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
@@ -172,6 +201,7 @@ mod tests {
             turned_off: 3,
             filled: 4,
             clamped: 5,
+            restored: 10,
             left_alone: 6,
             failed: 7,
             user_timeout_conflict: 8,

@@ -8,20 +8,24 @@
 //! * so it is where what stands there now is not what the policy gives to an
 //!   unset timer: a user-timeout that was derived from other timers than its own,
 //!   a value of an earlier policy that has to stay for a while;
+//! * where a connection is held to bounds, everything that the application asked
+//!   for is kept ([`SocketHistory`]), and what it asks for later with it;
 //! * everything else that a policy wrote is what it gives to an unset timer, so
 //!   the earlier policy is all that is needed to recognise it. Where that follows
 //!   a sysctl, one that was changed meanwhile is not recognised: the value stays
 //!   as if the application had set it.
 
 use crate::{
+    counters::SocketOption,
     environment::Environment,
     plan::{Options, Plan, plan},
-    policy::Policy,
+    policy::{MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, Policy},
 };
 
 /// A value of the application that a policy replaced; all zero where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Replaced {
     /// What the application had set; [`UNSET`] if it had set nothing.
     pub original: u32,
@@ -64,11 +68,20 @@ impl Replaced {
             written: if original == 0 { 0 } else { now },
         }
     }
+
+    #[inline(always)]
+    const fn all(application: u32, now: u32) -> Self {
+        Self {
+            original: if application == 0 { UNSET } else { application },
+            written: now,
+        }
+    }
 }
 
 /// What policies replaced on one socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Originals {
     /// Of TCP_KEEPIDLE.
     pub idle: Replaced,
@@ -80,9 +93,125 @@ pub struct Originals {
     pub user_timeout: Replaced,
     /// Of TCP_RTO_MAX_MS.
     pub rto_max: Replaced,
+    /// Of SO_KEEPALIVE: flags, see [`Self::asks_keepalive`].
+    pub keepalive: u32,
+}
+
+/// What is known of SO_KEEPALIVE, as flags of [`Originals`]; all zero where
+/// nothing is. The application wants it on.
+const ASKED_ON: u32 = 1;
+/// It asked for that after the connection was established.
+const ASKED_LATER: u32 = 1 << 1;
+/// It is on.
+const IS_ON: u32 = 1 << 2;
+/// Something is known.
+const IS_KNOWN: u32 = 1 << 3;
+
+const fn keepalive_flags(asked: bool, asked_later: bool, is_on: bool) -> u32 {
+    IS_KNOWN
+        | if asked { ASKED_ON } else { 0 }
+        | if asked_later { ASKED_LATER } else { 0 }
+        | if is_on { IS_ON } else { 0 }
+}
+
+/// What an application asked for: none where that is not known, a timer of 0
+/// where it set none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// SO_KEEPALIVE.
+    pub keepalive: Option<bool>,
+    /// TCP_KEEPIDLE, in seconds.
+    pub idle: Option<u32>,
+    /// TCP_KEEPINTVL, in seconds.
+    pub interval: Option<u32>,
+    /// TCP_KEEPCNT.
+    pub probes: Option<u32>,
+    /// TCP_USER_TIMEOUT, in milliseconds.
+    pub user_timeout: Option<u32>,
 }
 
 impl Originals {
+    /// Nothing.
+    pub const NONE: Self = {
+        const NONE: Replaced = Replaced {
+            original: 0,
+            written: 0,
+        };
+        Self {
+            idle: NONE,
+            interval: NONE,
+            probes: NONE,
+            user_timeout: NONE,
+            rto_max: NONE,
+            keepalive: 0,
+        }
+    };
+
+    /// Everything that an `application` wants of a socket that has what is set
+    /// `now`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn all(application: &Options, now: &Options, asked_later: bool) -> Self {
+        Self {
+            idle: Replaced::all(application.idle, now.idle),
+            interval: Replaced::all(application.interval, now.interval),
+            probes: Replaced::all(application.probes, now.probes),
+            user_timeout: Replaced::all(application.user_timeout, now.user_timeout),
+            rto_max: Replaced::all(application.rto_max, now.rto_max),
+            keepalive: keepalive_flags(application.keepalive, asked_later, now.keepalive),
+        }
+    }
+
+    /// What the application wants of SO_KEEPALIVE, where that is known, for a socket
+    /// on which it `is` on or off.
+    #[must_use]
+    #[inline(always)]
+    pub const fn asks_keepalive(&self, is: bool) -> Option<bool> {
+        if self.keepalive & IS_KNOWN == 0 {
+            None
+        } else if (self.keepalive & IS_ON != 0) != is {
+            // It has set something else since.
+            Some(is)
+        } else {
+            Some(self.keepalive & ASKED_ON != 0)
+        }
+    }
+
+    /// Whether the application turned SO_KEEPALIVE on or off after the connection
+    /// was established: then it has the last word, unless that is bounded.
+    #[must_use]
+    #[inline(always)]
+    pub const fn asked_later(&self) -> bool {
+        self.keepalive & ASKED_LATER != 0
+    }
+
+    /// What the application asked for on a socket that `has` these options, as far
+    /// as it is kept.
+    #[must_use]
+    pub const fn asked(&self, has: &Options) -> Asked {
+        Asked {
+            keepalive: self.asks_keepalive(has.keepalive),
+            idle: self.idle.application(has.idle),
+            interval: self.interval.application(has.interval),
+            probes: self.probes.application(has.probes),
+            user_timeout: self.user_timeout.application(has.user_timeout),
+        }
+    }
+
+    /// What was written last.
+    #[must_use]
+    #[inline(always)]
+    pub const fn written(&self) -> Options {
+        Options {
+            keepalive: self.keepalive & IS_ON != 0,
+            idle: self.idle.written,
+            interval: self.interval.written,
+            probes: self.probes.written,
+            user_timeout: self.user_timeout.written,
+            rto_max: self.rto_max.written,
+        }
+    }
+
     /// What is to be kept once a socket has what is set `now`, for an
     /// `application` that wanted something else, where the policy of now is known
     /// by what it has `given`.
@@ -99,13 +228,27 @@ impl Originals {
                 given.user_timeout,
             ),
             rto_max: Replaced::new(application.rto_max, now.rto_max, given.rto_max),
+            keepalive: if Self::keeps_keepalive(application, now, given) {
+                keepalive_flags(application.keepalive, false, now.keepalive)
+            } else {
+                0
+            },
         }
     }
 
-    /// Whether no timer of keepalive was replaced.
+    /// Whether what the application wants of SO_KEEPALIVE has to be kept: not where
+    /// [`application`] finds it out by the policy, which is known by what it has
+    /// `given`, and the timers.
     #[inline(always)]
-    const fn keepalive_is_empty(&self) -> bool {
-        self.idle.original | self.interval.original | self.probes.original == 0
+    const fn keeps_keepalive(application: &Options, now: &Options, given: &Options) -> bool {
+        if application.keepalive {
+            !has_keepalive_timers(application) || !now.keepalive
+        } else if now.keepalive {
+            !given.keepalive
+        } else {
+            // An application that turns it on later would be taken for a policy.
+            has_keepalive_timers(now) && !has_keepalive_timers(given)
+        }
     }
 
     /// Whether nothing was replaced.
@@ -121,8 +264,9 @@ impl Originals {
 ///
 /// A value that the application set itself and that is just what that policy
 /// would have given it cannot be told apart and counts as the policy's.
-/// SO_KEEPALIVE is taken as it is: turning off what an application may have
-/// turned on would be worse than leaving it on.
+/// So it is with SO_KEEPALIVE: where it is on, and every timer of keepalive that
+/// is set is that policy's, the policy turned it on, unless something else is
+/// known.
 #[must_use]
 #[inline(always)]
 pub fn application(
@@ -142,7 +286,7 @@ pub fn application(
         )
     });
     let mut application = Options {
-        keepalive: has.keepalive,
+        keepalive: false,
         idle: timer(has.idle, originals.idle, [given.idle, idle]),
         interval: timer(has.interval, originals.interval, [given.interval, interval]),
         probes: timer(has.probes, originals.probes, [given.probes, probes]),
@@ -161,6 +305,13 @@ pub fn application(
         originals.user_timeout,
         [given.user_timeout, derived],
     );
+    let turned_on = before.is_some_and(|before| before.keepalive().turns_on())
+        && has_keepalive_timers(has)
+        && !has_keepalive_timers(&application);
+    application.keepalive = match originals.asks_keepalive(has.keepalive) {
+        Some(asked) => asked,
+        None => has.keepalive && !turned_on,
+    };
     application
 }
 
@@ -200,10 +351,8 @@ const fn timer(has: u32, replaced: Replaced, given: [u32; 2]) -> u32 {
 /// Idle, interval and probes cannot become unset again: where the policy would
 /// leave them so, the namespace's sysctls take their place.
 ///
-/// Where the application's user-timeout stands against keepalive, and it set no
-/// timer of keepalive, but a policy did, keepalive is taken for the policy's too
-/// and turned off. Not a second time: then it is the application that turned it
-/// on.
+/// An application that turned SO_KEEPALIVE on or off itself, as far as that is
+/// known, has the last word on it, unless the policy has a bound for it.
 #[must_use]
 #[inline(always)]
 pub fn replan(
@@ -219,6 +368,9 @@ pub fn replan(
         *wants = *has;
         return plan;
     }
+    if originals.asked_later() && !policy.keepalive().holds() {
+        wants.keepalive = application.keepalive;
+    }
     if policy.keepalive().turns_off() {
         // It leaves the timers, so there is nothing to give back.
         wants.idle = has.idle;
@@ -230,13 +382,6 @@ pub fn replan(
     wants.idle = give_back(has.idle, wants.idle, idle);
     wants.interval = give_back(has.interval, wants.interval, interval);
     wants.probes = give_back(has.probes, wants.probes, probes);
-    if plan.user_timeout_conflict
-        && !has_keepalive_timers(application)
-        && has_keepalive_timers(has)
-        && (!same_keepalive_timers(wants, has) || originals.keepalive_is_empty())
-    {
-        wants.keepalive = false;
-    }
     plan
 }
 
@@ -257,9 +402,94 @@ const fn has_keepalive_timers(options: &Options) -> bool {
     options.idle | options.interval | options.probes != 0
 }
 
-#[inline(always)]
-const fn same_keepalive_timers(one: &Options, other: &Options) -> bool {
-    one.idle == other.idle && one.interval == other.interval && one.probes == other.probes
+/// What is kept beside a socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketHistory {
+    /// What the application wants.
+    pub originals: Originals,
+    /// What the connection is held to, whatever the application sets: nothing,
+    /// where [`Policy::holds`] says no.
+    pub held_to: Policy,
+    /// Where the socket is.
+    pub environment: Environment,
+}
+
+/// What becomes of an option that an application sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The options as they should be then; the one that is being set among them.
+    pub wants: Options,
+    /// What the others were before.
+    pub had: Options,
+}
+
+impl SocketHistory {
+    /// The application sets an option of a connection that is held to a policy.
+    /// None where the kernel is to answer alone: the value is one that it
+    /// refuses.
+    ///
+    /// Setting again what is in effect, on an option whose wish was bounded,
+    /// changes nothing: so an application can read a value and write it back.
+    #[must_use]
+    #[inline(always)]
+    pub fn set(&mut self, option: SocketOption, value: u32) -> Option<Answer> {
+        let had = self.originals.written();
+        let mut application = application(&had, &self.originals, None, &self.environment);
+        let mut asked_later = self.originals.asked_later();
+        let (timer, had_timer, least, most) = match option {
+            SocketOption::Keepalive => {
+                application.keepalive = value != 0;
+                asked_later = true;
+                (None, 0, 0, u32::MAX)
+            }
+            SocketOption::Idle => (
+                Some(&mut application.idle),
+                had.idle,
+                MIN_SECONDS,
+                MAX_SECONDS,
+            ),
+            SocketOption::Interval => (
+                Some(&mut application.interval),
+                had.interval,
+                MIN_SECONDS,
+                MAX_SECONDS,
+            ),
+            SocketOption::Probes => (
+                Some(&mut application.probes),
+                had.probes,
+                MIN_PROBES,
+                MAX_PROBES,
+            ),
+            SocketOption::UserTimeout => (
+                Some(&mut application.user_timeout),
+                had.user_timeout,
+                0,
+                MAX_USER_TIMEOUT,
+            ),
+            // No bound is for it.
+            SocketOption::RtoMax => return None,
+        };
+        if value < least || value > most {
+            return None;
+        }
+        if let Some(timer) = timer
+            && (*timer == 0 || value != had_timer)
+        {
+            *timer = value;
+        }
+        self.originals = Originals::all(&application, &had, asked_later);
+        let plan = replan(
+            &self.held_to,
+            &had,
+            &application,
+            &self.originals,
+            &self.environment,
+        );
+        let wants = plan.wants;
+        self.originals = Originals::all(&application, &wants, asked_later);
+        Some(Answer { wants, had })
+    }
 }
 
 #[cfg(test)]
@@ -636,6 +866,10 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Originals>(), 5 * 8);
+        assert_eq!(size_of::<Originals>(), 5 * 8 + 4);
+        assert_eq!(
+            size_of::<SocketHistory>(),
+            size_of::<Originals>() + size_of::<Policy>() + size_of::<Environment>()
+        );
     }
 }

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "a global function of BPF takes pointers")]
 
 use crate::{
+    counters::SocketOption,
     environment::{Environment, or},
     policy::{Policy, Range, SysctlTimer, stricter},
     timers::{self, rto_max_for},
@@ -27,6 +28,20 @@ pub struct Options {
 }
 
 impl Options {
+    /// One of them, as setsockopt takes it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn get(&self, option: SocketOption) -> u32 {
+        match option {
+            SocketOption::Keepalive => self.keepalive as u32,
+            SocketOption::Idle => self.idle,
+            SocketOption::Interval => self.interval,
+            SocketOption::Probes => self.probes,
+            SocketOption::UserTimeout => self.user_timeout,
+            SocketOption::RtoMax => self.rto_max,
+        }
+    }
+
     /// Whether any timer is set.
     #[must_use]
     #[inline(always)]

@@ -3,7 +3,7 @@
 use crate::{
     counters::{Counters, Failure, FailureKey},
     dead_peer::DeadPeers,
-    history::Originals,
+    history::SocketHistory,
     layout::Layout,
     policy::Policy,
     slot::{Claim, Found, PortKey, RemoteKey, Step},
@@ -25,7 +25,7 @@ unsafe impl aya::Pod for Failure {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Layout {}
 // SAFETY: as above.
-unsafe impl aya::Pod for Originals {}
+unsafe impl aya::Pod for SocketHistory {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Claim {}
 // SAFETY: as above.

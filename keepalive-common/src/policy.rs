@@ -52,6 +52,20 @@ impl Keepalive {
         }
     }
 
+    /// Whether it is a bound: the application cannot change it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn holds(self) -> bool {
+        matches!(self, Self::Always | Self::Never)
+    }
+
+    /// Whether it turns keepalive on.
+    #[must_use]
+    #[inline(always)]
+    pub const fn turns_on(self) -> bool {
+        matches!(self, Self::On | Self::Always)
+    }
+
     /// Whether it turns keepalive off, and so leaves the timers of keepalive.
     #[must_use]
     #[inline(always)]
@@ -110,6 +124,12 @@ impl Range {
             at_least: value,
             at_most: value,
         }
+    }
+
+    /// Whether it bounds what is set.
+    #[must_use]
+    pub const fn has_bounds(&self) -> bool {
+        self.at_least != 0 || self.at_most != u32::MAX
     }
 
     /// The formula of every timer: the application's value if it set one, the
@@ -203,6 +223,9 @@ const IGNORE: u32 = 1 << 3;
 /// All of [`SysctlTimer`].
 const SYSCTLS: u32 =
     SysctlTimer::Idle as u32 | SysctlTimer::Interval as u32 | SysctlTimer::Probes as u32;
+/// What the policy wants holds for the life of a connection. Stands in the
+/// kernel's copy only: it follows from the rest.
+const HOLDS: u32 = 1 << 31;
 
 impl Policy {
     /// What holds where nobody configured anything: keepalive on, first probe
@@ -218,6 +241,17 @@ impl Policy {
         idle: Range::default_only(60),
         interval: Range::default_only(10),
         probes: Range::default_only(6),
+        user_timeout: Range::LEAVE,
+        give_up: 0,
+    };
+
+    /// Touches nothing, and gives back what an earlier policy took.
+    pub const LEAVE: Self = Self {
+        keepalive: 0,
+        flags: 0,
+        idle: Range::LEAVE,
+        interval: Range::LEAVE,
+        probes: Range::LEAVE,
         user_timeout: Range::LEAVE,
         give_up: 0,
     };
@@ -346,6 +380,50 @@ impl Policy {
     }
 }
 
+impl Policy {
+    /// Whether it says anything about what an application may set later: a bound,
+    /// or a user-timeout that follows other timers.
+    #[must_use]
+    pub const fn has_bounds(&self) -> bool {
+        self.sets_anything()
+            && (self.keepalive().holds()
+                || self.idle.has_bounds()
+                || self.interval.has_bounds()
+                || self.probes.has_bounds()
+                || self.user_timeout.has_bounds()
+                || self.derives_user_timeout()
+                || self.derives_at_least())
+    }
+
+    /// The same policy as it stands in the kernel, where programs need not find
+    /// out whether it [`has bounds`](Self::has_bounds).
+    #[must_use]
+    pub const fn for_kernel(mut self) -> Self {
+        if self.has_bounds() {
+            self.flags |= HOLDS;
+        } else {
+            self.flags &= !HOLDS;
+        }
+        self
+    }
+
+    /// Whether connections are held to it for their life: see
+    /// [`Self::for_kernel`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn holds(&self) -> bool {
+        self.flags & HOLDS != 0
+    }
+
+    /// Whether it does no more than to give something to connections when they
+    /// are established: it is neither only counted, nor ignored, nor held to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn only_gives(&self) -> bool {
+        self.flags & (DRY_RUN | IGNORE | HOLDS) == 0
+    }
+}
+
 /// After how long a peer is given up by the number of unanswered probes, in
 /// milliseconds: idle + interval × probes, no more than the kernel takes as a
 /// user-timeout. All of it in seconds in the arguments but `probes`, which is a
@@ -435,6 +513,27 @@ mod tests {
             assert!(dry.derives_user_timeout());
             assert_eq!(dry.keepalive(), keepalive);
             assert_eq!(dry.with_enforcement(true), derived);
+        }
+    }
+
+    #[test]
+    fn what_bounds_anything_is_held() {
+        let free = Policy::BUILT_IN;
+        assert!(!free.has_bounds() && !free.for_kernel().holds());
+        assert!(free.for_kernel().only_gives());
+        let mut at_most = free;
+        at_most.probes.at_most = 9;
+        let mut at_least = free;
+        at_least.idle.at_least = 9;
+        for policy in [at_most, at_least, free.with_derived_user_timeout(true)] {
+            assert!(policy.has_bounds() && policy.for_kernel().holds());
+            assert!(!policy.for_kernel().only_gives());
+            let dry = policy.with_enforcement(false);
+            assert!(!dry.has_bounds() && !dry.for_kernel().only_gives());
+            assert_eq!(
+                policy.for_kernel().with_enforcement(false).for_kernel(),
+                dry
+            );
         }
     }
 

@@ -3,7 +3,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::{environment::Environment, plan::Options};
+use crate::{environment::Environment, history::Originals, plan::Options};
 
 /// Address family of IPv4 sockets.
 pub const AF_INET: u32 = 2;
@@ -44,6 +44,10 @@ pub struct SocketRecord {
     pub netns: u32,
     /// What it decides where nothing is set on the connection.
     pub environment: Environment,
+    /// What the application asked for, as far as it is kept.
+    pub originals: Originals,
+    /// Not 0 where bounds hold whenever the application sets an option.
+    pub is_held: u32,
 }
 
 /// Where a connection goes from and to.
@@ -106,6 +110,8 @@ impl SocketRecord {
             packets_out: 0,
             netns: 0,
             environment: Environment::UNKNOWN,
+            originals: Originals::NONE,
+            is_held: 0,
         }
     }
 
@@ -194,7 +200,7 @@ mod tests {
     fn the_record_has_no_padding() {
         assert_eq!(
             size_of::<SocketRecord>(),
-            4 * 8 + 2 * 16 + 4 + 2 * 2 + 10 * 4 + 6 * 4
+            4 * 8 + 2 * 16 + 4 + 2 * 2 + 10 * 4 + 6 * 4 + (5 * 8 + 4) + 4
         );
     }
 

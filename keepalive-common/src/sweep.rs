@@ -36,8 +36,8 @@ pub struct Pass {
     pub counts: u32,
     /// 1 where no connection has a value of the set before any more.
     pub settled: u32,
-    /// Explicit padding, always 0.
-    pub reserved: u32,
+    /// 1 to count what would be done and do nothing.
+    pub dry_run: u32,
     /// Connections that were looked at.
     pub seen: u64,
     /// Connections that a change is still waiting for, by the class of the idle

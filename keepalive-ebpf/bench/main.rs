@@ -7,8 +7,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
     helpers::generated::bpf_setsockopt,
-    macros::sock_ops,
-    programs::SockOpsContext,
+    macros::{cgroup_sockopt, sock_ops},
+    programs::{SockOpsContext, SockoptContext},
 };
 use keepalive_common::counters::SocketOption;
 
@@ -25,6 +25,16 @@ const PROCEED: u32 = 1;
 #[sock_ops]
 fn noop(_: SockOpsContext) -> u32 {
     PROCEED
+}
+
+/// What it costs that there is a program on setsockopt at all.
+#[cgroup_sockopt(setsockopt)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn sockopt_noop(ctx: SockoptContext) -> i32 {
+    // Or values of more than a page would be refused.
+    // SAFETY: the context is the kernel's own.
+    unsafe { (*ctx.sockopt).optlen = 0 };
+    PROCEED.cast_signed()
 }
 
 /// What it costs at the least to set the built-in policy: constants, for every

@@ -120,6 +120,13 @@ impl Tables for Maps {
     }
 }
 
+/// What a slot holds connections to that exist: its policy, or nothing where no
+/// policy claims them, for which a record stands in the map too.
+#[inline(always)]
+pub(crate) fn policy_or_leave(slot: u32) -> Option<&'static Policy> {
+    POLICIES.get(slot)
+}
+
 /// The policy in a slot.
 #[inline(always)]
 pub(crate) fn policy(slot: u32) -> Option<&'static Policy> {

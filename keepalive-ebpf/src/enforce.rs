@@ -9,12 +9,12 @@ use aya_ebpf::{
 use keepalive_common::{
     counters::{Counters, SocketOption},
     environment::Environment,
-    history::{Originals, Replaced, known_by},
+    history::{application, known_by, replan},
     plan::{Options, plan, plan_unset},
     policy::Policy,
 };
 
-use crate::{claim, dead_peer, kernel::TcpSock, recent, refusal, sweep};
+use crate::{claim, dead_peer, history, kernel::TcpSock, recent, refusal};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
@@ -41,7 +41,9 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         return;
     };
     // Each in a frame of its own: there is little stack.
-    if sock.is_touched() || !policy.sets_anything() || policy.give_up != 0 {
+    if policy.holds() {
+        held(ctx.as_ptr(), sock, slot, counters, policy);
+    } else if sock.is_touched() || !policy.only_gives() || policy.give_up != 0 {
         touched(ctx.as_ptr(), sock, slot, counters, policy);
     } else {
         untouched(ctx.as_ptr(), sock, slot, counters, policy);
@@ -104,7 +106,28 @@ fn touched(
         return;
     }
     let known = forget_options(known_by(policy, &plan, &environment));
-    sweep::keep_originals(sock, &has, wants, &known, &forget_originals());
+    history::keep(sock.target(), policy, &has, wants, &known);
+    setter.tell();
+    dead_peer::watch(target);
+}
+
+/// The same where a policy has bounds: everything that the application asked for
+/// is kept, with the policy, for [`crate::bounds`].
+#[inline(never)]
+fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters, policy: &Policy) {
+    let environment = sock.environment();
+    let has = forget_options(sock.options(&environment));
+    // There is something already where the socket has been connected before.
+    let before = history::originals(sock.target());
+    let application = forget_options(application(&has, &before, None, &environment));
+    let plan = replan(policy, &has, &application, &before, &environment);
+    let wants = forget_options(plan.wants);
+    count_seen(counters, wants == has);
+    count_limits(counters, policy, plan.user_timeout_conflict, &environment);
+    let mut setter = Setter::new(target, slot, counters, &environment, true);
+    setter.set(&application, &has, &wants);
+    setter.count();
+    history::hold(sock.target(), policy, &application, &wants, &environment);
     setter.tell();
     dead_peer::watch(target);
 }
@@ -148,29 +171,12 @@ pub(crate) fn count_seen(counters: *const Counters, left_alone: bool) {
 pub(crate) fn forget_options(options: Options) -> Options {
     let zero = opaque_zero();
     Options {
-        keepalive: options.keepalive,
+        keepalive: combine(options.keepalive.into(), zero) != 0,
         idle: combine(options.idle, zero),
         interval: combine(options.interval, zero),
         probes: combine(options.probes, zero),
         user_timeout: combine(options.user_timeout, zero),
         rto_max: combine(options.rto_max, zero),
-    }
-}
-
-/// Nothing that was replaced, without the verifier knowing.
-#[inline(always)]
-pub(crate) fn forget_originals() -> Originals {
-    let zero = forget(0);
-    let nothing = Replaced {
-        original: zero,
-        written: zero,
-    };
-    Originals {
-        idle: nothing,
-        interval: nothing,
-        probes: nothing,
-        user_timeout: nothing,
-        rto_max: nothing,
     }
 }
 
@@ -257,6 +263,8 @@ pub(crate) struct Setter {
     filled: u64,
     /// Timers that the application had set.
     clamped: u64,
+    /// Timers that got back what the application had set.
+    restored: u64,
     /// Refusals before.
     failed: u64,
     /// TCP_RTO_MAX_MS of the namespace.
@@ -283,6 +291,7 @@ impl Setter {
             enforced,
             filled: 0,
             clamped: 0,
+            restored: 0,
             rto_max: environment.rto_max,
             // SAFETY: a live element of a per-CPU map.
             failed: unsafe { (&raw const (*counters).failed).read_volatile() },
@@ -348,8 +357,11 @@ impl Setter {
     #[inline(always)]
     pub(crate) fn count(&self) {
         self.count_filled();
-        // SAFETY: only the address of the counter is used.
-        add(unsafe { &raw const (*self.counters).clamped }, self.clamped);
+        // SAFETY: only the addresses of the counters are used.
+        unsafe {
+            add(&raw const (*self.counters).clamped, self.clamped);
+            add(&raw const (*self.counters).restored, self.restored);
+        }
     }
 
     /// Sets the idle time although it may be the same: with keepalive on, that
@@ -390,6 +402,8 @@ impl Setter {
             self.filled += 1;
         } else if application != wants {
             self.clamped += 1;
+        } else {
+            self.restored += 1;
         }
     }
 

@@ -2,7 +2,10 @@
 
 use keepalive_common::socket::SocketRecord;
 
-use crate::kernel::{Cgroup, TcpSock};
+use crate::{
+    history,
+    kernel::{Cgroup, TcpSock},
+};
 
 /// The record of a connection.
 #[inline(always)]
@@ -18,6 +21,10 @@ pub(crate) fn record(sock: TcpSock) -> SocketRecord {
     record.packets_out = sock.packets_out();
     record.netns = sock.net().inode();
     record.environment = environment;
+    if let Some(history) = history::of(sock.target()) {
+        record.originals = history.originals;
+        record.is_held = history.held_to.holds().into();
+    }
     record
 }
 

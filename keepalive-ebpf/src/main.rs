@@ -4,12 +4,14 @@
 //! `enforce`, which is the same for all of them, or to a record for the listing.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
+mod bounds;
 mod claim;
 mod dead_peer;
 mod decide;
 mod enforce;
 mod files;
 mod hierarchy;
+mod history;
 mod kernel;
 mod list;
 mod recent;
@@ -21,8 +23,8 @@ use aya_ebpf::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_TCP_CLOSE,
     },
-    macros::{btf_tracepoint, sock_ops},
-    programs::{BtfTracePointContext, SockOpsContext},
+    macros::{btf_tracepoint, cgroup_sockopt, sock_ops},
+    programs::{BtfTracePointContext, SockOpsContext, SockoptContext},
 };
 use keepalive_common::cgroup_event::Kind;
 
@@ -57,6 +59,19 @@ fn established(ctx: SockOpsContext) -> u32 {
         _ => {}
     }
     PROCEED
+}
+
+/// Runs for every setsockopt of an application, before the kernel's own handling:
+/// bounds what it asks for.
+///
+/// # Minimum kernel version
+///
+/// 5.15, for bpf_setsockopt on this hook.
+#[cgroup_sockopt(setsockopt)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn bounded(ctx: SockoptContext) -> i32 {
+    bounds::application_sets(&ctx);
+    PROCEED.cast_signed()
 }
 
 /// Runs for every TCP socket of a network namespace: applies policy to the

@@ -1,19 +1,16 @@
 //! Sweep: policy for the connections that were there first.
 
-use core::{ffi::c_void, ptr};
-
 use aya_ebpf::{
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
-    btf_maps::{Array, PerCpuArray, SkStorage},
-    helpers::generated::bpf_sk_storage_get,
+    btf_maps::{Array, PerCpuArray},
     macros::btf_map,
 };
 use keepalive_common::{
     counters::Counters,
+    environment::Environment,
     history::Originals,
     plan::Options,
     policy::Policy,
-    slot::Claim,
+    slot::{Claim, FIRST},
     sweep::{Pass, Silence, arms, class, now},
 };
 
@@ -21,6 +18,7 @@ use crate::{
     claim, dead_peer,
     decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
+    history,
     kernel::{Cgroup, TcpIterator, TcpSock},
 };
 
@@ -33,13 +31,6 @@ static PASS: Array<Pass, 1> = Array::new();
 #[btf_map]
 static SWEPT: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
-/// Socket → the application's values that a policy replaced. Rare: only where
-/// the application set a timer and a bound moved it, where a change of policy
-/// waits for its turn, or where a policy is only counted after one that was
-/// enforced.
-#[btf_map]
-static ORIGINALS: SkStorage<Originals> = SkStorage::new();
-
 /// What a decision is about, found for a connection.
 struct Claimed {
     slot: u32,
@@ -48,30 +39,32 @@ struct Claimed {
     subject: &'static mut Subject,
 }
 
-/// Decides what becomes of a connection.
+/// Decides what becomes of a connection; none where nothing can become of it.
 #[inline(always)]
 fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
-    let (Some(policy), Some(counters)) = (claim::policy(slot), SWEPT.get_ptr(slot)) else {
+    let slot_before = if pass.settled != 0 || claim.before == claim.now {
+        slot
+    } else {
+        claim::slot(claim.before, sock)
+    };
+    let originals = history::originals(sock.target());
+    if slot < FIRST && slot_before < FIRST && originals.is_empty() {
+        return None;
+    }
+    let (Some(policy), Some(before), Some(counters)) = (
+        claim::policy_or_leave(slot),
+        claim::policy_or_leave(slot_before),
+        SWEPT.get_ptr(slot),
+    ) else {
         return None;
     };
     let subject = subject()?;
     subject.environment = sock.environment();
-    let environment = &subject.environment;
-    subject.has = enforce::forget_options(sock.options(environment));
-    subject.originals = if subject.has.has_timers() {
-        recall(sock)
-    } else {
-        // Nothing can have been written over what is unset.
-        enforce::forget_originals()
-    };
-    let before = if pass.settled != 0 || claim.before == claim.now {
-        Some(policy)
-    } else {
-        claim::policy(claim::slot(claim.before, sock))
-    };
-    decide_about(subject, policy, before);
+    subject.has = enforce::forget_options(sock.options(&subject.environment));
+    subject.originals = originals;
+    decide_about(subject, policy, Some(before));
     Some(Claimed {
         slot,
         policy,
@@ -97,14 +90,30 @@ pub(crate) fn is_due(sock: TcpSock) -> bool {
     if policy.is_enforced() && subject.wants != subject.has {
         return true;
     }
-    replaces(subject)
+    replaces(sock, policy, subject)
 }
 
-/// Whether another thing would be kept on the socket than is. Out of line, as
-/// [`keep_originals`].
+/// Whether another thing would be kept on the socket than is, or it would be held
+/// to another policy. Out of line, as [`history::keep`].
 #[inline(never)]
-fn replaces(subject: &Subject) -> bool {
-    Originals::of(&subject.application, &subject.has, &subject.known) != subject.originals
+fn replaces(sock: TcpSock, policy: &Policy, subject: &Subject) -> bool {
+    let Subject {
+        has,
+        originals,
+        environment,
+        application,
+        known,
+        ..
+    } = subject;
+    let held = history::of(sock.target()).filter(|history| history.held_to.holds());
+    if !policy.holds() {
+        return held.is_some() || Originals::of(application, has, known) != *originals;
+    }
+    held.is_none_or(|history| {
+        history.held_to != *policy
+            || history.environment != *environment
+            || Originals::all(application, has, originals.asked_later()) != *originals
+    })
 }
 
 /// A connection met by the sweep.
@@ -146,33 +155,29 @@ fn carry_out(
     let pass = unsafe { &mut *pass };
     let Subject {
         has,
-        originals,
         environment,
         application,
         wants,
         known,
         user_timeout_conflict,
+        ..
     } = subject;
     if pass.counts != 0 {
         enforce::count_seen(counters, wants == has);
         enforce::count_limits(counters, policy, *user_timeout_conflict, environment);
     }
-    if wants == has || !policy.is_enforced() {
-        keep_originals(sock, application, has, known, originals);
+    let is_dry = pass.dry_run != 0;
+    if !is_dry && (wants == has || !policy.is_enforced()) {
+        keep(sock, policy, application, has, known, environment);
     }
-    if policy.is_enforced() && wants != application {
+    if !is_dry && policy.is_enforced() && wants != application {
         dead_peer::watch_existing(sock);
     }
     if wants == has {
         return;
     }
-    let mut setter = Setter::new(
-        sock.target(),
-        slot,
-        counters,
-        environment,
-        policy.is_enforced(),
-    );
+    let enforced = policy.is_enforced() && !is_dry;
+    let mut setter = Setter::new(sock.target(), slot, counters, environment, enforced);
     if !setter.enforced {
         if pass.counts != 0 {
             setter.set(application, has, wants);
@@ -189,7 +194,7 @@ fn carry_out(
     if now != *wants {
         pass.waiting[class as usize] += 1;
     }
-    keep_originals(sock, application, &now, known, originals);
+    keep(sock, policy, application, &now, known, environment);
     if now == *has {
         return;
     }
@@ -216,20 +221,20 @@ fn carry_out(
     }
 }
 
-/// Keeps what is replaced on the socket, if that is another thing than before.
-/// Out of line: what the verifier concludes here ends here, or it would follow
-/// each combination of timers to the end of the caller.
-#[inline(never)]
-pub(crate) fn keep_originals(
+/// Keeps what is replaced on the socket, and what it is held to.
+#[inline(always)]
+fn keep(
     sock: TcpSock,
+    policy: &Policy,
     application: &Options,
     now: &Options,
     known: &Options,
-    before: &Originals,
+    environment: &Environment,
 ) {
-    let replaces = Originals::of(application, now, known);
-    if replaces != *before {
-        remember(sock, &replaces);
+    if policy.holds() {
+        history::hold(sock.target(), policy, application, now, environment);
+    } else {
+        history::keep(sock.target(), policy, application, now, known);
     }
 }
 
@@ -244,36 +249,4 @@ fn nearest(pass: &mut Pass, own: Option<Cgroup>) -> Claim {
     pass.cgroup = id;
     pass.claim = claim::nearest(own, 0);
     pass.claim
-}
-
-/// What policies replaced on the socket so far.
-#[inline(always)]
-fn recall(sock: TcpSock) -> Originals {
-    let originals = storage(sock, 0);
-    if originals.is_null() {
-        return enforce::forget_originals();
-    }
-    // SAFETY: a live element; only sweeps and the one ESTABLISHED callback of
-    // the socket use it, all under the socket's lock.
-    unsafe { *originals }
-}
-
-/// Keeps what was replaced. Where there is no memory for it, the policy's value
-/// will later be taken for the application's: it stays.
-#[inline(always)]
-fn remember(sock: TcpSock, replaces: &Originals) {
-    let originals = storage(sock, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
-    if !originals.is_null() {
-        // SAFETY: as in `recall`.
-        unsafe { *originals = *replaces };
-    }
-}
-
-/// The socket's element of [`ORIGINALS`]; aya offers this only for a hook that
-/// is not ours.
-#[inline(always)]
-fn storage(sock: TcpSock, flags: u64) -> *mut Originals {
-    let map: *const c_void = (&raw const ORIGINALS).cast();
-    // SAFETY: the map and the socket are the kernel's own; new elements are zero.
-    unsafe { bpf_sk_storage_get(map.cast_mut(), sock.target(), ptr::null_mut(), flags).cast() }
 }

@@ -8,7 +8,7 @@
 //     name FD                               ok ADDRESS
 //     connect FD ADDRESS                    ok 0
 //     accept FD                             ok FD
-//     set FD LEVEL OPTION VALUE             ok 0
+//     set FD LEVEL OPTION VALUE [LENGTH]    ok 0
 //     get FD LEVEL OPTION                   ok VALUE
 //     send FD FLAGS BYTES [ADDRESS]         ok COUNT
 //     recv FD                               ok COUNT
@@ -140,6 +140,8 @@ static void answer_bytes(const unsigned char *value, unsigned int length)
 static int run(void)
 {
 	static unsigned char data[256];
+	/* More than a page. */
+	static unsigned char option[8192];
 	static struct sockaddr_storage address;
 	struct sockaddr *to = (struct sockaddr *)&address;
 	socklen_t length = sizeof(address);
@@ -163,7 +165,9 @@ static int run(void)
 		return accept(fd, 0, 0);
 	if (is("set")) {
 		value = number(4);
-		return setsockopt(fd, number(2), number(3), &value, sizeof(value));
+		__builtin_memcpy(option, &value, sizeof(value));
+		length = *word[5] ? (socklen_t)number(5) : sizeof(value);
+		return setsockopt(fd, number(2), number(3), option, length);
 	}
 	if (is("get")) {
 		length = sizeof(value);

@@ -21,6 +21,7 @@ mod pins;
 mod probe;
 mod process;
 mod programs;
+mod random;
 mod skip;
 mod ss;
 
@@ -37,5 +38,6 @@ pub use pins::Pins;
 pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno};
 pub use process::{Output, Place, Process, output, wait_until};
 pub use programs::{Program, libkeepalive};
+pub use random::Random;
 pub use skip::{Need, missing, postgres, skip, soak_or};
 pub use ss::{Timer, between, timer, timers, timers_in_state};

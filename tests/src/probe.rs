@@ -225,6 +225,27 @@ impl Probe {
         Ok(())
     }
 
+    /// Sets an option with a value of this length, of which an int is the beginning
+    /// and the rest is zero.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn set_long(
+        &mut self,
+        socket: Socket,
+        level: i32,
+        number: i32,
+        value: u32,
+        length: u32,
+    ) -> Result<()> {
+        self.ask(&format!(
+            "set {} {level} {number} {value} {length}",
+            socket.0
+        ))?;
+        Ok(())
+    }
+
     /// Sets several options as the application.
     ///
     /// # Errors

@@ -384,6 +384,41 @@ fn check_finds_this_kernel_able_and_a_good_config_good() -> Result<()> {
     Ok(())
 }
 
+/// As in CI: an ordinary user, on a machine that is not asked what it can do.
+#[test]
+fn a_config_is_judged_by_itself() -> Result<()> {
+    const NOBODY: &str = "65534";
+    require!(Need::Program("setpriv"));
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("keepalive.toml");
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+    // Where it was built, others may have no way to.
+    let agent = directory.path().join("keepalive-agent");
+    fs::copy(agent_binary(), &agent)?;
+    let judge = |text: &str, more: &[&str]| -> Result<Output> {
+        fs::write(&config, text)?;
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]);
+        command.args(["--bounding-set=-all", "--inh-caps=-all"]);
+        command.arg(&agent);
+        command.args(["check", "--config-only", "--config"]);
+        run(command.arg(&config).args(more))
+    };
+    let right = judge("[default]\nidle = \"2m\"\n", &["--json"])?;
+    assert_eq!(right.code, Some(0), "{right:?}");
+    let right: serde_json::Value = serde_json::from_str(&right.stdout)?;
+    assert!(right["able"].is_null(), "{right}");
+    assert_eq!(right["config_errors"], serde_json::json!([]), "{right}");
+    let wrong = judge("[default]\nidle = \"0s\"\n", &["--json"])?;
+    assert_eq!(wrong.code, Some(1), "{wrong:?}");
+    let wrong: serde_json::Value = serde_json::from_str(&wrong.stdout)?;
+    assert_eq!(wrong["config_errors"][0]["line"], 2, "{wrong}");
+    let wrong = judge("[default]\nidle = \"0s\"\n", &[])?;
+    assert_eq!(wrong.code, Some(1), "{wrong:?}");
+    assert!(!wrong.stdout.contains("capabilities"), "{wrong:?}");
+    Ok(())
+}
+
 /// A user-timeout that makes the probe count meaningless is allowed, and said.
 #[test]
 fn a_user_timeout_that_cancels_the_probes_is_a_warning() -> Result<()> {

@@ -5,14 +5,16 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use keepalive_tests::Sockopt::Idle;
 use keepalive_tests::{
     Agent, Cgroup, Need, Options, Output, Probe, Program, agent_command, output, require,
     wait_until,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -72,6 +74,8 @@ impl Node {
     fn policy(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = agent_command();
         command.args(["policy", subcommand]);
+        // No path is cut off.
+        command.env("COLUMNS", "200");
         command.args(self.arguments()).args(arguments);
         output(&mut command, LIMIT)
     }
@@ -260,7 +264,10 @@ fn a_policy_that_is_set_by_command() -> Result<()> {
             &["--name", "nobody", "--idle", "1s"],
             "has no cgroup, unit, container, remote",
         ),
-        (&["--remote", "10.0.0.1/8"], "did you mean 10.0.0.0/8"),
+        (
+            &["--remote", "10.0.0.1/8", "--idle", "1s"],
+            "did you mean 10.0.0.0/8",
+        ),
         (&["--cgroup", path, "--path", "1s"], "must be at least 10s"),
     ] {
         let set = node.policy("set", wrong)?;
@@ -276,6 +283,107 @@ fn a_policy_that_is_set_by_command() -> Result<()> {
     assert_eq!(fs::read_dir(node.path("run"))?.count(), 0);
     let unset = node.policy("unset", &["--cgroup", path])?;
     assert_eq!(unset.code, Some(1), "{unset:?}");
+    Ok(())
+}
+
+#[test]
+fn the_default_and_bounds_by_command() -> Result<()> {
+    require!();
+    let node = Node::new()?;
+    node.write("main.toml", &default(71))?;
+    let mut agent = node.agent()?;
+    let set = node.policy("set", &["--default", "--idle", "72s"])?;
+    assert_eq!(set.code, Some(0), "{set:?}");
+    agent.reloaded()?;
+    assert_eq!(node.idle()?, 72);
+    // A bound is added to what is there.
+    let set = node.policy("set", &["--default", "--idle-at-most", "73s"])?;
+    assert_eq!(set.code, Some(0), "{set:?}");
+    agent.reloaded()?;
+    let mut probe = Probe::start(Program::Static, &node.cgroup)?;
+    let (socket, _) = probe.connection()?;
+    assert_eq!(probe.options(socket)?.idle, 72);
+    probe.set(socket, Idle, 7200)?;
+    assert_eq!(probe.options(socket)?.idle, 73);
+    let shown = node.policy("show", &["--agent"])?;
+    let words = format!("agent {} on {}", agent.id(), node.cgroup.path());
+    assert!(shown.stdout.contains(&words), "{shown:?}");
+    let line = shown
+        .stdout
+        .lines()
+        .find(|line| line.contains("72s") || line.contains("1m 12s"));
+    let line = line.with_context(|| format!("{shown:?}"))?;
+    assert!(line.contains("at most 1m 13s"), "{line}");
+    assert!(line.contains("90-default.toml:3"), "{line}");
+
+    // No key, no change.
+    let set = node.policy("set", &["--default"])?;
+    assert_eq!(set.code, Some(2), "{set:?}");
+    assert_eq!(node.idle()?, 72);
+
+    let unset = node.policy("unset", &["--default"])?;
+    assert_eq!(unset.code, Some(0), "{unset:?}");
+    agent.reloaded()?;
+    assert_eq!(node.idle()?, 71);
+    assert_eq!(fs::read_dir(node.path("run"))?.count(), 0);
+    Ok(())
+}
+
+/// Such as one that hangs.
+#[test]
+fn what_an_agent_cannot_take_is_an_error_and_is_taken_back() -> Result<()> {
+    require!();
+    let node = Node::new()?;
+    node.write("main.toml", &default(71))?;
+    let mut agent = node.agent()?;
+    let set = node.policy("set", &["--default", "--idle", "72s"])?;
+    assert_eq!(set.code, Some(0), "{set:?}");
+    agent.reloaded()?;
+    let before = fs::read_to_string(node.path("run/90-default.toml"))?;
+    let process = Pid::from_raw(i32::try_from(agent.id())?).context("no such process")?;
+    kill_process(process, Signal::STOP)?;
+    let set = node.policy("set", &["--default", "--idle", "73s"])?;
+    kill_process(process, Signal::CONT)?;
+    assert_eq!(set.code, Some(1), "{set:?}");
+    assert!(set.stderr.contains("has not taken it over"), "{set:?}");
+    assert_eq!(
+        fs::read_to_string(node.path("run/90-default.toml"))?,
+        before
+    );
+    wait_until(Duration::from_secs(10), "the policy from before", || {
+        Ok(node.idle()? == 72)
+    })
+}
+
+#[test]
+fn the_file_in_an_editor() -> Result<()> {
+    require!();
+    let node = Node::new()?;
+    node.write("main.toml", &default(71))?;
+    let mut agent = node.agent()?;
+    let edit = |editor: &str| -> Result<Output> {
+        let mut command = agent_command();
+        command.args(["policy", "edit"]).args(node.arguments());
+        command.env_remove("VISUAL").env("EDITOR", editor);
+        output(command.stdin(Stdio::null()), Duration::from_mins(1))
+    };
+    let done = edit("sed -i s/71s/72s/")?;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert!(done.stdout.contains("has taken it over"), "{done:?}");
+    agent.reloaded()?;
+    assert_eq!(node.idle()?, 72);
+    for (editor, code, words) in [
+        ("true", 0, "nothing is changed"),
+        ("false", 1, "the editor ended with"),
+        ("sed -i s/72s/0s/", 1, "out of range"),
+        ("/nonexistent/editor", 1, "nothing is changed"),
+    ] {
+        let done = edit(editor)?;
+        assert_eq!(done.code, Some(code), "{done:?}");
+        let said = done.stdout.clone() + &done.stderr;
+        assert!(said.contains(words), "{done:?}");
+        assert_eq!(fs::read_to_string(node.path("main.toml"))?, default(72));
+    }
     Ok(())
 }
 

@@ -5,37 +5,16 @@ use std::fs;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Churn, Crowd, Loaded, Need, Netns, Options, Pins, Process, agent_command,
-    detach, require, soak_or, status, wait_until,
+    Agent, Cgroup, Churn, Crowd, Loaded, Need, Netns, Options, Pins, Process, Random,
+    agent_command, detach, require, soak_or, status, wait_until,
 };
 use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// Numbers that look random; the seed is printed, so that a failure can be had
-/// again as nearly as time allows.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let seed = now.map_or(1, |now| now.subsec_nanos().into()) | 1;
-        eprintln!("seed {seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        // xorshift64
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
 
 fn idle(n: u64) -> String {
     format!("[default]\nidle = \"{}s\"\n", 70 + n)

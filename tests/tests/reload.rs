@@ -359,9 +359,10 @@ fn the_application_sets_something_meanwhile() -> Result<()> {
     agent.reload(&EXACT.config())?;
     for &socket in &sockets {
         assert_eq!(probe.options(socket)?, EXACT.effective(&[]));
-        // Over what the policy took away: the newer wish is the one that counts.
+        // Over what the policy took away: it is held, and the newer wish is the one
+        // that counts later.
         probe.set_all(socket, &[(Idle, 1400), (Probes, 2)])?;
-        assert_eq!(probe.options(socket)?.idle, 1400);
+        assert_eq!(probe.options(socket)?, EXACT.effective(&[]));
     }
     let application = [(Idle, 1400), (Probes, 2)];
     agent.reload(&BOUNDED.config())?;
@@ -435,11 +436,11 @@ fn off_and_on_again() -> Result<()> {
         assert!(timer.left <= Duration::from_secs(500), "{timer:?}");
         assert!(timer.left > Duration::from_secs(400), "{timer:?}");
     }
-    // Nobody can tell any more who turned it on.
+    // The policy turned it on, so one that leaves it gives it back.
     agent.reload("[default]\nkeepalive = \"leave\"\nidle = \"500s\"\n")?;
-    assert!(probe.options(connecting)?.keepalive);
+    assert!(!probe.options(connecting)?.keepalive);
     let finished = agent.stop()?;
-    assert_eq!(finished.count_existing("default", "turned_off"), 4);
+    assert_eq!(finished.count_existing("default", "turned_off"), 6);
     assert_eq!(finished.count_existing("default", "turned_on"), 6);
     Ok(())
 }
@@ -522,8 +523,8 @@ fn a_claim_is_added_and_removed() -> Result<()> {
     Ok(())
 }
 
-/// With no policy left for a cgroup, nobody touches its connections, and what they
-/// have they keep.
+/// With no policy left for a cgroup, its connections get back what they had; a timer
+/// that was set cannot become unset, and has the sysctl's value.
 #[test]
 fn a_cgroup_is_let_go() -> Result<()> {
     require!();
@@ -534,7 +535,7 @@ fn a_cgroup_is_let_go() -> Result<()> {
     let mut agent = Agent::start(&root, &claim(&one, 71))?;
     agent.swept()?;
     agent.reload(&claim(&two, 72))?;
-    assert_eq!(probe.options(old)?, Options::on(71, 10, 6));
+    assert_eq!(probe.options(old)?, Options::on(7200, 75, 9).off());
     let new = probe.connection()?.0;
     assert_eq!(probe.options(new)?, Options::UNTOUCHED);
     Ok(())

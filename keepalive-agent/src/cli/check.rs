@@ -24,14 +24,21 @@ use crate::{
 #[derive(Args, Debug)]
 #[command(
     after_help = "Each feature is tried, not guessed from the kernel's version. Nothing on the \
-                  machine is changed: the trial connection is made in a cgroup of its own.\n\n\
+                  machine is changed: the trial connection is made in a cgroup of its own. \
+                  --config-only takes no root, and no kernel that is able.\n\n\
+                  Exit codes: 0 all is well, 1 the config is wrong or, without --config-only, this \
+                  kernel is not able, 2 wrong usage.\n\n\
                   Examples:\n  \
                   keepalive-agent check\n  \
-                  keepalive-agent check --config my.toml"
+                  keepalive-agent check --config-only --config my.toml"
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
     target: Target,
+
+    /// Judge the config by itself, on whichever machine
+    #[arg(long)]
+    config_only: bool,
 }
 
 /// Whether something works here.
@@ -98,16 +105,20 @@ impl Finding {
 
 #[derive(Serialize)]
 struct Report<'a> {
-    kernel: String,
-    /// Whether the kernel is.
-    able: bool,
+    kernel: Option<String>,
+    /// Whether the kernel is; null where only the config was judged.
+    able: Option<bool>,
     findings: &'a [Finding],
     config_errors: &'a Diagnostics,
 }
 
 pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
     let target = &arguments.target;
-    let mut findings = kernel_findings(target);
+    let mut findings = if arguments.config_only {
+        Vec::new()
+    } else {
+        kernel_findings(target)
+    };
     let able = findings
         .iter()
         .all(|finding| finding.answer == Answer::Yes || !finding.needed);
@@ -117,8 +128,8 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
         .is_some_and(|config| config.answer == Answer::Yes);
     if target.json {
         output::json(&Report {
-            kernel: kernel::release(),
-            able,
+            kernel: (!arguments.config_only).then(kernel::release),
+            able: (!arguments.config_only).then_some(able),
             findings: &findings,
             config_errors: &config_errors,
         })?;
@@ -139,12 +150,14 @@ pub(super) fn check(arguments: &Arguments) -> Result<ExitCode> {
         {
             output::paragraph(more.1)?;
         }
-        let verdict = match (able, config_is_right) {
-            (false, _) => "not able to enforce, see above",
-            (true, false) => "able to enforce, but the config is wrong",
-            (true, true) => "able to enforce",
-        };
-        output::text(format_args!("\nLinux {}: {verdict}\n", kernel::release()))?;
+        if !arguments.config_only {
+            let verdict = match (able, config_is_right) {
+                (false, _) => "not able to enforce, see above",
+                (true, false) => "able to enforce, but the config is wrong",
+                (true, true) => "able to enforce",
+            };
+            output::text(format_args!("\nLinux {}: {verdict}\n", kernel::release()))?;
+        }
     }
     Ok(if able && config_is_right {
         ExitCode::SUCCESS

@@ -1,5 +1,7 @@
 //! `keepalive-agent detach`: takes enforcement off, with all its pins.
 
+mod restore;
+
 use std::{
     fs, io,
     path::PathBuf,
@@ -11,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use super::output;
+use super::{PARTIAL, output};
 use crate::{
     daemon::{
         control::{Client, Request},
@@ -22,14 +24,25 @@ use crate::{
     kernel::preflight,
 };
 
+/// How long an agent may take to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Connections keep what they were given; new ones get nothing any more. A running \
-                  agent is ended; where a service manager would start it again, stop the service \
+    after_help = "Connections keep what they were given, unless --restore; new ones get nothing any \
+                  more. A running agent is ended; where a service manager would start it again, stop the service \
                   first. Programs of others are never touched.\n\n\
-                  Exit codes: 0 nothing is in force any more, 1 failed, 2 wrong usage.\n\n\
+                  With --restore every connection gets back what its application had set, where \
+                  the value is still what a policy wrote. Where it had set nothing, keepalive is \
+                  turned off again, and timers get the sysctls of their namespace: a timer that was \
+                  set cannot become unset. An application that turned keepalive on after its \
+                  connection was established, and set no timer, cannot be told from one that set \
+                  nothing, unless a policy with bounds held it.\n\n\
+                  Exit codes: 0 nothing is in force any more, 1 failed, 2 wrong usage, 4 some \
+                  namespace could not be restored.\n\n\
                   Examples:\n  \
                   keepalive-agent detach\n  \
+                  keepalive-agent detach --restore --dry-run\n  \
                   keepalive-agent detach --cgroup /system.slice/redis.service"
 )]
 pub(super) struct Arguments {
@@ -40,6 +53,14 @@ pub(super) struct Arguments {
     /// Directory of the pins
     #[arg(long, value_name = "DIR", default_value = PinDirectory::DEFAULT)]
     pin: PathBuf,
+
+    /// Give every connection back what its application had set
+    #[arg(long)]
+    restore: bool,
+
+    /// Only count what --restore would do; nothing is taken off
+    #[arg(long, requires = "restore")]
+    dry_run: bool,
 }
 
 pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
@@ -53,7 +74,12 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     let mut detached = 0;
     let mut directories = Vec::new();
     let mut failed = Vec::new();
-    for found in datapath::in_force()? {
+    let mut is_complete = true;
+    let mut in_force = datapath::in_force()?;
+    // Of sets one above another the upper one had the last word, and takes what the
+    // lower one wrote for the applications'.
+    in_force.sort_by_key(|found| path_of(found).map_or(0, |path| path.as_bytes().len()));
+    for found in in_force {
         if only
             .as_ref()
             .is_some_and(|only| !found.is_of(only, &hierarchy))
@@ -65,6 +91,18 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
             .as_ref()
             .map_or_else(|| format!("cgroup {}", found.cgroup), ToString::to_string);
         let pinned = found.pins(pins.as_ref());
+        if arguments.restore && found.cgroup != 0 {
+            match restore::restore(found, pinned.as_ref(), arguments.dry_run) {
+                Ok(restored) => {
+                    detached += 1;
+                    is_complete &= restored.is_complete;
+                    output::text(restored.text(&name, arguments.dry_run))?;
+                }
+                Err(error) => failed.push(error.context(format!("restoring {name}"))),
+            }
+            directories.extend(pinned);
+            continue;
+        }
         match take_off(found, path.as_ref(), pinned.as_ref()) {
             Ok(()) => {
                 detached += 1;
@@ -74,7 +112,11 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
         }
         directories.extend(pinned);
     }
-    for pins in pins.iter().chain(&directories) {
+    for pins in pins
+        .iter()
+        .chain(&directories)
+        .filter(|_| !arguments.dry_run)
+    {
         remove_directory(pins)?;
     }
     if let Some(error) = failed.into_iter().next() {
@@ -82,10 +124,14 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
     }
     if detached == 0 {
         output::text("nothing is in force\n")?;
-    } else {
+    } else if !arguments.restore {
         output::text("connections keep what they were given\n")?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if is_complete {
+        ExitCode::SUCCESS
+    } else {
+        PARTIAL.into()
+    })
 }
 
 fn path_of(found: &InForce) -> Option<CgroupPath> {
@@ -120,10 +166,13 @@ fn take_off(found: InForce, path: Option<&CgroupPath>, pins: Option<&PinDirector
 
 /// Has a running agent end and waits until it has.
 fn end_agent(pid: u32, path: &CgroupPath) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(5);
     let asking = || format!("asking agent {pid} to end: stop it first");
     let mut client = Client::connect(path).with_context(asking)?;
     client.ask(Request::Detach).with_context(asking)?;
+    wait_for_end(pid, path)
+}
+
+fn wait_for_end(pid: u32, path: &CgroupPath) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     while Ownership::is_taken(path) == Some(true) {
         if Instant::now() > end {

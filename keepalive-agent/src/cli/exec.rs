@@ -32,8 +32,8 @@ use super::{
 };
 use crate::{
     config::Config,
-    daemon::{ownership, target},
-    datapath::{Attachment, Blueprint, LoadedSet, Origin, State},
+    daemon::{building::Job, ownership},
+    datapath::{Attachment, Bounds, Origin, State},
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     names::printable_path,
@@ -306,7 +306,7 @@ pub(super) fn supervise(arguments: &Supervise) -> Result<ExitCode> {
         .context("the process that is to be the command has ended")?;
     let hierarchy = Hierarchy::find()?;
     let root = hierarchy.existing(Path::new(cgroup))?;
-    let attachment = enforce(config, &hierarchy, &root)?;
+    let enforcement = enforce(config, &hierarchy, &root)?;
     let directory = hierarchy.directory(&root.path);
     let mut events = File::open(directory.join("cgroup.events"))
         .with_context(|| format!("watching {}", printable_path(&directory)))?;
@@ -325,24 +325,23 @@ pub(super) fn supervise(arguments: &Supervise) -> Result<ExitCode> {
         }
         poll(&mut wait, None).context("waiting for the command")?;
     }
-    drop(attachment);
+    drop(enforcement);
     Ok(ExitCode::SUCCESS)
 }
 
 /// Puts a config in force on a cgroup.
-fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<Attachment> {
+fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attachment, Bounds)> {
     let (config, _) = Config::parse(Path::new("the policy of the command"), config)?;
-    let claimants = target::claimants(&config, root)?;
-    let (assignment, _) = target::assign(&claimants, hierarchy)?;
-    let set = LoadedSet::build(&Blueprint {
-        kernel: &Kernel::running()?,
-        root,
-        config: &config,
-        origin: &Origin::default(),
-        assignment: &assignment,
+    let job = Job {
+        kernel: Kernel::running()?,
+        hierarchy: hierarchy.clone(),
+        root: root.clone(),
+        config,
+        origin: Origin::default(),
         before: None,
         previous: None,
-    })?;
+    };
+    let set = job.build()?.set;
     // For those who ask whether anybody looks after it. Nothing was there before.
     let state = State {
         owner: Some(ownership::own()),
@@ -352,8 +351,11 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<Attachm
     if let Err(error) = set.record().set_state(&state) {
         debug!("{error}");
     }
+    let mut bounds = Bounds::none(root.id, None);
+    bounds.hold(&set)?;
     let directory = hierarchy.open(root)?;
-    Ok(Attachment::attach(&set, directory, root.id, None)?)
+    let attachment = Attachment::attach(&set, directory, root.id, None)?;
+    Ok((attachment, bounds))
 }
 
 /// Tells the command to begin, and lets go of its streams.

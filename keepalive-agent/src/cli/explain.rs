@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
     environment::Environment,
+    history::Asked,
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -337,9 +338,8 @@ impl Enforced {
         let named = files.config.is_some() || !files.drop_in_dir.is_empty();
         let mut running = if named { Vec::new() } else { enforcing()? };
         running.sort_by_key(|agent| agent.root.path.depth());
-        let merged = files.sources().read();
         if running.is_empty() {
-            let merged = merged?;
+            let merged = files.sources().read()?;
             return Ok(vec![Self {
                 by: if named {
                     "the config that is named, if an agent enforced it for the whole machine"
@@ -356,21 +356,14 @@ impl Enforced {
                 files: Some(merged),
             }]);
         }
-        let files = merged.ok();
-        // What a dry run on the command line changed stands in no file.
-        let same = |agent: &Config, files: &Config| {
-            agent.clone().in_dry_run(true) == files.clone().in_dry_run(true)
-        };
         Ok(running
             .into_iter()
             .map(|agent| Self {
                 by: agent.name(),
                 agent: agent.agent,
                 is_in_force: true,
+                files: agent.files(),
                 root: agent.root,
-                files: files
-                    .clone()
-                    .filter(|files| same(&agent.config, &files.config)),
                 config: agent.config,
             })
             .collect())
@@ -477,13 +470,31 @@ impl<'a> Explained<'a> {
         // What an existing connection has is not from a policy that is not in force.
         let had_its_way = self.enforced.is_in_force || self.subject.found.is_none();
         let enforced = policy.filter(|policy| policy.is_enforced() && had_its_way);
-        Meaning::of(&self.holds(), enforced, &self.subject.environment)
+        let asked = match &self.subject.found {
+            Some((_, record)) => record.originals.asked(&self.has),
+            None => Asked::default(),
+        };
+        Meaning::of(&self.holds(), &asked, enforced, &self.subject.environment)
     }
 
     /// What the policy's wishes mean.
     fn then(&self) -> Meaning {
         let policy = self.policy.map(|assigned| &assigned.policy);
-        Meaning::of(&self.wants, policy, &self.subject.environment)
+        let asked = Asked::default();
+        Meaning::of(&self.wants, &asked, policy, &self.subject.environment)
+    }
+
+    /// Whether its application is held to bounds whenever it sets an option.
+    fn is_held(&self) -> Option<bool> {
+        let found = self.subject.found.as_ref();
+        found.map(|(_, record)| record.is_held != 0)
+    }
+
+    fn has_bounds(&self) -> bool {
+        self.enforced.is_in_force
+            && self
+                .policy
+                .is_some_and(|assigned| assigned.policy.for_kernel().holds())
     }
 
     /// What holds.
@@ -560,6 +571,15 @@ impl<'a> Explained<'a> {
         };
         writeln!(text, "\n{heading}")?;
         text.push_str(&meaning(&self.now()));
+        if let (Some(held), true) = (self.is_held(), self.has_bounds()) {
+            let when = if held {
+                "whenever the application sets an option"
+            } else {
+                "from establishment on, and after each sweep; what the application sets in \
+                 between does not pass through the program for bounds"
+            };
+            writeln!(text, "    bounds        hold {when}")?;
+        }
         let gives_up = self.policy.is_some_and(|assigned| {
             assigned.policy.give_up != 0 && assigned.policy.sets_anything()
         });
@@ -621,6 +641,7 @@ impl<'a> Explained<'a> {
                 .policy
                 .and_then(|assigned| self.enforced.written(assigned)),
             enforced: self.policy.map(|assigned| assigned.policy.is_enforced()),
+            bounds_held: self.is_held(),
             holds: MeaningRecord::new(&self.now()),
             wants: MeaningRecord::new(&self.then()),
         }
@@ -655,39 +676,31 @@ fn ends(assigned: &Assigned) -> String {
 /// A meaning for people.
 fn meaning(meaning: &Meaning) -> String {
     let settings = &meaning.settings;
-    let mut lines = vec![setting(
-        "keepalive",
-        settings.keepalive.source,
-        if settings.keepalive.value {
-            "on"
-        } else {
-            "off"
-        },
-    )];
+    let on_or_off = |on: bool| if on { "on" } else { "off" }.to_owned();
+    let mut lines = vec![setting("keepalive", settings.keepalive, on_or_off)];
     if (settings.keepalive.value, settings.keepalive.source) == (false, Source::App) {
         lines.push(
             "              or by MPTCP: subflows that join take over what is set on the whole"
                 .to_owned(),
         );
     }
-    let timer = |name, timer: Setting<u32>, shown: &str| setting(name, timer.source, shown);
     if settings.keepalive.value {
-        let (idle, interval) = (settings.idle.value, settings.interval.value);
-        lines.push(timer("idle", settings.idle, &duration::show_seconds(idle)));
-        lines.push(timer(
+        lines.push(setting("idle", settings.idle, duration::show_seconds));
+        lines.push(setting(
             "interval",
             settings.interval,
-            &duration::show_seconds(interval),
+            duration::show_seconds,
         ));
-        lines.push(timer(
-            "probes",
-            settings.probes,
-            &settings.probes.value.to_string(),
-        ));
+        lines.push(setting("probes", settings.probes, |probes| {
+            probes.to_string()
+        }));
     }
     if settings.user_timeout.value != 0 {
-        let shown = duration::show_milliseconds(settings.user_timeout.value);
-        lines.push(timer("user-timeout", settings.user_timeout, &shown));
+        lines.push(setting(
+            "user-timeout",
+            settings.user_timeout,
+            duration::show_milliseconds,
+        ));
     }
     let after = |milliseconds: u64| {
         let time = Duration::from_millis(milliseconds);
@@ -730,8 +743,8 @@ fn meaning(meaning: &Meaning) -> String {
     format!("    {}\n", lines.join("\n    "))
 }
 
-fn setting(name: &str, source: Source, shown: &str) -> String {
-    let source = match source {
+fn setting<T: Copy>(name: &str, setting: Setting<T>, show: impl Fn(T) -> String) -> String {
+    let source = match setting.source {
         Source::App => "the application",
         Source::Policy => "the policy",
         Source::PolicyBound => "a bound of the policy",
@@ -739,7 +752,10 @@ fn setting(name: &str, source: Source, shown: &str) -> String {
         Source::UserTimeout => "the application's user-timeout",
         Source::Kernel => "nobody",
     };
-    format!("{name:<13} {shown}, set by {source}")
+    let asked = setting.asked.map_or_else(String::new, |asked| {
+        format!("; the application asked for {}", show(asked))
+    });
+    format!("{name:<13} {}, set by {source}{asked}", show(setting.value))
 }
 
 /// An explanation as JSON. The names are documented in docs/explain.md and stay.
@@ -757,6 +773,9 @@ struct Record<'a> {
     policy: Option<&'a str>,
     written: Option<String>,
     enforced: Option<bool>,
+    /// Whether bounds hold whenever the application sets an option; null without a
+    /// connection.
+    bounds_held: Option<bool>,
     holds: MeaningRecord,
     wants: MeaningRecord,
 }

@@ -2,6 +2,7 @@
 //! command.
 
 mod drop_in;
+mod edit;
 mod show;
 
 use std::{
@@ -18,12 +19,13 @@ use tracing::warn;
 
 use super::{ConfigFiles, output};
 use crate::{
+    assignment::DEFAULT,
     config::{
         CgroupPattern, Config, Diagnostics, Merged, NamedPolicy, Origin, Origins,
         PERMANENT_DIRECTORY, RUNTIME_DIRECTORY,
     },
     datapath,
-    enforcing::{Enforcing, enforcing},
+    enforcing::{Enforcing, enforcing, goes_by},
     identity::{Attribute, NamePattern, Selector},
     names::printable_path,
     rules::{Ports, Remote, Rules},
@@ -32,13 +34,14 @@ use drop_in::DropIn;
 pub(super) use drop_in::{Key, timer};
 
 /// How long a running agent is given to take a change over.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
                   keepalive-agent policy show\n  \
                   keepalive-agent policy set --cgroup /system.slice/redis.service --idle 30s\n  \
-                  keepalive-agent policy unset --cgroup /system.slice/redis.service")]
+                  keepalive-agent policy unset --cgroup /system.slice/redis.service\n  \
+                  keepalive-agent policy edit")]
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -52,15 +55,22 @@ enum Command {
     Set(Box<Set>),
     /// Remove the drop-in that `set` wrote
     Unset(Unset),
+    /// Open the policy file in an editor, and put it in place if it is right
+    Edit(edit::Arguments),
 }
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
                   keepalive-agent policy show\n  \
+                  keepalive-agent policy show --agent\n  \
                   keepalive-agent policy show --config my.toml --json")]
 struct Show {
     #[command(flatten)]
     files: ConfigFiles,
+
+    /// What is in force, whatever the files say by now
+    #[arg(long)]
+    agent: bool,
 
     /// Print one JSON object per policy instead of text for people
     #[arg(long)]
@@ -71,7 +81,16 @@ struct Show {
 #[command(
     group(
         ArgGroup::new("which")
-            .args(["name", "cgroup", "unit", "container", "namespace", "pod", "remote", "port", "local_port"])
+            .args(["default", "name", "cgroup", "unit", "container", "namespace", "pod", "remote", "port", "local_port"])
+            .required(true)
+            .multiple(true)
+    ),
+    group(
+        ArgGroup::new("keys")
+            .args(["keepalive", "idle", "interval", "probes", "user_timeout", "give_up", "ignore", "path", "enforce", "no_enforce"])
+            .args(["idle_at_least", "idle_at_most", "idle_exactly", "interval_at_least", "interval_at_most", "interval_exactly"])
+            .args(["probes_at_least", "probes_at_most", "probes_exactly"])
+            .args(["user_timeout_at_least", "user_timeout_at_most", "user_timeout_exactly"])
             .required(true)
             .multiple(true)
     ),
@@ -79,13 +98,19 @@ struct Show {
                   keeps the keys that are not mentioned. Values are written as in the config file; \
                   a timer may be a table of bounds.\n\n\
                   Examples:\n  \
-                  keepalive-agent policy set --unit redis.service --idle 30s\n  \
+                  keepalive-agent policy set --default --idle 60s\n  \
+                  keepalive-agent policy set --unit redis.service --idle-at-most 2m\n  \
                   keepalive-agent policy set --container 'db-*' --idle 30s\n  \
                   keepalive-agent policy set --cgroup /kubepods.slice --remote 10.0.0.0/8 --path aws-nat\n  \
                   keepalive-agent policy set --name database --idle '{ default = \"60s\", at-most = \"5m\" }'\n  \
                   keepalive-agent policy set --remote 192.0.2.0/24 --port 5432 --no-enforce"
 )]
 struct Set {
+    /// The policy for what no other one claims
+    #[arg(long, conflicts_with_all = ["name", "cgroup", "unit", "container", "namespace", "pod",
+                                      "remote", "port", "local_port"])]
+    default: bool,
+
     /// The policy; without it the one for this cgroup and remote end, or a new
     /// one that is named after them
     #[arg(long)]
@@ -134,6 +159,9 @@ struct Set {
     #[arg(long, value_name = "TIME")]
     user_timeout: Option<String>,
 
+    #[command(flatten)]
+    bounds: Bounds,
+
     /// After how long sent data that nobody acknowledges ends the connection: a
     /// time or leave
     #[arg(long, value_name = "TIME")]
@@ -157,6 +185,94 @@ struct Set {
 
     #[command(flatten)]
     place: Place,
+}
+
+/// Bounds of timers, which hold whatever the application sets.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Bounds, which hold whatever the application sets")]
+struct Bounds {
+    /// The shortest idle time
+    #[arg(long, value_name = "TIME")]
+    idle_at_least: Option<String>,
+
+    /// The longest idle time
+    #[arg(long, value_name = "TIME")]
+    idle_at_most: Option<String>,
+
+    /// The one idle time
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["idle", "idle_at_least", "idle_at_most"])]
+    idle_exactly: Option<String>,
+
+    /// The shortest interval
+    #[arg(long, value_name = "TIME")]
+    interval_at_least: Option<String>,
+
+    /// The longest interval
+    #[arg(long, value_name = "TIME")]
+    interval_at_most: Option<String>,
+
+    /// The one interval
+    #[arg(long, value_name = "TIME",
+          conflicts_with_all = ["interval", "interval_at_least", "interval_at_most"])]
+    interval_exactly: Option<String>,
+
+    /// The fewest probes
+    #[arg(long, value_name = "COUNT")]
+    probes_at_least: Option<String>,
+
+    /// The most probes
+    #[arg(long, value_name = "COUNT")]
+    probes_at_most: Option<String>,
+
+    /// The one number of probes
+    #[arg(long, value_name = "COUNT",
+          conflicts_with_all = ["probes", "probes_at_least", "probes_at_most"])]
+    probes_exactly: Option<String>,
+
+    /// The shortest user-timeout: a time or derive
+    #[arg(long, value_name = "TIME")]
+    user_timeout_at_least: Option<String>,
+
+    /// The longest user-timeout
+    #[arg(long, value_name = "TIME")]
+    user_timeout_at_most: Option<String>,
+
+    /// The one user-timeout
+    #[arg(long, value_name = "TIME",
+          conflicts_with_all = ["user_timeout", "user_timeout_at_least", "user_timeout_at_most"])]
+    user_timeout_exactly: Option<String>,
+}
+
+impl Bounds {
+    /// Those of a timer, by their keys.
+    fn of(&self, key: Key) -> impl Iterator<Item = (&'static str, &str)> {
+        let [at_least, at_most, exactly] = match key {
+            Key::Idle => [&self.idle_at_least, &self.idle_at_most, &self.idle_exactly],
+            Key::Interval => [
+                &self.interval_at_least,
+                &self.interval_at_most,
+                &self.interval_exactly,
+            ],
+            Key::Probes => [
+                &self.probes_at_least,
+                &self.probes_at_most,
+                &self.probes_exactly,
+            ],
+            Key::UserTimeout => [
+                &self.user_timeout_at_least,
+                &self.user_timeout_at_most,
+                &self.user_timeout_exactly,
+            ],
+            _ => [&None; 3],
+        };
+        [
+            ("at-least", at_least),
+            ("at-most", at_most),
+            (drop_in::EXACTLY, exactly),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value.as_deref()?)))
+    }
 }
 
 /// What the cgroup has to be that the policy claims.
@@ -207,12 +323,17 @@ impl SelectorArguments {
 
 #[derive(Args, Debug)]
 #[command(
-    group(ArgGroup::new("which").args(["name", "cgroup"]).required(true)),
+    group(ArgGroup::new("which").args(["default", "name", "cgroup"]).required(true)),
     after_help = "Examples:\n  \
+                  keepalive-agent policy unset --default\n  \
                   keepalive-agent policy unset database\n  \
                   keepalive-agent policy unset --cgroup /system.slice/redis.service"
 )]
 struct Unset {
+    /// The policy for what no other one claims
+    #[arg(long)]
+    default: bool,
+
     /// The policy
     name: Option<String>,
 
@@ -268,6 +389,7 @@ pub(super) fn policy(arguments: &Arguments) -> Result<ExitCode> {
         Command::Show(arguments) => show::show(arguments),
         Command::Set(arguments) => set(arguments),
         Command::Unset(arguments) => unset(arguments),
+        Command::Edit(arguments) => edit::edit(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
 }
@@ -277,9 +399,12 @@ fn set(arguments: &Set) -> Result<()> {
     let before = place.read()?;
     let name = arguments.name_in(&before)?;
     let drop_in = place.drop_in(&name)?;
-    let mut keys = drop_in.keys()?.unwrap_or_default();
-    keys.insert(Key::Name, toml::Value::String(name.clone()));
-    keys.extend(arguments.keys()?);
+    let earlier = drop_in.keys()?;
+    let mut keys = earlier.clone().unwrap_or_default();
+    if name != DEFAULT {
+        keys.insert(Key::Name, toml::Value::String(name.clone()));
+    }
+    keys.extend(arguments.keys(&keys)?);
     let text = drop_in::render(&keys);
 
     let sources = place.files.sources();
@@ -290,8 +415,7 @@ fn set(arguments: &Set) -> Result<()> {
     for warning in &after.warnings.0 {
         warn!("{warning}");
     }
-    let written = find(&after, &name);
-    let (_, origins) = written.context("another file takes this drop-in out")?;
+    let origins = origins_of(&after, &name).context("another file takes this drop-in out")?;
     let agents = Agents::find();
     drop_in.write(&text)?;
     output::text(format_args!("wrote {}\n", printable_path(drop_in.path())))?;
@@ -305,12 +429,21 @@ fn set(arguments: &Set) -> Result<()> {
             ))?;
         }
     }
-    agents.report(Some(&before.config), &after.config)
+    agents
+        .report(Some(&before.config), &after.config)
+        .or_else(|refused| {
+            match earlier {
+                Some(keys) => drop_in.write(&drop_in::render(&keys))?,
+                None => drop_in.remove()?,
+            }
+            Err(refused.context("the policy is as it was before, and the drop-in too"))
+        })
 }
 
 fn unset(arguments: &Unset) -> Result<()> {
     let place = &arguments.place;
     let name = match (&arguments.name, &arguments.cgroup) {
+        _ if arguments.default => DEFAULT.to_owned(),
         (Some(name), _) => name.clone(),
         (None, Some(cgroup)) => only_one_for(cgroup, &place.read()?)?,
         (None, None) => bail!("name a policy"),
@@ -339,7 +472,7 @@ fn unset(arguments: &Unset) -> Result<()> {
             );
         }
         let before = before.context("nothing is changed, because something is wrong already")?;
-        let (_, origins) = find(&before, &name)
+        let origins = origins_of(&before, &name)
             .with_context(|| format!("there is no policy {name} in {}", files(&before)))?;
         let lines = lines_of(origins).join(", ");
         bail!("policy {name} is not from a drop-in of `policy set`; edit it where it is: {lines}");
@@ -364,17 +497,22 @@ fn unset(arguments: &Unset) -> Result<()> {
         warn!("something else is wrong in the config; see `keepalive-agent policy show`");
         return Ok(());
     };
-    if let Some((_, origins)) = find(&after, &name) {
-        let lines = lines_of(origins).join(", ");
-        output::text(format_args!("policy {name} is still in {lines}\n"))?;
+    if let Some(origins) = origins_of(&after, &name) {
+        let lines = lines_of(origins);
+        let lines = if lines.is_empty() {
+            "built in".to_owned()
+        } else {
+            format!("in {}", lines.join(", "))
+        };
+        output::text(format_args!("policy {name} is still {lines}\n"))?;
     }
     let before = before.as_ref().ok().map(|before| &before.config);
     agents.report(before, &after.config)
 }
 
 impl Set {
-    /// What is mentioned.
-    fn keys(&self) -> Result<Vec<(Key, toml::Value)>> {
+    /// What is mentioned. A bound is added to what a timer had before.
+    fn keys(&self, before: &drop_in::Keys) -> Result<Vec<(Key, toml::Value)>> {
         let text = |text: &String| Ok(toml::Value::String(text.clone()));
         let mut keys = Vec::new();
         let mut add = |key, value: Option<Result<toml::Value>>| {
@@ -406,7 +544,14 @@ impl Set {
             (Key::Probes, &self.probes),
             (Key::UserTimeout, &self.user_timeout),
         ] {
-            let value = value.as_ref().map(|value| timer(key, value));
+            let value = value.as_deref().map(|value| timer(key, value));
+            let bounds: Vec<_> = self.bounds.of(key).collect();
+            let value = if bounds.is_empty() {
+                value
+            } else {
+                let default = value.transpose()?.or_else(|| before.get(&key).cloned());
+                Some(Ok(drop_in::bounded(key, default, &bounds)))
+            };
             add(key, value)?;
         }
         add(Key::GiveUp, self.give_up.as_ref().map(text))?;
@@ -425,6 +570,9 @@ impl Set {
 
     /// The policy that is meant: by its name, or by what it is for.
     fn name_in(&self, merged: &Merged) -> Result<String> {
+        if self.default {
+            return Ok(DEFAULT.to_owned());
+        }
         if let Some(name) = &self.name {
             return Ok(name.clone());
         }
@@ -461,7 +609,7 @@ impl Set {
         let selects = self.selector.all().map(|(_, value)| value);
         let claims = self.cgroup.as_deref().into_iter().chain(selects);
         let name = derived_name(claims, &self.remote, &self.port, &self.local_port);
-        if let Some((_, origins)) = find(merged, &name) {
+        if let Some(origins) = origins_of(merged, &name) {
             bail!(
                 "there is a policy {name} for something else ({}); choose a name with --name",
                 origins.table
@@ -538,8 +686,14 @@ fn named(merged: &Merged) -> impl Iterator<Item = (&NamedPolicy, &Origins)> {
     merged.config.policies.iter().zip(&merged.origins.policies)
 }
 
-fn find<'a>(merged: &'a Merged, name: &str) -> Option<(&'a NamedPolicy, &'a Origins)> {
-    named(merged).find(|(named, _)| named.name == name)
+/// Where the values of a policy are from, if there is one of this name.
+fn origins_of<'a>(merged: &'a Merged, name: &str) -> Option<&'a Origins> {
+    if name == DEFAULT {
+        return merged.origins.default.as_ref();
+    }
+    let mut named = named(merged);
+    let (_, origins) = named.find(|(named, _)| named.name == name)?;
+    Some(origins)
 }
 
 /// Every line that a policy is made of, in no more than one place per file.
@@ -591,7 +745,7 @@ impl Agents {
     }
 
     /// Waits for those to take a change over that went by the config before it,
-    /// and says what became of each.
+    /// and says what became of each. One that does not is an error.
     fn report(self, before: Option<&Config>, after: &Config) -> Result<()> {
         let agents = match self.before {
             Ok(agents) => agents,
@@ -604,7 +758,12 @@ impl Agents {
         let now = loop {
             let mut now = enforcing()?;
             now.retain(|now| agents.iter().any(|agent| agent.agent == now.agent));
-            let waits = |now: &Enforcing| before.is_some_and(|before| goes_by(now, before));
+            let waits = |now: &Enforcing| {
+                // One that has refused it, after it was written, will not change its mind.
+                let refuses =
+                    now.error.is_some() && !agents.iter().any(|agent| agent.error == now.error);
+                before.is_some_and(|before| goes_by(now, before)) && !refuses
+            };
             let waiting = now.iter().any(|now| waits(now) && !goes_by(now, after));
             // One that is just going over to another set is seen by neither.
             let is_seen = |agent: &Enforcing| now.iter().any(|now| now.agent == agent.agent);
@@ -618,23 +777,27 @@ impl Agents {
             return output::text("no agent is running\n");
         }
         let mut text = String::new();
+        let mut refused = Vec::new();
         for agent in now {
-            let what = if goes_by(&agent, after) {
-                "has taken it over"
+            let name = agent.name();
+            if goes_by(&agent, after) {
+                writeln!(text, "{name} has taken it over")?;
             } else if before.is_some_and(|before| goes_by(&agent, before)) {
-                "has not taken it over: its log says why"
+                let why = match agent.error {
+                    Some(error) => error,
+                    None => "see its log".to_owned(),
+                };
+                refused.push(format!("{name} has not taken it over: {why}"));
             } else {
-                "goes by another config"
-            };
-            writeln!(text, "{} {what}", agent.name())?;
+                writeln!(text, "{name} goes by another config")?;
+            }
         }
-        output::text(text)
+        output::text(text)?;
+        if !refused.is_empty() {
+            bail!(refused.join("\n  "));
+        }
+        Ok(())
     }
-}
-
-/// Whether an agent enforces a config, or counts what it would do.
-fn goes_by(agent: &Enforcing, config: &Config) -> bool {
-    agent.config == *config || agent.config == config.clone().in_dry_run(true)
 }
 
 #[cfg(test)]

@@ -1,17 +1,17 @@
 //! `keepalive-agent sweep`: brings the policy to existing connections, once.
 
-use std::{process::ExitCode, thread, time::Duration};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
 use tracing::warn;
 
-use super::{PARTIAL, Target, output, report};
+use super::{PARTIAL, Target, follow, output, report};
 use crate::{
     daemon::target,
     datapath::{Blueprint, InForce, LoadedSet},
     kernel::{layout::Kernel, preflight},
-    sweep::{Progress, SweepJob},
+    sweep::SweepJob,
 };
 
 /// What a sweep says while it goes on.
@@ -55,12 +55,14 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         }
         None => None,
     };
-    let set = LoadedSet::build(&Blueprint {
+    let set = LoadedSet::build(Blueprint {
         kernel: &Kernel::running()?,
         root: &root,
         config: &read.config,
         origin: &read.origin,
         assignment: &assignment,
+        // Those of the agent, if one runs, are there.
+        bounded: None,
         before: in_force
             .as_ref()
             .map(|set| &set.description.config)
@@ -68,51 +70,12 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);
-    let mut job = SweepJob::start(set.sweeper(), false)?;
-    let mut waiting = 0;
-    let mut missed = false;
-    let mut passed = Duration::ZERO;
-    loop {
-        const PAUSE: Duration = Duration::from_millis(50);
-        match job.try_progress() {
-            Some(Progress::FirstPass(swept)) => {
-                report::progress("");
-                let swept = swept?;
-                for (_, error) in &swept.missed {
-                    warn!("{error:#}; its connections are as they were");
-                }
-                missed = !swept.missed.is_empty();
-                waiting = swept.waiting();
-                output::text(report::swept(target.json, &swept))?;
-            }
-            Some(Progress::Over(swept)) => {
-                report::progress("");
-                if swept.waiting() > 0 {
-                    warn!(
-                        "{} connections have been silent for so long that they still wait; sweep \
-                         again",
-                        swept.waiting()
-                    );
-                    missed = true;
-                }
-                break;
-            }
-            None => {
-                thread::sleep(PAUSE);
-                passed += PAUSE;
-                if waiting > 0 {
-                    let left = waiting.saturating_sub(job.probed());
-                    report::progress(&format!("{} to go", report::count(left, "probe")));
-                } else if passed.as_millis().is_multiple_of(1000) {
-                    report::progress(&format!("{SWEEPING}, {}s", passed.as_secs()));
-                }
-            }
-        }
-    }
+    let job = SweepJob::start(set.sweeper(), false)?;
+    let is_complete = follow::follow(job, SWEEPING, |swept| report::swept(target.json, swept))?;
     output::text(report::changed(target.json, set.record()))?;
-    Ok(if missed {
-        PARTIAL.into()
-    } else {
+    Ok(if is_complete {
         ExitCode::SUCCESS
+    } else {
+        PARTIAL.into()
     })
 }

@@ -92,7 +92,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
             policies: vec![0],
         }],
     };
-    Ok(LoadedSet::build(&Blueprint {
+    Ok(LoadedSet::build(Blueprint {
         kernel,
         root,
         config: &Config {
@@ -102,6 +102,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
         origin: &Origin::default(),
         assignment: &assignment,
         before: None,
+        bounded: Some(Vec::new()),
         previous: None,
     })?)
 }

@@ -127,7 +127,13 @@ impl Sources {
         let mut unreadable = Vec::new();
         let mut texts = Vec::new();
         let mut has_main = true;
-        match read(&self.main) {
+        let main = match supposed {
+            Some(Supposed { path, text }) if path == self.main => {
+                text.map(str::to_owned).ok_or(Refusal::Absent)
+            }
+            _ => read(&self.main),
+        };
+        match main {
             Ok(text) => texts.push(Text::new(&self.main, text)),
             Err(Refusal::Absent) if self.has_base => has_main = false,
             Err(refusal) => unreadable.push(about(&self.main, &refusal)),
@@ -193,6 +199,39 @@ impl Sources {
         }
         by_name.into_values().collect()
     }
+}
+
+/// Reads and merges these files and no others; without a main one the built-in
+/// policy stands in for it.
+///
+/// # Errors
+///
+/// As [`Sources::read`].
+pub fn read_files(main: Option<&Path>, drop_ins: &[PathBuf]) -> Result<Merged, Diagnostics> {
+    let mut unreadable = Vec::new();
+    let mut texts = Vec::new();
+    for path in main
+        .into_iter()
+        .chain(drop_ins.iter().map(PathBuf::as_path))
+    {
+        match read(path) {
+            Ok(text) => texts.push(Text::new(path, text)),
+            Err(refusal) => unreadable.push(about(path, &refusal)),
+        }
+    }
+    let base = if main.is_some() {
+        Base::Nothing
+    } else {
+        Base::BuiltIn
+    };
+    let (config, warnings, origins) = parse_all(&texts, base, unreadable)?;
+    Ok(Merged {
+        config,
+        warnings,
+        origins,
+        main: main.map(Path::to_owned),
+        drop_ins: drop_ins.to_vec(),
+    })
 }
 
 /// Whether a file of this name in a directory of drop-ins is one. Hidden files

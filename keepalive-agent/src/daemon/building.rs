@@ -1,7 +1,7 @@
 //! Building: a policy set is built on a thread of its own, while the one in force
 //! goes on and the daemon listens.
 
-use std::{io, sync::Arc, thread};
+use std::{fs::File, io, sync::Arc, thread};
 
 use anyhow::Result;
 use tokio::sync::oneshot;
@@ -11,32 +11,43 @@ use crate::{
     assignment::{Assignment, Claimants, Warning},
     config::Config,
     datapath::{Blueprint, LoadedSet, Origin, SetRecord},
-    hierarchy::{Cgroup, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::layout::Kernel,
 };
 
 /// Everything that a set is built from.
 #[derive(Clone)]
-pub(super) struct Job {
-    pub(super) kernel: Kernel,
-    pub(super) hierarchy: Hierarchy,
-    pub(super) root: Cgroup,
-    pub(super) config: Config,
-    pub(super) origin: Origin,
+pub(crate) struct Job {
+    pub(crate) kernel: Kernel,
+    pub(crate) hierarchy: Hierarchy,
+    pub(crate) root: Cgroup,
+    pub(crate) config: Config,
+    pub(crate) origin: Origin,
     /// The config of which connections may still have values.
-    pub(super) before: Option<Config>,
+    pub(crate) before: Option<Config>,
     /// The set in force.
-    pub(super) previous: Option<Arc<SetRecord>>,
+    pub(crate) previous: Option<Arc<SetRecord>>,
 }
 
 /// A set that is not in force yet.
-pub(super) struct Built {
-    pub(super) set: LoadedSet,
-    pub(super) config: Config,
-    pub(super) origin: Origin,
-    pub(super) claimants: Claimants,
-    pub(super) assignment: Assignment,
-    pub(super) warnings: Vec<Warning>,
+pub(crate) struct Built {
+    pub(crate) set: LoadedSet,
+    pub(crate) config: Config,
+    pub(crate) origin: Origin,
+    pub(crate) claimants: Claimants,
+    pub(crate) assignment: Assignment,
+    pub(crate) warnings: Vec<Warning>,
+}
+
+/// The cgroups that exist in which connections are to be held to bounds.
+fn bounded(claimants: &Claimants, hierarchy: &Hierarchy) -> Option<Vec<(u64, File)>> {
+    let paths = claimants.bounded();
+    let open = |path: &CgroupPath| {
+        // One that is gone by now has no connections to be held.
+        let cgroup = hierarchy.lookup(path).ok()??;
+        Some((cgroup.id, hierarchy.open(&cgroup).ok()?))
+    };
+    (!paths.is_empty()).then(|| paths.iter().filter_map(open).collect())
 }
 
 impl Job {
@@ -46,8 +57,8 @@ impl Job {
     ///
     /// When the hierarchy cannot be read or the kernel refuses something; nothing
     /// is left then.
-    pub(super) fn build(self) -> Result<Built> {
-        let claimants = target::claimants(&self.config, &self.root)?;
+    pub(crate) fn build(self) -> Result<Built> {
+        let claimants = Claimants::new(&self.config, &self.root)?;
         let (assignment, warnings) = target::assign(&claimants, &self.hierarchy)?;
         let before = match &self.before {
             Some(config) => {
@@ -56,12 +67,13 @@ impl Job {
             }
             None => None,
         };
-        let set = LoadedSet::build(&Blueprint {
+        let set = LoadedSet::build(Blueprint {
             kernel: &self.kernel,
             root: &self.root,
             config: &self.config,
             origin: &self.origin,
             assignment: &assignment,
+            bounded: bounded(&claimants, &self.hierarchy),
             before: self.before.as_ref().zip(before.as_ref()),
             previous: self.previous.as_deref(),
         })?;
@@ -80,7 +92,7 @@ impl Job {
     /// # Errors
     ///
     /// When no thread can be started.
-    pub(super) fn start(self) -> io::Result<oneshot::Receiver<Result<Built>>> {
+    pub(crate) fn start(self) -> io::Result<oneshot::Receiver<Result<Built>>> {
         let (sender, receiver) = oneshot::channel();
         thread::Builder::new()
             .name("build".to_owned())

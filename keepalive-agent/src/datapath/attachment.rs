@@ -15,7 +15,7 @@ use aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
 
 use crate::hierarchy::{CgroupPath, Hierarchy};
 
-use super::{Error, LoadedSet, Owner, PinDirectory, SetRecord, program, syscalls};
+use super::{Bounds, Error, LoadedSet, Owner, PinDirectory, SetRecord, program, syscalls};
 
 /// A policy set in force on a cgroup.
 #[derive(Debug)]
@@ -229,14 +229,19 @@ impl InForce {
     ///
     /// When the kernel refuses it.
     pub fn detach(self, pins: Option<&PinDirectory>) -> Result<(), Error> {
-        if let Some(pins) = pins.filter(|pins| self.is_pinned_in(pins)) {
+        let pins = pins.filter(|pins| self.is_pinned_in(pins));
+        if let Some(pins) = pins {
             pins.unpin(self.cgroup)?;
         }
-        take_off(&self.link)
+        take_off(&self.link)?;
+        match self.record {
+            Ok(record) => Bounds::of(&record, self.cgroup, pins.cloned())?.detach(),
+            Err(_) => Ok(()),
+        }
     }
 }
 
-fn take_off(link: &OwnedFd) -> Result<(), Error> {
+pub(super) fn take_off(link: &OwnedFd) -> Result<(), Error> {
     match syscalls::link_detach(link) {
         // It was off already.
         Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),

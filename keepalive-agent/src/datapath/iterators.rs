@@ -1,5 +1,5 @@
 //! Loads programs that iterate over the kernel's sockets or files and need no
-//! maps but the object's globals: those that list.
+//! maps but the object's globals and what is kept beside sockets: those that list.
 //!
 //! aya's loader can do that too, but it creates every map of the object, and it
 //! reads and parses all types of the kernel, for a kind of relocation that this
@@ -12,7 +12,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     mem,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     ptr,
 };
 
@@ -35,8 +35,8 @@ use crate::kernel::layout::{Hook, Kernel};
 pub(super) struct Iterators {
     kernel: Kernel,
     object: Object,
-    /// The globals: the programs name them by descriptor until they are loaded.
-    _globals: Vec<OwnedFd>,
+    /// The programs name maps by descriptor until they are loaded.
+    _maps: Vec<OwnedFd>,
 }
 
 /// A program in the kernel.
@@ -47,12 +47,17 @@ pub(super) struct Iterator {
 }
 
 impl Iterators {
-    /// Puts the globals into the kernel, and lets these programs refer to them.
+    /// Puts the globals into the kernel, and lets these programs refer to them, and
+    /// to what a policy set keeps beside sockets; without a set that is nothing.
     ///
     /// # Errors
     ///
     /// When the kernel refuses a map, or a program needs another one.
-    pub(super) fn new(kernel: &Kernel, programs: &[&str]) -> Result<Self> {
+    pub(super) fn new(
+        kernel: &Kernel,
+        programs: &[&str],
+        originals: Option<BorrowedFd<'_>>,
+    ) -> Result<Self> {
         let mut object = Object::parse(object()?).context("reading the BPF object")?;
         let layout = bytes_of(&kernel.layout);
         object
@@ -63,16 +68,22 @@ impl Iterators {
             .retain(|name, _| programs.contains(&name.as_str()));
         // Programs refer to the descriptor of a map until they are loaded. Maps
         // that only other programs of the object use have none.
-        let mut globals = Vec::new();
+        let mut kept = Vec::new();
         let mut maps = Vec::new();
         for (name, map) in mem::take(&mut object.maps) {
-            let mut descriptor = -1;
-            if map.section_kind() == EbpfSectionKind::Rodata {
-                let created = create(&name, &map)
-                    .with_context(|| format!("creating map {name} of the BPF object"))?;
-                descriptor = created.as_raw_fd();
-                globals.push(created);
-            }
+            let creating = || format!("creating map {name} of the BPF object");
+            let used = if map.section_kind() == EbpfSectionKind::Rodata {
+                Some(create_globals(&name, &map).with_context(creating)?)
+            } else if name == super::map::ORIGINALS {
+                Some(match originals {
+                    Some(shared) => shared.try_clone_to_owned().with_context(creating)?,
+                    None => create_storage(&name, &map).with_context(creating)?,
+                })
+            } else {
+                None
+            };
+            let descriptor = used.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+            kept.extend(used);
             maps.push((name, descriptor, map));
         }
         let text: HashSet<_> = object
@@ -88,7 +99,7 @@ impl Iterators {
         Ok(Self {
             kernel: *kernel,
             object,
-            _globals: globals,
+            _maps: kept,
         })
     }
 
@@ -182,17 +193,8 @@ fn bytes_of(layout: &Layout) -> &[u8] {
 }
 
 /// Creates a map of globals and keeps it from being changed.
-fn create(name: &str, map: &Map) -> io::Result<OwnedFd> {
-    let mut attr = empty();
-    // SAFETY: the part of the union that this command looks at.
-    let fields = unsafe { &mut attr.__bindgen_anon_1 };
-    fields.map_type = map.map_type();
-    fields.key_size = map.key_size();
-    fields.value_size = map.value_size();
-    fields.max_entries = map.max_entries();
-    fields.map_flags = map.map_flags();
-    write_name(&mut fields.map_name, name);
-    let created = descriptor(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+fn create_globals(name: &str, map: &Map) -> io::Result<OwnedFd> {
+    let created = create(name, map, None)?;
     let number = created.as_raw_fd().cast_unsigned();
     let first = 0_u32;
     let mut attr = empty();
@@ -204,6 +206,61 @@ fn create(name: &str, map: &Map) -> io::Result<OwnedFd> {
     attr.__bindgen_anon_2.map_fd = number;
     call(bpf_cmd::BPF_MAP_FREEZE, &mut attr)?;
     Ok(created)
+}
+
+/// Creates a map of what is kept beside sockets, with nothing in it. The kernel
+/// takes one only with types: a number as key, and a value of its size
+/// (`bpf_local_storage_map_check_btf()` in kernel/bpf/bpf_local_storage.c).
+fn create_storage(name: &str, map: &Map) -> io::Result<OwnedFd> {
+    /// The numbers of the two types.
+    const INT: u32 = 1;
+    const ARRAY: u32 = 2;
+    let types = types_of_storage(map.value_size());
+    let mut attr = empty();
+    attr.__bindgen_anon_7.btf = pointer(types.as_ptr());
+    attr.__bindgen_anon_7.btf_size = u32::try_from(types.len()).map_err(io::Error::other)?;
+    let types = descriptor(bpf_cmd::BPF_BTF_LOAD, &mut attr)?;
+    create(name, map, Some((&types, INT, ARRAY)))
+}
+
+/// In BTF: `int`, and an array of it of this size in bytes
+/// (Documentation/bpf/btf.rst). aya-obj cannot make arrays.
+fn types_of_storage(size: u32) -> Vec<u8> {
+    const STRINGS: &[u8; 5] = b"\0int\0";
+    const KIND_INT: u32 = 1 << 24;
+    const KIND_ARRAY: u32 = 3 << 24;
+    const SIGNED: u32 = 1 << 24;
+    let types = [
+        [1, KIND_INT, 4, SIGNED | 32].as_slice(),
+        &[0, KIND_ARRAY, 0, 1, 1, size / 4],
+    ]
+    .concat();
+    // Magic number, version and flags; lengths of the header, types and strings, and
+    // where these begin.
+    let header = [0x0001_eb9f, 6 * 4, 0, 10 * 4, 10 * 4, 5];
+    let words = header.iter().chain(&types);
+    let mut bytes: Vec<u8> = words.flat_map(|word: &u32| word.to_ne_bytes()).collect();
+    bytes.extend(STRINGS);
+    bytes
+}
+
+/// Creates a map, with the types of its keys and values.
+fn create(name: &str, map: &Map, types: Option<(&OwnedFd, u32, u32)>) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    // SAFETY: the part of the union that this command looks at.
+    let fields = unsafe { &mut attr.__bindgen_anon_1 };
+    fields.map_type = map.map_type();
+    fields.key_size = map.key_size();
+    fields.value_size = map.value_size();
+    fields.max_entries = map.max_entries();
+    fields.map_flags = map.map_flags();
+    if let Some((types, key, value)) = types {
+        fields.btf_fd = types.as_raw_fd().cast_unsigned();
+        fields.btf_key_type_id = key;
+        fields.btf_value_type_id = value;
+    }
+    write_name(&mut fields.map_name, name);
+    descriptor(bpf_cmd::BPF_MAP_CREATE, &mut attr)
 }
 
 /// Loads a program for the iterator whose type has this number.

@@ -1,6 +1,10 @@
 //! Lists connections and descriptors, changes none.
 
-use std::{fs::File, os::fd::AsRawFd as _, process};
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, AsRawFd as _},
+    process,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::{
@@ -9,6 +13,7 @@ use keepalive_common::{
 };
 
 use super::{
+    in_force,
     iterators::{Iterator, Iterators, read_records},
     program,
 };
@@ -27,7 +32,8 @@ pub struct Lister {
 }
 
 impl Lister {
-    /// Loads the programs; nothing is attached.
+    /// Loads the programs; nothing is attached. What applications asked for is
+    /// listed where a policy set is in force that keeps it: of several, one.
     ///
     /// # Errors
     ///
@@ -37,7 +43,11 @@ impl Lister {
     ///
     /// 5.9, for TCP iterators.
     pub fn load(kernel: &Kernel) -> Result<Self> {
-        let iterators = Iterators::new(kernel, &[program::LIST, program::FILES])?;
+        // Without permission to look, values tell who set them, as far as they do.
+        let sets = in_force().unwrap_or_default();
+        let set = sets.iter().find_map(|set| set.record.as_ref().ok());
+        let originals = set.map(|set| set.originals.fd.as_fd());
+        let iterators = Iterators::new(kernel, &[program::LIST, program::FILES], originals)?;
         Ok(Self {
             sockets: iterators.load(program::LIST, Hook::Tcp)?,
             files: iterators.load(program::FILES, Hook::Files),

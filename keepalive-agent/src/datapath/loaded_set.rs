@@ -5,6 +5,7 @@
 //! count. Dropping a set that was not put in force leaves nothing behind.
 
 use std::{
+    fs::File,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     sync::{
         Arc,
@@ -23,12 +24,14 @@ use aya::{
 use aya_log::EbpfLogger;
 use keepalive_common::{
     policy::Policy,
-    slot::{Claim, Found, PortKey, RemoteKey, Step},
+    slot::{Claim, Found, PortKey, RemoteKey, Step, UNCLAIMED},
     sweep::Pass,
 };
 
 use super::{
-    DeadPeers, Error, create,
+    DeadPeers, Error,
+    bounds::BoundsProgram,
+    create,
     description::{
         Counted, Description, Document, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
         now,
@@ -49,7 +52,6 @@ use crate::{
 };
 
 /// Everything that a set is built from.
-#[derive(Clone, Copy)]
 pub struct Blueprint<'a> {
     /// The running kernel.
     pub kernel: &'a Kernel,
@@ -63,6 +65,9 @@ pub struct Blueprint<'a> {
     pub assignment: &'a Assignment,
     /// What connections may still have values of.
     pub before: Option<(&'a Config, &'a Assignment)>,
+    /// Where connections are to be held to bounds when their applications set
+    /// options: cgroups and their directories. None where no policy has bounds.
+    pub bounded: Option<Vec<(u64, File)>>,
     /// The set in force, whose counters and originals are handed on.
     pub previous: Option<&'a SetRecord>,
 }
@@ -71,6 +76,7 @@ pub struct Blueprint<'a> {
 pub struct LoadedSet {
     records: PolicySet,
     program: OwnedFd,
+    bounds: Option<BoundsProgram>,
     cgroups: HashMap<MapData, u64, Claim>,
     policies: Array<MapData, Policy>,
     steps: Array<MapData, Step>,
@@ -171,7 +177,7 @@ impl LoadedSet {
     /// # Minimum kernel version
     ///
     /// 5.15.
-    pub fn build(blueprint: &Blueprint<'_>) -> Result<Self, Error> {
+    pub fn build(mut blueprint: Blueprint<'_>) -> Result<Self, Error> {
         let records = PolicySet::new(
             blueprint.before.map(|(_, before)| before),
             blueprint.assignment,
@@ -192,6 +198,10 @@ impl LoadedSet {
         let mut ebpf = create(&blueprint.kernel.layout, &sizes)?;
         let originals = share_originals(&ebpf, blueprint.previous)?;
         let program = load(&mut ebpf)?;
+        let bounds = match blueprint.bounded.take() {
+            Some(cgroups) => Some(BoundsProgram::load(&mut ebpf, cgroups)?),
+            None => None,
+        };
         let verified_instructions = verified_instructions(&mut ebpf);
         let pass: Array<MapData, Pass> = take_map(&mut ebpf, map::PASS)?;
         let slots: Vec<_> = records
@@ -224,10 +234,11 @@ impl LoadedSet {
             remotes: take_map(&mut ebpf, map::REMOTES)?,
             ports: take_map(&mut ebpf, map::PORTS)?,
             generation: take_map(&mut ebpf, map::GENERATION)?,
-            record: Arc::new(record(blueprint, counters, originals, &deaths)?),
+            record: Arc::new(record(&blueprint, counters, originals, &deaths)?),
             sweeper: Sweeper::new(ebpf, pass, blueprint.kernel, blueprint.previous.is_none()),
             deaths: Some(deaths),
             program,
+            bounds,
             verified_instructions,
         };
         set.fill()?;
@@ -237,6 +248,13 @@ impl LoadedSet {
 
     /// Writes all records.
     fn fill(&mut self) -> Result<(), Error> {
+        let limit = self.policies.len();
+        write(
+            "writing that no policy claims a connection",
+            "policies",
+            limit,
+            || self.policies.set(UNCLAIMED, Policy::LEAVE, 0),
+        )?;
         self.write_records(Mark::START)?;
         let limit = MOST;
         for (cgroup, claim) in self.records.claims() {
@@ -255,7 +273,7 @@ impl LoadedSet {
         for (slot, counted) in self.records.policies(since) {
             let doing = format!("writing policy {} to the kernel", counted.name);
             write(&doing, "policies", limit, || {
-                self.policies.set(slot, counted.policy, 0)
+                self.policies.set(slot, counted.policy.for_kernel(), 0)
             })?;
         }
         for (table, port, length, found) in self.records.ports(since) {
@@ -324,6 +342,9 @@ impl LoadedSet {
     ///
     /// When the map cannot be written.
     pub fn remove_cgroup(&mut self, gone: &Cgroup) -> Result<(), Error> {
+        if let Some(bounds) = &mut self.bounds {
+            bounds.remove_cgroup(gone.id);
+        }
         if !self.records.has_claim_of(gone) {
             return Ok(());
         }
@@ -357,6 +378,25 @@ impl LoadedSet {
     #[must_use]
     pub const fn program(&self) -> &OwnedFd {
         &self.program
+    }
+
+    /// The program that holds connections to bounds, if the set has any.
+    pub(super) const fn bounds(&self) -> Option<&BoundsProgram> {
+        self.bounds.as_ref()
+    }
+
+    /// Whether connections are to be held to bounds.
+    #[must_use]
+    pub const fn has_bounds(&self) -> bool {
+        self.bounds.is_some()
+    }
+
+    /// Has connections held to bounds in one more cgroup, once
+    /// [`super::Bounds::hold`] is called again.
+    pub fn add_bounded(&mut self, cgroup: u64, directory: File) {
+        if let Some(bounds) = &mut self.bounds {
+            bounds.add_cgroup(cgroup, directory);
+        }
     }
 
     /// What the set says of itself, and counts.

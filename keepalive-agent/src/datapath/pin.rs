@@ -2,7 +2,9 @@
 //!
 //! One directory for each cgroup that something is attached to, named by the
 //! cgroup's id, with the link in it. A link keeps its program, and a program its
-//! maps, so this one name is all there is: it cannot be half there.
+//! maps, so this one name says whether a set is in force: it cannot be half there.
+//! Beside it are the links for bounds, which decide nothing by themselves
+//! ([`super::bounds`]).
 
 use std::{
     fs::{self, DirBuilder},
@@ -33,6 +35,9 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// The name of the link.
 const LINK: &str = "link";
+
+/// What the names of links for bounds begin with; the id of their cgroup follows.
+const BOUNDS: &str = "bounds-";
 
 /// A directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,6 +132,19 @@ impl PinDirectory {
 
     /// Pins the link of a cgroup.
     pub(super) fn pin(&self, link: impl AsFd, cgroup: u64) -> Result<(), Error> {
+        self.pin_as(LINK, link, cgroup)
+    }
+
+    /// Pins a link for bounds, of the set on the cgroup `root`, unless it is.
+    pub(super) fn pin_bounds(&self, link: impl AsFd, root: u64, cgroup: u64) -> Result<(), Error> {
+        let name = format!("{BOUNDS}{cgroup}");
+        if self.directory_of(root).join(&name).exists() {
+            return Ok(());
+        }
+        self.pin_as(&name, link, root)
+    }
+
+    fn pin_as(&self, name: &str, link: impl AsFd, cgroup: u64) -> Result<(), Error> {
         /// An agent of another cgroup may take the empty directory for what half a
         /// start left.
         const TRIES: u32 = 3;
@@ -135,7 +153,7 @@ impl PinDirectory {
         for _ in 0..TRIES {
             pinned = match DirBuilder::new().mode(0o700).create(&directory) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-                _ => syscalls::pin(&link, &directory.join(LINK)),
+                _ => syscalls::pin(&link, &directory.join(name)),
             };
             if !matches!(&pinned, Err(error) if error.kind() == io::ErrorKind::NotFound) {
                 break;
@@ -158,15 +176,48 @@ impl PinDirectory {
         }
     }
 
-    /// Removes the pin of a cgroup, if there is one.
+    /// Removes the pin of a link for bounds, if there is one.
+    pub(super) fn unpin_bounds(&self, root: u64, cgroup: u64) -> Result<(), Error> {
+        let directory = self.directory_of(root);
+        let path = directory.join(format!("{BOUNDS}{cgroup}"));
+        let removing = || Error::call(format!("removing {}", path.display()));
+        fault::point(Operation::Unpin).map_err(removing())?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(removing()(error)),
+            _ => {
+                // Only if it is empty.
+                let _ = fs::remove_dir(&directory);
+                Ok(())
+            }
+        }
+    }
+
+    /// The names of the pins for bounds of a set.
+    fn bounds(&self, root: u64) -> io::Result<Vec<PathBuf>> {
+        let entries = match fs::read_dir(self.directory_of(root)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut pins = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(BOUNDS) {
+                pins.push(entry.path());
+            }
+        }
+        Ok(pins)
+    }
+
+    /// Removes the pins of a cgroup, if there are any. What else pinned links hold
+    /// goes on until they are detached.
     pub(super) fn unpin(&self, cgroup: u64) -> Result<(), Error> {
         let directory = self.directory_of(cgroup);
         let removing = || Error::call(format!("removing the pins in {}", directory.display()));
         fault::point(Operation::Unpin).map_err(removing())?;
-        for removed in [
-            fs::remove_file(directory.join(LINK)),
-            fs::remove_dir(&directory),
-        ] {
+        let bounds = self.bounds(cgroup).map_err(removing())?;
+        let files = [directory.join(LINK)].into_iter().chain(bounds);
+        let files = files.map(fs::remove_file).collect::<Vec<_>>();
+        for removed in files.into_iter().chain([fs::remove_dir(&directory)]) {
             match removed {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(removing()(error));
@@ -194,6 +245,13 @@ impl PinDirectory {
             };
             if is_stale {
                 self.unpin(cgroup)?;
+                continue;
+            }
+            for path in self.bounds(cgroup).map_err(Error::call(LOOKING))? {
+                let link = syscalls::pinned(&path).and_then(syscalls::cgroup_link);
+                if link.is_ok_and(|found| found.is_some_and(|found| found.cgroup == 0)) {
+                    fs::remove_file(&path).map_err(Error::call(LOOKING))?;
+                }
             }
         }
         Ok(())

@@ -224,6 +224,16 @@ impl SetRecord {
         }))
     }
 
+    /// What was done to existing connections that no policy of the set claims:
+    /// they got back what their applications had set.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn restored(&self) -> Result<Counters, Error> {
+        sum(&self.own.swept, UNCLAIMED)
+    }
+
     /// What each policy did so far: the ones in force first, then earlier ones.
     ///
     /// # Errors

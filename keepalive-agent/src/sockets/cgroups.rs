@@ -241,6 +241,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{CgroupPattern, Config, NamedPolicy},
+        datapath::Origin,
         identity::Selector,
         rules::Rules,
         sockets::trial::record,
@@ -295,6 +296,8 @@ mod tests {
                 default: None,
                 policies: policies.collect(),
             },
+            origin: Origin::default(),
+            error: None,
         }
     }
 

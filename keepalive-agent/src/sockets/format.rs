@@ -38,6 +38,9 @@ const NONE: &str = "-";
 /// Between what is and what would be.
 const ARROW: &str = " → ";
 
+/// Between what the application asked for and what a bound made of it.
+const HELD: &str = "⇥";
+
 /// A cgroup without a path.
 const GONE: &str = "(gone)";
 
@@ -53,7 +56,7 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
     // While keepalive is off its timers do nothing.
     let timer = |setting: Setting<u32>, has: u32, would_be: u32, show: fn(u32) -> String| {
         let shown = if settings.keepalive.value {
-            marked(&show(setting.value), setting.source)
+            marked(setting, show)
         } else {
             NONE.to_owned()
         };
@@ -63,8 +66,8 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
         )
     };
     let keepalive = changing(
-        marked(on_or_off(has.keepalive), settings.keepalive.source),
-        (would.keepalive != has.keepalive).then(|| on_or_off(would.keepalive).to_owned()),
+        marked(settings.keepalive, on_or_off),
+        (would.keepalive != has.keepalive).then(|| on_or_off(would.keepalive)),
     );
     let milliseconds = |set: u32| match set {
         0 => NONE.to_owned(),
@@ -72,7 +75,7 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
     };
     let user_timeout = match settings.user_timeout.value {
         0 => NONE.to_owned(),
-        set => marked(&milliseconds(set), settings.user_timeout.source),
+        _ => marked(settings.user_timeout, milliseconds),
     };
     let user_timeout = changing(
         user_timeout,
@@ -108,8 +111,8 @@ pub fn row(connection: &Connection<'_>) -> [String; columns::COUNT] {
     ]
 }
 
-fn on_or_off(on: bool) -> &'static str {
-    if on { "on" } else { "off" }
+fn on_or_off(on: bool) -> String {
+    if on { "on" } else { "off" }.to_owned()
 }
 
 /// A cell, and what would stand in it.
@@ -120,9 +123,13 @@ fn changing(shown: String, would_be: Option<String>) -> String {
     }
 }
 
-/// A value with the letter of its source.
-fn marked(value: &str, source: Source) -> String {
-    format!("{value} {}", letter(source))
+/// A value with the letter of its source, and what the application asked for before
+/// it, where that is something else.
+fn marked<T: Copy>(setting: Setting<T>, show: impl Fn(T) -> String) -> String {
+    let asked = setting
+        .asked
+        .map_or_else(String::new, |asked| show(asked) + HELD);
+    format!("{asked}{} {}", show(setting.value), letter(setting.source))
 }
 
 const fn letter(source: Source) -> char {
@@ -146,6 +153,7 @@ pub struct Legend {
     letters: BTreeSet<char>,
     has_arrow: bool,
     has_off_by_application: bool,
+    has_held: bool,
     has_gone: bool,
     has_kernel: bool,
     has_noticed: bool,
@@ -165,6 +173,7 @@ impl Legend {
                     .map_or((cell, false), |(now, _)| (now, true));
                 self.has_arrow |= would;
                 self.has_off_by_application |= now == "off a";
+                self.has_held |= now.contains(HELD);
                 if let Some((_, letter)) = now.rsplit_once(' ') {
                     self.letters.extend(letter.chars());
                 }
@@ -208,6 +217,10 @@ impl Legend {
                 self.has_off_by_application,
                 "off a: turned off by the application, or by MPTCP, which has subflows that join \
                  take over what the application has set on the whole",
+            ),
+            (
+                self.has_held,
+                "2h⇥5m: the application asked for 2h and is held to 5m",
             ),
             (
                 self.has_arrow,

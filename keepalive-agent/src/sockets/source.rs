@@ -6,7 +6,7 @@
 
 use keepalive_common::{
     environment::Environment,
-    history::given,
+    history::{Asked, given},
     plan::{Options, derived_user_timeout, plan},
     policy::{Keepalive, MAX_RTO_MAX, Policy, Range, SysctlTimer},
     timers::retransmission_ends,
@@ -41,6 +41,9 @@ pub struct Setting<T> {
     pub value: T,
     /// Who decided it.
     pub source: Source,
+    /// What the application asked for, where it is known to have asked for
+    /// something else.
+    pub asked: Option<T>,
 }
 
 /// Everything that holds for a socket.
@@ -80,6 +83,11 @@ pub struct SettingsRecord {
     user_timeout_source: Source,
     gives_up_ms: u64,
     user_timeout_conflict: bool,
+    keepalive_asked: Option<bool>,
+    idle_asked_s: Option<u32>,
+    interval_asked_s: Option<u32>,
+    probes_asked: Option<u32>,
+    user_timeout_asked_ms: Option<u32>,
 }
 
 impl From<&Settings> for SettingsRecord {
@@ -97,29 +105,45 @@ impl From<&Settings> for SettingsRecord {
             user_timeout_source: settings.user_timeout.source,
             gives_up_ms: settings.gives_up_ms,
             user_timeout_conflict: settings.user_timeout_conflict,
+            keepalive_asked: settings.keepalive.asked,
+            idle_asked_s: settings.idle.asked,
+            interval_asked_s: settings.interval.asked,
+            probes_asked: settings.probes.asked,
+            user_timeout_asked_ms: settings.user_timeout.asked,
         }
     }
 }
 
 /// What holds for a socket that has these options, in a namespace with these
-/// sysctls, claimed by this policy or by none.
+/// sysctls, claimed by this policy or by none. What its application asked for is
+/// known where it was kept, and elsewhere read off the values.
 #[must_use]
-pub fn settings(has: &Options, policy: Option<&Policy>, environment: &Environment) -> Settings {
+pub fn settings(
+    has: &Options,
+    asked: &Asked,
+    policy: Option<&Policy>,
+    environment: &Environment,
+) -> Settings {
     let policy = policy.filter(|policy| !policy.ignores());
     // A policy that turns keepalive off leaves its timers.
     let shaping = policy.filter(|policy| !policy.keepalive().turns_off());
     let conflict =
         policy.is_some_and(|policy| plan(policy, has, environment).user_timeout_conflict);
-    let timer = |timer: SysctlTimer, value: u32, range: fn(&Policy) -> &Range, sysctl: u32| {
+    let timer = |timer: SysctlTimer,
+                 value: u32,
+                 asked: Option<u32>,
+                 range: fn(&Policy) -> &Range,
+                 sysctl: u32| {
         let heeded = shaping.is_some_and(|policy| policy.heeds_sysctl(timer)) && value == sysctl;
         let range = shaping.map(range);
+        let source = if heeded && range.is_none_or(|range| range.default != value) {
+            Source::Sysctl
+        } else {
+            timer_source(range, value)
+        };
         Setting {
             value: if value == 0 { sysctl } else { value },
-            source: if heeded && range.is_none_or(|range| range.default != value) {
-                Source::Sysctl
-            } else {
-                timer_source(range, value)
-            },
+            ..with_asked(value, source, asked)
         }
     };
     let user_timeout = policy.map(|policy| user_timeout_range(policy, has, environment));
@@ -127,35 +151,55 @@ pub fn settings(has: &Options, policy: Option<&Policy>, environment: &Environmen
         keepalive: Setting {
             value: has.keepalive,
             source: keepalive_source(policy, has, conflict),
+            asked: asked.keepalive.filter(|asked| *asked != has.keepalive),
         },
         idle: timer(
             SysctlTimer::Idle,
             has.idle,
+            asked.idle,
             |policy| &policy.idle,
             environment.idle,
         ),
         interval: timer(
             SysctlTimer::Interval,
             has.interval,
+            asked.interval,
             |policy| &policy.interval,
             environment.interval,
         ),
         probes: timer(
             SysctlTimer::Probes,
             has.probes,
+            asked.probes,
             |policy| &policy.probes,
             environment.probes,
         ),
-        user_timeout: Setting {
-            value: has.user_timeout,
-            source: match timer_source(user_timeout.as_ref(), has.user_timeout) {
+        user_timeout: with_asked(
+            has.user_timeout,
+            match timer_source(user_timeout.as_ref(), has.user_timeout) {
                 // The one timer that no sysctl stands in for.
                 Source::Sysctl => Source::Kernel,
                 source => source,
             },
-        },
+            asked.user_timeout,
+        ),
         gives_up_ms: gives_up_ms(has, environment),
         user_timeout_conflict: conflict,
+    }
+}
+
+/// A timer whose source is as far as its value tells, and what the application is
+/// known to have asked for; 0 is nothing.
+fn with_asked(value: u32, source: Source, asked: Option<u32>) -> Setting<u32> {
+    let asked = asked.filter(|asked| *asked != 0);
+    Setting {
+        value,
+        source: match asked {
+            Some(asked) if asked == value => Source::App,
+            Some(_) => Source::PolicyBound,
+            None => source,
+        },
+        asked: asked.filter(|asked| *asked != value),
     }
 }
 
@@ -325,24 +369,27 @@ mod tests {
 
     #[test]
     fn what_is_unset_comes_from_the_sysctls() {
-        let found = settings(&Options::default(), None, &HERE);
+        let found = settings(&Options::default(), &Asked::default(), None, &HERE);
         let sysctl = |value| Setting {
             value,
             source: Source::Sysctl,
+            asked: None,
         };
         assert_eq!(
             found,
             Settings {
                 keepalive: Setting {
                     value: false,
-                    source: Source::Kernel
+                    source: Source::Kernel,
+                    asked: None,
                 },
                 idle: sysctl(7200),
                 interval: sysctl(75),
                 probes: sysctl(9),
                 user_timeout: Setting {
                     value: 0,
-                    source: Source::Kernel
+                    source: Source::Kernel,
+                    asked: None,
                 },
                 gives_up_ms: 1_044_600,
                 user_timeout_conflict: false,
@@ -358,7 +405,7 @@ mod tests {
             ..HERE
         };
         let has = given(&Policy::BUILT_IN, &here);
-        let found = settings(&has, Some(&Policy::BUILT_IN), &here);
+        let found = settings(&has, &Asked::default(), Some(&Policy::BUILT_IN), &here);
         assert_eq!(found.idle.source, Source::Sysctl);
         // The same as the policy's own value.
         assert_eq!(found.interval.source, Source::Policy);
@@ -371,7 +418,7 @@ mod tests {
             user_timeout: 20_000,
             ..Options::default()
         };
-        let found = settings(&has, Some(&Policy::BUILT_IN), &HERE);
+        let found = settings(&has, &Asked::default(), Some(&Policy::BUILT_IN), &HERE);
         assert!(found.user_timeout_conflict);
         assert_eq!(found.keepalive.source, Source::UserTimeout);
         assert_eq!(found.user_timeout.source, Source::App);
@@ -379,12 +426,17 @@ mod tests {
             keepalive: true,
             ..has
         };
-        let found = settings(&own, Some(&Policy::BUILT_IN), &HERE);
+        let found = settings(&own, &Asked::default(), Some(&Policy::BUILT_IN), &HERE);
         assert!(found.user_timeout_conflict);
         assert_eq!(found.keepalive.source, Source::App);
         assert_eq!(found.idle.source, Source::Sysctl);
         let cure = Policy::BUILT_IN.with_derived_at_least(true);
-        let found = settings(&plan(&cure, &has, &HERE).wants, Some(&cure), &HERE);
+        let found = settings(
+            &plan(&cure, &has, &HERE).wants,
+            &Asked::default(),
+            Some(&cure),
+            &HERE,
+        );
         assert!(!found.user_timeout_conflict);
         assert_eq!(found.keepalive.source, Source::Policy);
         assert_eq!(found.user_timeout.source, Source::PolicyBound);
@@ -400,11 +452,14 @@ mod tests {
                 rto_max,
                 ..Options::default()
             };
-            assert_eq!(settings(&has, None, &HERE).gives_up_ms, expected);
+            assert_eq!(
+                settings(&has, &Asked::default(), None, &HERE).gives_up_ms,
+                expected
+            );
         }
         // A kernel that has no other than the longest.
         let here = Environment { rto_max: 0, ..HERE };
-        let found = settings(&Options::default(), None, &here);
+        let found = settings(&Options::default(), &Asked::default(), None, &here);
         assert_eq!(found.gives_up_ms, 1_044_600);
     }
 
@@ -412,7 +467,7 @@ mod tests {
     fn a_policy_that_ignores_set_nothing() {
         let policy = Policy::BUILT_IN.with_ignore(true);
         let has = given(&Policy::BUILT_IN, &HERE);
-        let found = settings(&has, Some(&policy), &HERE);
+        let found = settings(&has, &Asked::default(), Some(&policy), &HERE);
         assert_eq!(found.keepalive.source, Source::App);
         assert_eq!(found.idle.source, Source::App);
     }
@@ -424,7 +479,7 @@ mod tests {
             Policy::BUILT_IN.with_derived_user_timeout(true),
         ] {
             let wants = given(&policy, &HERE);
-            let found = settings(&wants, Some(&policy), &HERE);
+            let found = settings(&wants, &Asked::default(), Some(&policy), &HERE);
             let mut sources = vec![found.keepalive.source, found.idle.source];
             sources.extend([found.interval.source, found.probes.source]);
             if policy.derives_user_timeout() {
@@ -445,7 +500,7 @@ mod tests {
             (125_000, Source::App),
         ] {
             has.user_timeout = user_timeout;
-            let found = settings(&has, Some(&policy), &HERE);
+            let found = settings(&has, &Asked::default(), Some(&policy), &HERE);
             assert_eq!(found.idle.source, Source::App);
             assert_eq!(found.user_timeout.source, expected, "{user_timeout}");
         }
@@ -458,8 +513,37 @@ mod tests {
             idle: 60,
             ..Options::default()
         };
-        let found = settings(&has, Some(&policy), &HERE);
+        let found = settings(&has, &Asked::default(), Some(&policy), &HERE);
         assert_eq!(found.keepalive.source, Source::Policy);
         assert_eq!(found.idle.source, Source::App);
+    }
+
+    #[test]
+    fn what_is_known_of_the_application_goes_before_what_values_look_like() {
+        let mut policy = Policy::BUILT_IN;
+        policy.idle = Range {
+            default: 60,
+            at_least: 30,
+            at_most: 90,
+        };
+        for (has, asked, source, shown) in [
+            (60, None, Source::Policy, None),
+            (60, Some(0), Source::Policy, None),
+            (60, Some(60), Source::App, None),
+            (90, Some(7200), Source::PolicyBound, Some(7200)),
+            (90, Some(90), Source::App, None),
+        ] {
+            let has = Options {
+                keepalive: true,
+                idle: has,
+                ..Options::default()
+            };
+            let asked = Asked {
+                idle: asked,
+                ..Asked::default()
+            };
+            let found = settings(&has, &asked, Some(&policy), &HERE).idle;
+            assert_eq!((found.source, found.asked), (source, shown), "{asked:?}");
+        }
     }
 }

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 
 use super::{Diagnostics, Origins};
 use crate::{
+    assignment::DEFAULT,
     config::{Place, RUNTIME_DIRECTORY, Refusal, read_trusted},
     identity::Attribute,
     names::printable_path,
@@ -154,9 +155,44 @@ pub(super) fn number_or_text(text: &str) -> toml::Value {
     }
 }
 
-/// The text of a drop-in with these keys.
+/// The bound that goes with no other.
+pub(super) const EXACTLY: &str = "exactly";
+
+/// A timer with bounds, by their keys, beside what it is otherwise: a default, or a
+/// table of it and other bounds.
+pub(super) fn bounded(
+    key: Key,
+    otherwise: Option<toml::Value>,
+    bounds: &[(&'static str, &str)],
+) -> toml::Value {
+    let mut table = match otherwise {
+        Some(toml::Value::Table(table)) => table,
+        Some(default) => toml::Table::from_iter([("default".to_owned(), default)]),
+        None => toml::Table::new(),
+    };
+    if bounds.iter().any(|(bound, _)| *bound == EXACTLY) {
+        table.clear();
+    } else {
+        table.remove(EXACTLY);
+    }
+    for (bound, text) in bounds {
+        let value = match key {
+            Key::Probes => number_or_text(text),
+            _ => toml::Value::String((*text).to_owned()),
+        };
+        table.insert((*bound).to_owned(), value);
+    }
+    toml::Value::Table(table)
+}
+
+/// The text of a drop-in with these keys; without a name they are the default's.
 pub(super) fn render(keys: &Keys) -> String {
-    let mut text = format!("{HEAD}[[policy]]\n");
+    let table = if keys.contains_key(&Key::Name) {
+        "[[policy]]"
+    } else {
+        "[default]"
+    };
+    let mut text = format!("{HEAD}{table}\n");
     for (key, value) in keys {
         let value = match value {
             toml::Value::Array(items) if items.len() == 1 => &items[0],
@@ -213,6 +249,12 @@ impl DropIn {
 
     fn parse(&self, text: &str) -> Result<Keys> {
         let mut document: toml::Table = text.parse()?;
+        if self.policy == DEFAULT {
+            let default = document.remove(DEFAULT);
+            let default = default.as_ref().and_then(toml::Value::as_table);
+            let default = default.filter(|_| document.is_empty());
+            return parse_keys(default.context("[default] is expected, and nothing else")?);
+        }
         let policies = document.remove("policy");
         let policy = match policies.as_ref().and_then(toml::Value::as_array) {
             Some(policies) if policies.len() == 1 && document.is_empty() => policies[0].as_table(),
@@ -223,12 +265,7 @@ impl DropIn {
         if name != Some(&self.policy) {
             bail!("its policy is not called {}", self.policy);
         }
-        let key = |(name, value): (&String, &toml::Value)| {
-            let key = Key::ALL.into_iter().find(|key| key.name() == name);
-            let key = key.with_context(|| format!("`{name}` is unknown"))?;
-            Ok((key, value.clone()))
-        };
-        policy.iter().map(key).collect()
+        parse_keys(policy)
     }
 
     /// Errors about what would be written, by the arguments that they are about.
@@ -237,8 +274,10 @@ impl DropIn {
             return errors.into();
         }
         let lines = errors.0.iter().map(|error| {
-            let key = error.key.strip_prefix("policy.");
-            let key = key.map(|key| format!("--{key} ")).unwrap_or_default();
+            let key = error.key.split_once('.');
+            let key = key
+                .map(|(_, key)| format!("--{} ", key.replace('.', "-")))
+                .unwrap_or_default();
             let value = error.value.as_ref().map(|value| format!("{value}: "));
             format!("{key}{}{}", value.unwrap_or_default(), error.message)
         });
@@ -247,42 +286,52 @@ impl DropIn {
 
     /// Writes it; readers see the old text or the new one.
     pub(super) fn write(&self, text: &str) -> Result<()> {
-        let writing = || format!("writing {}", printable_path(&self.path));
-        let (directory, name) = self
-            .path
-            .parent()
-            .zip(self.path.file_name())
-            .with_context(writing)?;
-        make(directory).with_context(|| format!("making {}", printable_path(directory)))?;
-        // Hidden, so no drop-in.
-        let temporary = directory.join(format!(
-            ".{}.{}",
-            name.to_string_lossy(),
-            std::process::id()
-        ));
-        let write = || {
-            let mut file = File::options()
-                .create(true)
-                .write(true)
-                .truncate(true)
-                .mode(0o644)
-                .open(&temporary)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&temporary, &self.path)
-        };
-        write()
-            .inspect_err(|_| {
-                // What it was made for has failed, and that is what is told.
-                let _ = fs::remove_file(&temporary);
-            })
-            .with_context(writing)
+        replace(&self.path, text)
     }
 
     pub(super) fn remove(&self) -> Result<()> {
         fs::remove_file(&self.path)
             .with_context(|| format!("removing {}", printable_path(&self.path)))
     }
+}
+
+/// Writes a file; readers see the old text or the new one.
+pub(super) fn replace(path: &Path, text: &str) -> Result<()> {
+    let writing = || format!("writing {}", printable_path(path));
+    let (directory, name) = path.parent().zip(path.file_name()).with_context(writing)?;
+    make(directory).with_context(|| format!("making {}", printable_path(directory)))?;
+    // Hidden, so no drop-in.
+    let temporary = directory.join(format!(
+        ".{}.{}",
+        name.to_string_lossy(),
+        std::process::id()
+    ));
+    let write = || {
+        let mut file = File::options()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .mode(0o644)
+            .open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write()
+        .inspect_err(|_| {
+            // What it was made for has failed, and that is what is told.
+            let _ = fs::remove_file(&temporary);
+        })
+        .with_context(writing)
+}
+
+fn parse_keys(table: &toml::Table) -> Result<Keys> {
+    let key = |(name, value): (&String, &toml::Value)| {
+        let key = Key::ALL.into_iter().find(|key| key.name() == name);
+        let key = key.with_context(|| format!("`{name}` is unknown"))?;
+        Ok((key, value.clone()))
+    };
+    table.iter().map(key).collect()
 }
 
 /// Makes a directory of drop-ins. What is above the runtime one is the agent's
@@ -389,6 +438,50 @@ mod tests {
     }
 
     #[test]
+    fn bounds_are_added_to_what_a_timer_has() {
+        let text = |otherwise: Option<&str>, bounds: &[(&'static str, &str)]| {
+            let otherwise = otherwise.map(|text| timer(Key::Idle, text).unwrap());
+            bounded(Key::Idle, otherwise, bounds).to_string()
+        };
+        for (otherwise, bounds, expected) in [
+            (None, &[("at-most", "2m")][..], "{ at-most = \"2m\" }"),
+            (
+                Some("60s"),
+                &[("at-least", "30s"), ("at-most", "2m")],
+                "{ at-least = \"30s\", at-most = \"2m\", default = \"60s\" }",
+            ),
+            (
+                Some("{ default = \"60s\", at-most = \"5m\" }"),
+                &[("at-most", "2m")],
+                "{ at-most = \"2m\", default = \"60s\" }",
+            ),
+            (Some("60s"), &[(EXACTLY, "2m")], "{ exactly = \"2m\" }"),
+            (
+                Some("{ exactly = \"60s\" }"),
+                &[("at-most", "2m")],
+                "{ at-most = \"2m\" }",
+            ),
+        ] {
+            assert_eq!(text(otherwise, bounds), expected);
+        }
+        let probes = bounded(Key::Probes, None, &[("at-most", "5")]);
+        assert_eq!(probes.to_string(), "{ at-most = 5 }");
+    }
+
+    #[test]
+    fn the_default_has_a_drop_in_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let drop_in = drop_in(directory.path(), DEFAULT);
+        let keys = Keys::from([(Key::Idle, timer(Key::Idle, "60s").unwrap())]);
+        let text = render(&keys);
+        assert_eq!(text, format!("{HEAD}[default]\nidle = \"60s\"\n"));
+        drop_in.write(&text).unwrap();
+        assert_eq!(drop_in.keys().unwrap(), Some(keys));
+        fs::write(drop_in.path(), "[[policy]]\nname = 'default'\n").unwrap();
+        assert!(drop_in.keys().is_err());
+    }
+
+    #[test]
     fn what_somebody_else_wrote_is_not_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         let drop_in = drop_in(directory.path(), "a");
@@ -426,7 +519,7 @@ mod tests {
         assert_eq!(
             drop_in.as_arguments(errors.unwrap_err()).to_string(),
             "--idle \"60\": not a duration; write it like \"60s\", \"2m\" or \"1h 30m\"\n  \
-             --probes.at-most 200: out of range: 1 to 127"
+             --probes-at-most 200: out of range: 1 to 127"
         );
         assert!(timer(Key::Idle, "{ at-most").is_err());
     }
