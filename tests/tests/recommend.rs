@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use keepalive_tests::{Agent, Cgroup, Need, Netns, Probe, Program, agent_command, output, require};
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// After so many seconds of silence the NAT forgets a connection, without a word.
 const FORGETS: u64 = 10;
