@@ -288,8 +288,8 @@ mod tests {
         assert!(!commands.iter().any(|word| word == hidden), "{commands:?}");
         let policy = offers(&["keepalive-agent", "policy", "s"]);
         assert_eq!(policy, ["show", "set"]);
-        let options = offers(&["keepalive-agent", "policy", "set", "--id"]);
-        assert_eq!(options, ["--idle"]);
+        let options = offers(&["keepalive-agent", "policy", "set", "--drop"]);
+        assert_eq!(options, ["--drop-in-dir"]);
     }
 
     #[test]
