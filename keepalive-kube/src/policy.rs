@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::objects::PolicyId;
 
-/// What selects pods, beside [`CLAIMS`].
+/// What selects pods, beside the keys that claim.
 pub const POD_SELECTOR: &str = "podSelector";
 
 /// What selects namespaces, in a policy of the cluster.
