@@ -613,22 +613,14 @@ struct End {
     socket: Socket,
     here: SocketAddr,
     there: SocketAddr,
-    /// The idle time that it was given.
-    idle: Option<i32>,
-    /// Nobody claimed it for a while: what it has counts as the application's.
-    let_go: bool,
 }
 
 impl End {
-    /// What it should have under these policies.
-    fn follow(&mut self, policies: &Policies) -> Options {
-        match policies.decide(self.cgroup, self.there) {
-            Some(policy) if !self.let_go => self.idle = Some(policy.idle),
-            Some(_) => {}
-            None => self.let_go = self.idle.is_some(),
-        }
-        self.idle
-            .map_or(Options::UNTOUCHED, |idle| Options::on(idle, 10, 6))
+    /// What it should have under these policies. Once nobody claims it any more, it
+    /// gets back what it had.
+    fn expected(&self, policies: &Policies) -> Options {
+        let policy = policies.decide(self.cgroup, self.there);
+        policy.map_or(Options::UNTOUCHED, |policy| Options::on(policy.idle, 10, 6))
     }
 
     fn decided<'a>(&self, policies: &'a Policies) -> Option<&'a str> {
@@ -717,8 +709,6 @@ impl World {
             socket,
             here,
             there,
-            idle: None,
-            let_go: false,
         };
         self.connections.push([
             end(client, connecting, here, there),
@@ -737,8 +727,8 @@ impl World {
     /// Compares what every end has with what the policies say; how many there are.
     fn follow(&mut self, policies: &Policies, when: &str) -> Result<usize> {
         let mut wrong = String::new();
-        for end in self.connections.iter_mut().flatten() {
-            let expected = end.follow(policies);
+        for end in self.connections.iter().flatten() {
+            let expected = end.expected(policies);
             let got = self.probes[end.cgroup].options(end.socket)?;
             if got != expected {
                 let decided = end.decided(policies);

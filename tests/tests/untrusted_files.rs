@@ -155,6 +155,33 @@ fn somebody_elses_drop_in_changes_nothing() -> Result<()> {
 
 /// As the kubelet makes it: all may write the directory, which is mounted
 /// read-only, and files are links into a version of it.
+/// A service that systemd shields sees everything read-only, and others write all the
+/// same.
+#[test]
+fn what_only_looks_read_only_is_not_read() -> Result<()> {
+    require!(Need::Program("unshare"));
+    let place = tempfile::tempdir()?;
+    let script = r#"
+        set -e
+        mount --make-rprivate /
+        mount -t tmpfs -o mode=0755 volume "$0"
+        mkdir -m 0777 "$0/conf.d"
+        printf '[default]\nidle = "74s"\n' >"$0/main.toml"
+        cp "$0/main.toml" "$0/conf.d/a.toml"
+        mount -o remount,ro,bind "$0"
+        exec "$1" policy show --config "$0/main.toml" --drop-in-dir "$0/conf.d"
+    "#;
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "sh", "-c", script])
+        .arg(place.path())
+        .arg(agent_binary());
+    let refused = output(&mut command, LIMIT)?;
+    assert_eq!(refused.code, Some(1), "{}", refused.stdout);
+    assert!(refused.stderr.contains("(mode 0777)"), "{}", refused.stderr);
+    Ok(())
+}
+
 #[test]
 fn a_volume_of_kubernetes_is_read() -> Result<()> {
     require!(Need::Program("unshare"));

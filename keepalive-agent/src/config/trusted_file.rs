@@ -19,8 +19,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, StatVfsMountFlags, fstat, fstatvfs, major,
-        minor, openat, readlinkat, statat,
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, StatVfsMountFlags, StatxAttributes,
+        StatxFlags, fstat, fstatvfs, major, minor, openat, readlinkat, statat, statx,
     },
     io::Errno,
     process::geteuid,
@@ -228,10 +228,7 @@ fn trust(path: &Path, file: impl AsFd, stat: &Stat, sticky: Sticky) -> Result<()
     let mode = Mode::from_raw_mode(stat.st_mode);
     let others = mode.intersects(Mode::WGRP | Mode::WOTH);
     let is_sticky = sticky == Sticky::IsEnough && mode.contains(Mode::SVTX);
-    // Volumes of Kubernetes may be written by all, and are mounted read-only.
-    let is_read_only =
-        || fstatvfs(file).is_ok_and(|mount| mount.f_flag.contains(StatVfsMountFlags::RDONLY));
-    if !others || is_sticky || is_read_only() {
+    if !others || is_sticky || is_read_only_volume(file) {
         return Ok(());
     }
     let shown = printable_path(path);
@@ -242,6 +239,18 @@ fn trust(path: &Path, file: impl AsFd, stat: &Stat, sticky: Sticky) -> Result<()
         ),
         cure: format!("take that away: `chmod go-w {shown}`"),
     })
+}
+
+/// Whether it is the top of a read-only mount. Volumes of Kubernetes are, with a mode
+/// that would let everybody write. What is below the top must have a mode that does
+/// not: a service that is shielded from the file system (systemd's ProtectSystem) sees
+/// all of it read-only, while others write there.
+fn is_read_only_volume(file: impl AsFd) -> bool {
+    let is_read_only =
+        fstatvfs(&file).is_ok_and(|mount| mount.f_flag.contains(StatVfsMountFlags::RDONLY));
+    let is_top = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::empty())
+        .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
+    is_read_only && is_top
 }
 
 fn trust_owner(path: &Path, stat: &Stat) -> Result<(), Refusal> {

@@ -211,8 +211,9 @@ fn with_asked(value: u32, source: Source, asked: Option<u32>) -> Setting<u32> {
         value,
         source: match asked {
             Some(asked) if asked == value => Source::App,
-            Some(_) => Source::PolicyBound,
-            None => source,
+            // `exactly` is the policy's default as well as its bounds.
+            Some(_) if source != Source::Policy => Source::PolicyBound,
+            _ => source,
         },
         asked: asked.filter(|asked| *asked != value),
     }

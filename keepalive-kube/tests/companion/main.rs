@@ -145,7 +145,13 @@ async fn a_watch_that_is_too_old_lists_anew() {
     let api = cluster().await;
     let companion = Companion::start(&api, directory());
     companion.writes("pod = [\"web-0\"]").await;
+    let before = api.requests().len();
     api.behave(Mood::Away);
+    // Each of the four watches ends, and is tried again.
+    eventually(10, "the watches to end", || {
+        api.requests().len() >= before + 4
+    })
+    .await;
     api.remove("pods", "shop/web-0");
     api.set("pods", pod("web-1", "n1", "web"));
     api.forget();
