@@ -190,7 +190,11 @@ impl Originals {
     #[must_use]
     pub const fn asked(&self, has: &Options) -> Asked {
         Asked {
-            keepalive: self.asks_keepalive(has.keepalive),
+            keepalive: match self.asks_keepalive(has.keepalive) {
+                // It never spoke of it.
+                Some(false) if !self.asked_later() => None,
+                asked => asked,
+            },
             idle: self.idle.application(has.idle),
             interval: self.interval.application(has.interval),
             probes: self.probes.application(has.probes),

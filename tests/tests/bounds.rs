@@ -237,6 +237,11 @@ fn what_was_asked_for_is_shown() -> Result<()> {
         (&line["idle_s"], &line["idle_asked_s"]),
         (&60.into(), &Value::Null)
     );
+    // It has what it never asked for, and never asked for anything else.
+    assert_eq!(
+        (&line["keepalive"], &line["keepalive_asked"]),
+        (&true.into(), &Value::Null)
+    );
 
     let socket = [ends[0].to_string(), ends[1].to_string()];
     let explain = ["explain", "--socket", &socket[0], &socket[1]];

@@ -51,10 +51,10 @@ impl Restored {
             failed,
             ..
         } = self.done;
-        let (detached, was) = if dry_run {
-            ("would be detached from", "would be")
-        } else {
-            ("detached from", "was")
+        let (detached, was) = match (dry_run, seen) {
+            (true, _) => ("would be detached from", "would be"),
+            (false, 1) => ("detached from", "was"),
+            (false, _) => ("detached from", "were"),
         };
         let mut text = format!(
             "{detached} {name}\n\
