@@ -20,7 +20,7 @@ use crate::{
     },
     datapath::{self, Lister},
     enforcing::{Enforcing, enforcing},
-    hierarchy::{CgroupPath, Hierarchy},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::Identity,
     names::printable,
     sockets::{
@@ -166,6 +166,12 @@ impl Collector {
         let mut sums: HashMap<String, (u64, u64)> = HashMap::new();
         for set in datapath::in_force()? {
             let Ok(record) = &set.record else { continue };
+            let root = &record.description.root;
+            let concerns =
+                |wanted: &Cgroup| wanted.contains(&root.path) || root.contains(&wanted.path);
+            if !self.filter.cgroup.as_ref().is_none_or(concerns) {
+                continue;
+            }
             for (counted, done) in record.done()? {
                 let sum = sums.entry(counted.name).or_default();
                 sum.0 += done.established.seen;
