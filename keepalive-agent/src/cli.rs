@@ -23,13 +23,14 @@ mod trial;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
     VERSION,
     config::Sources,
-    hierarchy::{Cgroup, Hierarchy},
+    daemon::control::Client,
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{NamePattern, Wanted},
 };
 
@@ -176,6 +177,25 @@ struct ConfigFiles {
 impl ConfigFiles {
     fn sources(&self) -> Sources {
         Sources::new(self.config.as_deref(), &self.drop_in_dir)
+    }
+}
+
+/// The running agent that is asked.
+#[derive(Args, Debug)]
+struct RunningAgent {
+    /// The agent of this cgroup
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/",
+        hide_default_value = true
+    )]
+    cgroup: PathBuf,
+}
+
+impl RunningAgent {
+    fn connect(cgroup: &CgroupPath) -> Result<Client> {
+        Client::connect(cgroup).with_context(|| format!("no agent answers for cgroup {cgroup}"))
     }
 }
 

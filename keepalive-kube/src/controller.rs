@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use futures::{FutureExt as _, StreamExt as _};
+use futures::StreamExt as _;
 use k8s_openapi::{api::core::v1::ObjectReference, jiff::Timestamp};
 use kube::{
     Api, Client,
@@ -53,10 +53,7 @@ pub async fn run(client: Client, until: impl Future<Output = ()>) -> Result<()> 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                watched.apply(change);
-                while let Some(Some(change)) = changes.next().now_or_never() {
-                    watched.apply(change);
-                }
+                watched.apply_all(change, &mut changes);
                 is_new = true;
             }
             _ = ticks.tick() => {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use futures::{FutureExt as _, StreamExt as _};
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, Client,
@@ -68,11 +68,7 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                watched.apply(change);
-                // What else is there already is written with it.
-                while let Some(Some(change)) = changes.next().now_or_never() {
-                    watched.apply(change);
-                }
+                watched.apply_all(change, &mut changes);
                 if !watched.is_complete(&audience) {
                     continue;
                 }

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, fmt::Debug, pin::Pin};
 
-use futures::{Stream, StreamExt as _, future::ready, stream::select_all};
+use futures::{FutureExt as _, Stream, StreamExt as _, future::ready, stream::select_all};
 use k8s_openapi::api::core::v1 as core;
 use kube::{
     Api, Client, Resource,
@@ -214,6 +214,14 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// Takes over a change, and what else is there already, to be written with it.
+    pub fn apply_all(&mut self, change: Change, more: &mut Changes) {
+        self.apply(change);
+        while let Some(Some(change)) = more.next().now_or_never() {
+            self.apply(change);
+        }
+    }
+
     /// Takes over a change.
     pub fn apply(&mut self, change: Change) {
         let objects = &mut self.objects;

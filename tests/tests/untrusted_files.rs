@@ -155,6 +155,14 @@ fn somebody_elses_drop_in_changes_nothing() -> Result<()> {
 
 /// As the kubelet makes it: all may write the directory, which is mounted
 /// read-only, and files are links into a version of it.
+/// Runs a script in a mount namespace of its own, with a directory and the agent as
+/// its arguments.
+fn with_mounts(script: &str, place: &Path) -> Result<Output> {
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(place);
+    output(command.arg(agent_binary()), LIMIT)
+}
+
 /// A service that systemd shields sees everything read-only, and others write all the
 /// same.
 #[test]
@@ -171,12 +179,7 @@ fn what_only_looks_read_only_is_not_read() -> Result<()> {
         mount -o remount,ro,bind "$0"
         exec "$1" policy show --config "$0/main.toml" --drop-in-dir "$0/conf.d"
     "#;
-    let mut command = Command::new("unshare");
-    command
-        .args(["-m", "sh", "-c", script])
-        .arg(place.path())
-        .arg(agent_binary());
-    let refused = output(&mut command, LIMIT)?;
+    let refused = with_mounts(script, place.path())?;
     assert_eq!(refused.code, Some(1), "{}", refused.stdout);
     assert!(refused.stderr.contains("(mode 0777)"), "{}", refused.stderr);
     Ok(())
@@ -198,12 +201,7 @@ fn a_volume_of_kubernetes_is_read() -> Result<()> {
         mount -o remount,ro,bind "$0"
         exec "$1" policy show --config "$0/..1/a.toml" --drop-in-dir "$0"
     "#;
-    let mut command = Command::new("unshare");
-    command
-        .args(["-m", "sh", "-c", script])
-        .arg(place.path())
-        .arg(agent_binary());
-    let shown = output(&mut command, LIMIT)?;
+    let shown = with_mounts(script, place.path())?;
     assert_eq!(shown.code, Some(0), "{}", shown.stderr);
     assert!(shown.stderr.contains("(mode 0777)"), "{}", shown.stderr);
     assert!(

@@ -4,7 +4,6 @@ use std::{
     collections::HashMap,
     fmt::Write as _,
     io::BufRead as _,
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -13,10 +12,10 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::output;
+use super::{RunningAgent, output};
 use crate::{
     daemon::{
-        control::{Answer, Client, Request},
+        control::{Answer, Request},
         journal::{DeadPeerRecord, Entry, Wanted, What},
     },
     duration,
@@ -38,14 +37,8 @@ use crate::{
                   keepalive-agent events --json | jq 'select(.event == \"dead_peer\")'"
 )]
 pub(super) struct Arguments {
-    /// The agent of this cgroup
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "/",
-        hide_default_value = true
-    )]
-    cgroup: PathBuf,
+    #[command(flatten)]
+    agent: RunningAgent,
 
     /// Also what happened so long ago at most, such as 10m or 1d
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
@@ -63,9 +56,8 @@ pub(super) struct Arguments {
 pub(super) fn events(arguments: &Arguments) -> Result<ExitCode> {
     preflight::may_enforce()?;
     let hierarchy = Hierarchy::find()?;
-    let cgroup = hierarchy.path(&arguments.cgroup)?;
-    let client = Client::connect(&cgroup)
-        .with_context(|| format!("no agent answers for cgroup {cgroup}"))?;
+    let cgroup = hierarchy.path(&arguments.agent.cgroup)?;
+    let client = RunningAgent::connect(&cgroup)?;
     let wanted = Wanted {
         since_ms: arguments.since.map(|since| {
             let then = SystemTime::now().checked_sub(since).unwrap_or(UNIX_EPOCH);

@@ -429,15 +429,10 @@ fn set(arguments: &Set) -> Result<()> {
             ))?;
         }
     }
+    let earlier = earlier.as_ref().map(drop_in::render);
     agents
         .report(Some(&before.config), &after.config)
-        .or_else(|refused| {
-            match earlier {
-                Some(keys) => drop_in.write(&drop_in::render(&keys))?,
-                None => drop_in.remove()?,
-            }
-            Err(refused.context("the policy is as it was before, and the drop-in too"))
-        })
+        .or_else(|refused| drop_in::put_back(drop_in.path(), earlier.as_deref(), refused))
 }
 
 fn unset(arguments: &Unset) -> Result<()> {

@@ -6,7 +6,6 @@ use std::{
     fmt::Write as _,
     io::BufRead as _,
     net::IpAddr,
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -16,12 +15,12 @@ use clap::Args;
 use keepalive_common::dead_peer::Cause;
 use serde::Serialize;
 
-use super::output;
+use super::{RunningAgent, output};
 use crate::{
     assignment::{DEFAULT, UNCLAIMED},
     config::Config,
     daemon::{
-        control::{Answer, Client, Request},
+        control::{Answer, Request},
         observed::{Observation, Observed},
     },
     datapath::{self, Lister},
@@ -50,14 +49,8 @@ const SHORTEST: u64 = 10;
                   keepalive-agent recommend --json | jq '.networks[] | select(.forgets)'"
 )]
 pub(super) struct Arguments {
-    /// The agent of this cgroup
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "/",
-        hide_default_value = true
-    )]
-    cgroup: PathBuf,
+    #[command(flatten)]
+    agent: RunningAgent,
 
     /// Print one JSON object instead of a config
     #[arg(long)]
@@ -111,7 +104,7 @@ struct Idle {
 pub(super) fn recommend(arguments: &Arguments) -> Result<ExitCode> {
     preflight::may_enforce()?;
     let hierarchy = Hierarchy::find()?;
-    let cgroup = hierarchy.path(&arguments.cgroup)?;
+    let cgroup = hierarchy.path(&arguments.agent.cgroup)?;
     let observed = ask(&cgroup)?;
     let running = enforcing()?;
     let config = running
@@ -168,9 +161,7 @@ fn now_ms() -> u64 {
 }
 
 fn ask(cgroup: &CgroupPath) -> Result<Observed> {
-    let client =
-        Client::connect(cgroup).with_context(|| format!("no agent answers for cgroup {cgroup}"))?;
-    let mut lines = client
+    let mut lines = RunningAgent::connect(cgroup)?
         .ask_for_lines(Request::Observed)
         .context("asking the agent")?;
     let mut line = String::new();

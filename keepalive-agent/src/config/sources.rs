@@ -158,19 +158,8 @@ impl Sources {
                 Err(refusal) => unreadable.push(about(&path, &refusal)),
             }
         }
-        let base = if has_main {
-            Base::Nothing
-        } else {
-            Base::BuiltIn
-        };
-        let (config, warnings, origins) = parse_all(&texts, base, unreadable)?;
-        Ok(Merged {
-            config,
-            warnings,
-            origins,
-            main: has_main.then(|| self.main.clone()),
-            drop_ins,
-        })
+        let main = has_main.then_some(&*self.main);
+        parse_all(&texts, unreadable, main, drop_ins)
     }
 
     /// The drop-ins in the order of their names.
@@ -219,19 +208,7 @@ pub fn read_files(main: Option<&Path>, drop_ins: &[PathBuf]) -> Result<Merged, D
             Err(refusal) => unreadable.push(about(path, &refusal)),
         }
     }
-    let base = if main.is_some() {
-        Base::Nothing
-    } else {
-        Base::BuiltIn
-    };
-    let (config, warnings, origins) = parse_all(&texts, base, unreadable)?;
-    Ok(Merged {
-        config,
-        warnings,
-        origins,
-        main: main.map(Path::to_owned),
-        drop_ins: drop_ins.to_vec(),
-    })
+    parse_all(&texts, unreadable, main, drop_ins.to_vec())
 }
 
 /// Whether a file of this name in a directory of drop-ins is one. Hidden files
@@ -245,22 +222,22 @@ pub fn is_drop_in_name(name: &OsStr) -> bool {
 /// Reads one text as all there is.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Merged, Diagnostics> {
     let texts = [Text::new(path, text.to_owned())];
-    let (config, warnings, origins) = parse_all(&texts, Base::Nothing, Vec::new())?;
-    Ok(Merged {
-        config,
-        warnings,
-        origins,
-        main: Some(path.to_owned()),
-        drop_ins: Vec::new(),
-    })
+    parse_all(&texts, Vec::new(), Some(path), Vec::new())
 }
 
-/// `unreadable` is what is wrong already.
+/// Merges the texts of these files; `unreadable` is what is wrong already. Without a
+/// main file the built-in policy stands in for it.
 fn parse_all(
     texts: &[Text],
-    base: Base,
     unreadable: Vec<Diagnostic>,
-) -> Result<(Config, Diagnostics, ConfigOrigins), Diagnostics> {
+    main: Option<&Path>,
+    drop_ins: Vec<PathBuf>,
+) -> Result<Merged, Diagnostics> {
+    let base = if main.is_some() {
+        Base::Nothing
+    } else {
+        Base::BuiltIn
+    };
     let mut findings = Findings::about(texts);
     let documents: Vec<_> = (0..texts.len())
         .map(|text| document::read(&mut findings, text))
@@ -271,7 +248,13 @@ fn parse_all(
         all_there.then(|| merge::merge(&mut findings, base, documents.into_iter().flatten()));
     let (errors, warnings) = findings.into_order();
     match merged {
-        Some((config, origins)) if errors.0.is_empty() => Ok((config, warnings, origins)),
+        Some((config, origins)) if errors.0.is_empty() => Ok(Merged {
+            config,
+            warnings,
+            origins,
+            main: main.map(Path::to_owned),
+            drop_ins,
+        }),
         _ => Err(Diagnostics([unreadable, errors.0].concat())),
     }
 }

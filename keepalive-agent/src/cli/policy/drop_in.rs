@@ -290,9 +290,22 @@ impl DropIn {
     }
 
     pub(super) fn remove(&self) -> Result<()> {
-        fs::remove_file(&self.path)
-            .with_context(|| format!("removing {}", printable_path(&self.path)))
+        remove(&self.path)
     }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    fs::remove_file(path).with_context(|| format!("removing {}", printable_path(path)))
+}
+
+/// A file that an agent has refused is as it was before: with this text, or not
+/// there.
+pub(super) fn put_back(path: &Path, earlier: Option<&str>, refused: Error) -> Result<()> {
+    match earlier {
+        Some(text) => replace(path, text)?,
+        None => remove(path)?,
+    }
+    Err(refused.context("the policy is as it was before, and the file too"))
 }
 
 /// Writes a file; readers see the old text or the new one.

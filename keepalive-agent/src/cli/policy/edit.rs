@@ -79,19 +79,12 @@ pub(super) fn edit(arguments: &Arguments) -> Result<()> {
             known.as_ref().map(|known: &Merged| &known.config),
             &after.config,
         )
-        .or_else(|refused| {
-            match &before {
-                Some(text) => drop_in::replace(path, text)?,
-                None => fs::remove_file(path)?,
-            }
-            Err(refused.context("the policy is as it was before, and the file too"))
-        })
+        .or_else(|refused| drop_in::put_back(path, before.as_deref(), refused))
 }
 
 fn editor() -> OsString {
-    let named = ["VISUAL", "EDITOR"].into_iter().filter_map(env::var_os);
+    let mut named = ["VISUAL", "EDITOR"].into_iter().filter_map(env::var_os);
     named
-        .into_iter()
         .find(|editor| !editor.is_empty())
         .unwrap_or_else(|| "vi".into())
 }
