@@ -174,7 +174,7 @@ impl Subject {
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let lister = Lister::load(&Kernel::running()?)?;
+        let lister = Lister::load(&Kernel::running()?, &CgroupPath::root())?;
         let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
         let mut found: Option<(Namespace, SocketRecord)> = None;
         let unseen = each_connection(&lister, &mut |netns, record, _| {
