@@ -1,6 +1,7 @@
 //! Bounds hold whenever an application sets options, and only where a policy has
 //! them.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::thread::sleep;
 use std::time::Duration;
@@ -278,6 +279,12 @@ fn what_was_asked_for_is_shown() -> Result<()> {
     let explained = lines(&[&explain[..], &["--json"]].concat())?;
     assert_eq!(explained[0]["bounds_held"], true, "{explained:?}");
     assert_eq!(explained[0]["holds"]["idle_asked_s"], 7200);
+    // Another policy would go by what was asked for, not by what that became.
+    let mut looser = tempfile::NamedTempFile::new()?;
+    write!(looser, "[default]\nidle = {{ at-most = \"200s\" }}\n")?;
+    let looser = looser.path().to_str().context("a path in UTF-8")?;
+    let explained = lines(&[&explain[..], &["--json", "--config", looser]].concat())?;
+    assert_eq!(explained[0]["wants"]["idle_s"], 200, "{explained:?}");
     let said = output(agent_command().args(explain), SOON)?.stdout;
     ensure!(said.contains("the application asked for 2h"), "{said}");
     ensure!(

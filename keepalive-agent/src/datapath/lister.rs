@@ -30,6 +30,7 @@ pub struct Lister {
     sockets: Iterator,
     /// Goes through the descriptors of all processes.
     files: Result<Iterator, anyhow::Error>,
+    is_of_several: bool,
 }
 
 impl Lister {
@@ -57,7 +58,15 @@ impl Lister {
         Ok(Self {
             sockets: iterators.load(program::LIST, Hook::Tcp)?,
             files: iterators.load(program::FILES, Hook::Files),
+            is_of_several: sets.len() > 1,
         })
+    }
+
+    /// Whether several policy sets are in force, so that it matters for which cgroup
+    /// it was loaded.
+    #[must_use]
+    pub fn is_of_several(&self) -> bool {
+        self.is_of_several
     }
 
     /// Hands on every connection of the calling thread's network namespace and
