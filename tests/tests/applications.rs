@@ -3,6 +3,7 @@
 //! `accept()` and after, each in its own way. What comes of it is read from a copy
 //! of the application's own descriptor, and from the timer that `ss` sees.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -62,7 +63,7 @@ struct Clients {
     home: Home,
     listener: Probe,
     port: u16,
-    _agent: Agent,
+    agent: Agent,
 }
 
 impl Clients {
@@ -70,12 +71,12 @@ impl Clients {
         let home = Home::new()?;
         let mut listener = home.client()?;
         let port = listener.listener("127.0.0.1:0")?.1.port();
-        let _agent = Agent::start(&home.cgroup, BOUNDS)?;
+        let agent = Agent::start(&home.cgroup, BOUNDS)?;
         Ok(Self {
             home,
             listener,
             port,
-            _agent,
+            agent,
         })
     }
 
@@ -106,7 +107,9 @@ impl Clients {
     }
 
     fn finish(self) -> Result<()> {
-        self.listener.finish()
+        self.listener.finish()?;
+        self.agent.stop()?;
+        Ok(())
     }
 }
 
@@ -120,17 +123,17 @@ fn go() -> Result<()> {
     require!(Need::Program("go"), Need::Program("ss"));
     let mut clients = Clients::new()?;
     let client = clients.home.directory.path().join("client");
-    let mut build = Command::new("go");
-    build
+    let mut compiler = Command::new("go");
+    compiler
         .env("CGO_ENABLED", "0")
         .env("GO111MODULE", "off")
         .env("GOFLAGS", "");
-    build
+    compiler
         .arg("build")
         .arg("-o")
         .arg(&client)
         .arg(source("client.go"));
-    let built = output(&mut build, Duration::from_mins(3))?;
+    let built = output(&mut compiler, Duration::from_mins(3))?;
     ensure!(built.code == Some(0), "go build: {}", built.stderr);
     let client = client.to_str().context("a path in UTF-8")?;
     // What nobody asked for is 15 s of Go's own, for idle and interval, set after
@@ -160,9 +163,9 @@ fn java() -> Result<()> {
     require!(Need::Program("javac"), Need::Program("ss"));
     let mut clients = Clients::new()?;
     let classes = clients.home.directory.path().to_owned();
-    let mut build = Command::new("javac");
-    build.arg("-d").arg(&classes).arg(source("Client.java"));
-    let built = output(&mut build, Duration::from_mins(3))?;
+    let mut compiler = Command::new("javac");
+    compiler.arg("-d").arg(&classes).arg(source("Client.java"));
+    let built = output(&mut compiler, Duration::from_mins(3))?;
     ensure!(built.code == Some(0), "javac: {}", built.stderr);
     let classes = classes.to_str().context("a path in UTF-8")?;
     let client = ["java", "-XX:TieredStopAtLevel=1", "-cp", classes, "Client"];
@@ -319,10 +322,12 @@ fn haproxy() -> Result<()> {
             "  option tcpka\n  clitcpka-idle 2h\n  srvtcpka-idle 2h\n",
         ),
     ] {
-        config += &format!(
-            "listen l{port}\n  bind 127.0.0.1:{port}\n{asks}  server s 127.0.0.1:{behind} source 127.0.1.{}\n",
-            port - 1000 + 1
-        );
+        writeln!(
+            config,
+            "listen l{port}\n  bind 127.0.0.1:{port}\n{asks}  \
+             server s 127.0.0.1:{behind} source 127.0.1.{}",
+            port - 999
+        )?;
     }
     let file = home.directory.path().join("haproxy.cfg");
     fs::write(&file, config)?;
@@ -332,7 +337,7 @@ fn haproxy() -> Result<()> {
     for (port, idle) in [(1000, 60), (1010, 30), (1072, 300)] {
         home.connect(&mut client, port)?;
         expect(&home, |end| end.local.port() == port, filled(idle))?;
-        let from = format!("127.0.1.{}", port - 1000 + 1);
+        let from = format!("127.0.1.{}", port - 999);
         expect(
             &home,
             |end| end.local.ip().to_string() == from,
