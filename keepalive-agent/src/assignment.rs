@@ -16,6 +16,7 @@ use keepalive_common::{
 
 use crate::{
     config::Config,
+    duration,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity, Selector},
     rules::Rules,
@@ -68,10 +69,21 @@ pub struct Claim {
     pub policies: Vec<usize>,
 }
 
-/// Something in the config that has no effect now, though nothing is wrong
-/// with how it is written.
+/// Something in the config that is not what somebody meant, perhaps, on this
+/// machine, though nothing is wrong with how it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warning {
+    /// A default that is written is larger than the sysctl that an operator tuned.
+    Loosens {
+        /// Name of the policy.
+        policy: String,
+        /// The key, such as `idle`.
+        key: &'static str,
+        /// What it gives, as the config writes it.
+        gives: String,
+        /// The sysctl and its value.
+        sysctl: (&'static str, u32),
+    },
     /// No cgroup has this path.
     Absent {
         /// Name of the policy.
@@ -109,6 +121,17 @@ pub enum Warning {
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Loosens {
+                policy,
+                key,
+                gives,
+                sysctl: (name, value),
+            } => write!(
+                f,
+                "policy {policy}: {key} = {gives} is larger than the {value} of {name} here, so a \
+                 connection that asks for nothing is probed less than its operator said; write \
+                 \"sysctl\" to go by that"
+            ),
             Self::Absent { policy, path } => {
                 write!(f, "policy {policy}: cgroup {path} does not exist yet")
             }
@@ -446,6 +469,57 @@ impl Claimants {
             survey.visit(cgroup, above)
         })?;
         Ok(survey.finish())
+    }
+
+    /// Where the policies loosen what the sysctls of the host's network namespace
+    /// say. Those of containers are not about connections there.
+    #[must_use]
+    pub fn loosened(&self, sysctls: &Environment) -> Vec<Warning> {
+        let selects_containers = |index: usize| {
+            let mut selectors = self.by_selector.iter();
+            selectors.any(|(of, selector)| *of == index && selector.needs_names())
+        };
+        let mut warnings = Vec::new();
+        for (index, assigned) in self.policies.iter().enumerate() {
+            if !assigned.policy.sets_anything() || selects_containers(index) {
+                continue;
+            }
+            let gives = history::given(&assigned.policy, sysctls);
+            let seconds = |seconds| format!("\"{}\"", duration::show_seconds(seconds));
+            for (key, value, written, name, sysctl) in [
+                (
+                    "idle",
+                    gives.idle,
+                    seconds(gives.idle),
+                    "net.ipv4.tcp_keepalive_time",
+                    sysctls.idle,
+                ),
+                (
+                    "interval",
+                    gives.interval,
+                    seconds(gives.interval),
+                    "net.ipv4.tcp_keepalive_intvl",
+                    sysctls.interval,
+                ),
+                (
+                    "probes",
+                    gives.probes,
+                    gives.probes.to_string(),
+                    "net.ipv4.tcp_keepalive_probes",
+                    sysctls.probes,
+                ),
+            ] {
+                if sysctl != 0 && value > sysctl {
+                    warnings.push(Warning::Loosens {
+                        policy: assigned.name.clone(),
+                        key,
+                        gives: written,
+                        sysctl: (name, sysctl),
+                    });
+                }
+            }
+        }
+        warnings
     }
 
     fn path_warning(

@@ -2,11 +2,12 @@
 //! lives through it with the agent, what an operator said elsewhere counts, and
 //! what is to be left alone is.
 
-use std::{thread::sleep, time::Duration};
+use std::{fs, thread::sleep, time::Duration};
 
 use anyhow::{Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Kind, Need, Netns, Options, Probe, Program, Socket, Sockopt, errno, require,
+    Agent, Cgroup, Kind, Need, Netns, Options, Place, Probe, Program, Socket, Sockopt,
+    agent_binary, errno, output, require,
 };
 use rustix::io::Errno;
 
@@ -192,7 +193,23 @@ fn what_an_operator_tuned_is_not_loosened() -> Result<()> {
             "'leave'",
         ),
     ];
-    let _agent = Agent::start(&cgroup, &config.concat())?;
+    let config = config.concat();
+    // Who loosens is told so, where the agent is.
+    let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+    fs::write(&file, &config)?;
+    let mut check = Place::from(&netns).command(agent_binary());
+    check.arg("check").arg("--config").arg(file.path());
+    let said = output(&mut check, Duration::from_secs(30))?.stdout;
+    for (words, count) in [
+        ("policy written: idle = \"1m\" is larger than the 20 of", 1),
+        ("policy written: probes = 6 is larger than the 4 of", 1),
+        ("is larger than", 2),
+    ] {
+        // Lines are wrapped.
+        let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(said.matches(words).count(), count, "{words}: {said}");
+    }
+    let _agent = Agent::start(&cgroup, &config)?;
     for (cgroup, expected) in [
         (&cgroup, Options::on(20, 10, 4)),
         (&written, Options::on(60, 10, 6)),

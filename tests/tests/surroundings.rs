@@ -230,9 +230,8 @@ fn little_memory() -> Result<()> {
         skip(module_path!(), "no cgroup v1 hierarchy for memory");
         return Ok(());
     };
-    // aya parses all of the kernel's types for each set, and what the verifier keeps
-    // of the program while it looks at it counts too.
-    memory.set("memory.limit_in_bytes", "32M")?;
+    // What the verifier keeps of a program while it looks at it counts too.
+    memory.set("memory.limit_in_bytes", "26M")?;
     let cgroup = Cgroup::new()?;
     let by = memory.by();
     let by: Vec<_> = by.iter().map(String::as_str).collect();
@@ -251,7 +250,7 @@ fn little_memory() -> Result<()> {
 fn few_descriptors() -> Result<()> {
     require!(Need::Program("prlimit"), Need::Program("bpftool"));
     let mut started = false;
-    for descriptors in [4, 8, 12, 16, 24, 32, 40, 48, 64] {
+    for descriptors in [4, 8, 12, 16, 24, 32, 40, 48, 64, 96, 128] {
         let cgroup = Cgroup::new()?;
         let pins = Pins::new();
         let limit = format!("--nofile={descriptors}");

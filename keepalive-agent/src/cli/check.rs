@@ -307,7 +307,7 @@ fn config_finding(target: &Target, findings: &mut Vec<Finding>) -> Diagnostics {
             let mut remarks = read.warnings;
             if let Ok((hierarchy, root)) = target.root()
                 && let Ok(claimants) = Claimants::new(&config, &root)
-                && let Ok((_, warnings)) = claimants.assign(&hierarchy)
+                && let Ok((_, warnings)) = target::assign(&claimants, &hierarchy)
             {
                 remarks.extend(warnings.iter().map(ToString::to_string));
             }

@@ -52,18 +52,22 @@ pub fn claimants(config: &Config, root: &Cgroup) -> Result<Claimants> {
     Claimants::new(config, root).context("the globs of the config are too large together")
 }
 
-/// Assigns the cgroups that exist; and what has no effect now.
+/// Assigns the cgroups that exist; and what somebody may not have meant.
 ///
 /// # Errors
 ///
 /// When the hierarchy cannot be read.
 pub fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<(Assignment, Vec<Warning>)> {
-    claimants.assign(hierarchy).with_context(|| {
+    let (assignment, mut warnings) = claimants.assign(hierarchy).with_context(|| {
         format!(
             "reading the hierarchy {}",
             printable_path(hierarchy.mount())
         )
-    })
+    })?;
+    if let Ok(sysctls) = netns::environment() {
+        warnings.extend(claimants.loosened(&sysctls));
+    }
+    Ok((assignment, warnings))
 }
 
 /// Says which policies want what this kernel does not have.

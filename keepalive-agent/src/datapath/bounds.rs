@@ -9,19 +9,14 @@
 //! of one that had them. A link belongs to the set whose originals its program
 //! uses.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd as _, OwnedFd},
-};
+use std::{fs::File, os::fd::OwnedFd};
 
-use aya::Ebpf;
-use aya::programs::CgroupSockopt;
 use aya_obj::generated::bpf_attach_type::BPF_CGROUP_SETSOCKOPT;
 
 use super::{
     Error, PinDirectory, SetRecord,
-    fault::{self, Operation},
-    program, refused, syscalls,
+    object::{LoadedObject, Purpose},
+    program, syscalls,
 };
 
 /// The program of a set that has bounds, and where it is to run.
@@ -33,23 +28,8 @@ pub(super) struct BoundsProgram {
 }
 
 impl BoundsProgram {
-    pub(super) fn load(ebpf: &mut Ebpf, cgroups: Vec<(u64, File)>) -> Result<Self, Error> {
-        let name = program::BOUNDED;
-        fault::point(Operation::LoadProgram).map_err(|error| refused(name, error))?;
-        let missing = Error::Missing {
-            kind: "program",
-            name,
-        };
-        let program: &mut CgroupSockopt = ebpf
-            .program_mut(name)
-            .and_then(|program| program.try_into().ok())
-            .ok_or(missing)?;
-        program.load().map_err(|error| refused(name, error))?;
-        let fd = program.fd().map_err(|error| refused(name, error))?;
-        let program = fd
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(Error::call("keeping the program"))?;
+    pub(super) fn load(object: &LoadedObject, cgroups: Vec<(u64, File)>) -> Result<Self, Error> {
+        let program = object.load(program::BOUNDED, Purpose::Setsockopt)?;
         Ok(Self { program, cgroups })
     }
 

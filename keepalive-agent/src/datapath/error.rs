@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use aya::maps::MapError;
 use thiserror::Error;
 
 use crate::{kernel::preflight, policy_set};
@@ -24,9 +24,9 @@ pub enum Error {
         /// Its name.
         name: &'static str,
     },
-    /// The kernel did not make the maps.
-    #[error("creating the BPF maps: without them nothing works")]
-    CreateMaps(#[source] Box<EbpfError>),
+    /// The embedded object cannot be used: a fault of the build.
+    #[error("the embedded BPF object cannot be used: {0}")]
+    Object(String),
     /// The kernel did not load a program.
     #[error("the kernel refused program {program}")]
     LoadProgram {
@@ -143,20 +143,6 @@ impl std::fmt::Display for RefusedProgram {
 }
 
 impl std::error::Error for RefusedProgram {}
-
-impl From<ProgramError> for RefusedProgram {
-    fn from(error: ProgramError) -> Self {
-        match &error {
-            ProgramError::LoadError {
-                io_error,
-                verifier_log,
-            } => Self::with_log(io_error, &verifier_log.to_string()),
-            _ => Self {
-                reason: chain(&error),
-            },
-        }
-    }
-}
 
 impl RefusedProgram {
     /// The verifier's log can be thousands of lines; what matters stands near its

@@ -1,16 +1,21 @@
 //! Tells of cgroups that are made and removed, as it happens.
 
+use std::os::fd::OwnedFd;
+
 use anyhow::{Context as _, Result, ensure};
 use aya::{
-    Ebpf,
     maps::{Array, MapData, RingBuf},
-    programs::{BtfTracePoint, loaded_links, tp_btf::BtfTracePointLink},
+    programs::loaded_links,
 };
 use keepalive_common::cgroup_event::{Header, Kind, PATH_SIZE};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
-use super::{create, program, refused, types_of};
+use super::{
+    Error,
+    object::{LoadedObject, Maps, Purpose},
+    program, syscalls,
+};
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
@@ -40,7 +45,7 @@ pub struct Events {
     known: u64,
     /// Whether it was said that cgroups with too long paths are passed over.
     said_too_long: bool,
-    _links: [BtfTracePointLink; 2],
+    _links: [OwnedFd; 2],
 }
 
 impl Events {
@@ -66,21 +71,20 @@ impl Events {
              by their paths in the whole: run it in the host's cgroup namespace"
         );
         // What the object has beside these programs goes away with it.
-        let mut ebpf = create(
-            &kernel.layout,
-            &[(super::map::CGROUPS, 1), (super::map::DEATHS, 1)],
+        let object = LoadedObject::new(
+            kernel,
+            Maps {
+                sizes: &[(super::map::CGROUPS, 1), (super::map::DEATHS, 1)],
+                ..Maps::default()
+            },
         )?;
-        let mut attach = |name, to| attach(&mut ebpf, name, kernel, to);
+        let attach = |name, to| attach(&object, name, to);
         let links = [
             attach(program::CGROUP_MADE, Hook::CgroupMade)?,
             attach(program::CGROUP_REMOVED, Hook::CgroupRemoved)?,
         ];
-        let mut take = |name: &str| {
-            ebpf.take_map(name)
-                .with_context(|| format!("the BPF object has no map {name}"))
-        };
-        let ring = RingBuf::try_from(take(super::map::EVENTS)?)?;
-        let lost = Array::try_from(take(super::map::LOST)?)?;
+        let ring: RingBuf<MapData> = object.map_as(super::map::EVENTS)?;
+        let lost = object.map_as(super::map::LOST)?;
         #[expect(
             deprecated,
             reason = "its successor is unsafe; the buffer keeps its descriptor open"
@@ -154,24 +158,12 @@ impl Events {
     }
 }
 
-fn attach(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    kernel: &Kernel,
-    to: Hook,
-) -> Result<BtfTracePointLink> {
-    let types = types_of(kernel, to)?;
-    let program: &mut BtfTracePoint = ebpf
-        .program_mut(name)
-        .with_context(|| format!("the BPF object has no program {name}"))?
-        .try_into()?;
-    program
-        .load(to.name(), &types)
-        .map_err(|error| refused(name, error))?;
-    let link = program
-        .attach()
-        .with_context(|| format!("attaching program {name} to tracepoint {}", to.name()))?;
-    Ok(program.take_link(link)?)
+fn attach(object: &LoadedObject, name: &'static str, to: Hook) -> Result<OwnedFd, Error> {
+    let program = object.load(name, Purpose::Tracepoint(to))?;
+    syscalls::attach_to_tracepoint(program).map_err(Error::call(format!(
+        "attaching program {name} to tracepoint {}",
+        to.name()
+    )))
 }
 
 /// What was read of the buffer at a time.

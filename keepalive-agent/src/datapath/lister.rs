@@ -13,8 +13,10 @@ use keepalive_common::{
 };
 
 use super::{
-    in_force,
-    iterators::{Iterator, Iterators, read_records},
+    Error, chain, in_force,
+    iterators::{Iterator, read_records},
+    map,
+    object::{LoadedObject, Maps},
     program,
 };
 use crate::{
@@ -29,7 +31,7 @@ pub struct Lister {
     /// Goes through the sockets of one network namespace.
     sockets: Iterator,
     /// Goes through the descriptors of all processes.
-    files: Result<Iterator, anyhow::Error>,
+    files: Result<Iterator, Error>,
     is_of_several: bool,
 }
 
@@ -53,11 +55,15 @@ impl Lister {
             let root = &record.description.root.path;
             root.contains(cgroup).then(|| root.depth())
         });
-        let originals = set.map(|set| set.originals.fd.as_fd());
-        let iterators = Iterators::new(kernel, &[program::LIST, program::FILES], originals)?;
+        let maps = Maps {
+            only: Some(&[map::ORIGINALS]),
+            shared: set.map(|set| (map::ORIGINALS, set.originals.fd.as_fd())),
+            ..Maps::default()
+        };
+        let object = LoadedObject::new(kernel, maps)?;
         Ok(Self {
-            sockets: iterators.load(program::LIST, Hook::Tcp)?,
-            files: iterators.load(program::FILES, Hook::Files),
+            sockets: Iterator::load(&object, program::LIST, Hook::Tcp)?,
+            files: Iterator::load(&object, program::FILES, Hook::Files),
             is_of_several: sets.len() > 1,
         })
     }
@@ -96,7 +102,7 @@ impl Lister {
     pub fn descriptors(&self, each: impl FnMut(&HeldRecord)) -> Result<()> {
         match &self.files {
             Ok(files) => read_descriptors(files.open()?, each),
-            Err(error) => bail!("{error:#}"),
+            Err(error) => bail!("{}", chain(error)),
         }
     }
 }

@@ -13,13 +13,9 @@ use std::{
     },
 };
 
-use aya::{
-    Ebpf,
-    maps::{
-        Array, HashMap, Map, MapData, MapError,
-        lpm_trie::{Key, LpmTrie},
-    },
-    programs::SockOps,
+use aya::maps::{
+    Array, HashMap, MapData, MapError,
+    lpm_trie::{Key, LpmTrie},
 };
 use aya_log::EbpfLogger;
 use keepalive_common::{
@@ -31,16 +27,17 @@ use keepalive_common::{
 use super::{
     DeadPeers, Error,
     bounds::BoundsProgram,
-    create,
     description::{
         Counted, Description, Document, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
         now,
     },
     fault::{self, Operation},
-    map, program, refused,
+    map,
+    object::{LoadedObject, Maps, Purpose},
+    program,
     set_record::{CounterMaps, SetRecord, data},
     sweeper::Sweeper,
-    syscalls, take_map,
+    syscalls,
 };
 use crate::{
     VERSION,
@@ -86,6 +83,8 @@ pub struct LoadedSet {
     record: Arc<SetRecord>,
     sweeper: Sweeper,
     deaths: Option<DeadPeers>,
+    /// Id of the program.
+    id: u32,
     verified_instructions: Option<u32>,
 }
 
@@ -195,15 +194,25 @@ impl LoadedSet {
             // The least there can be: nobody reads it here.
             (map::EVENTS, 1),
         ];
-        let mut ebpf = create(&blueprint.kernel.layout, &sizes)?;
-        let originals = share_originals(&ebpf, blueprint.previous)?;
-        let program = load(&mut ebpf)?;
+        let previous = blueprint.previous;
+        let object = LoadedObject::new(
+            blueprint.kernel,
+            Maps {
+                sizes: &sizes,
+                // Programs keep originals where those of the set before do.
+                shared: previous.map(|set| (map::ORIGINALS, set.originals.fd.as_fd())),
+                ..Maps::default()
+            },
+        )?;
+        let originals = MapHandle::of(data(&object.map(map::ORIGINALS)?)?)?;
+        let program = object.load(program::ESTABLISHED, Purpose::SockOps)?;
         let bounds = match blueprint.bounded.take() {
-            Some(cgroups) => Some(BoundsProgram::load(&mut ebpf, cgroups)?),
+            Some(cgroups) => Some(BoundsProgram::load(&object, cgroups)?),
             None => None,
         };
-        let verified_instructions = verified_instructions(&mut ebpf);
-        let pass: Array<MapData, Pass> = take_map(&mut ebpf, map::PASS)?;
+        let info = syscalls::program_info(&program)
+            .map_err(Error::call("looking at the program for new connections"))?;
+        let pass: Array<MapData, Pass> = object.map_as(map::PASS)?;
         let slots: Vec<_> = records
             .policies(Mark::START)
             .map(|(slot, counted)| {
@@ -215,31 +224,32 @@ impl LoadedSet {
             })
             .collect();
         let counters = CounterMaps::new(
-            take(&mut ebpf, map::COUNTERS)?,
-            take(&mut ebpf, map::SWEPT)?,
-            take(&mut ebpf, map::FAILURES)?,
-            take(&mut ebpf, map::DEAD_PEERS)?,
+            object.map(map::COUNTERS)?,
+            object.map(map::SWEPT)?,
+            object.map(map::FAILURES)?,
+            object.map(map::DEAD_PEERS)?,
             slots,
         )?;
         let deaths = DeadPeers::new(
-            take(&mut ebpf, map::DEATHS)?,
-            take(&mut ebpf, map::FOLLOWED)?,
+            object.map(map::DEATHS)?,
+            object.map(map::FOLLOWED)?,
             &counters.slots,
         )?;
         let mut set = Self {
             records,
-            cgroups: take_map(&mut ebpf, map::CGROUPS)?,
-            policies: take_map(&mut ebpf, map::POLICIES)?,
-            steps: take_map(&mut ebpf, map::STEPS)?,
-            remotes: take_map(&mut ebpf, map::REMOTES)?,
-            ports: take_map(&mut ebpf, map::PORTS)?,
-            generation: take_map(&mut ebpf, map::GENERATION)?,
+            cgroups: object.map_as(map::CGROUPS)?,
+            policies: object.map_as(map::POLICIES)?,
+            steps: object.map_as(map::STEPS)?,
+            remotes: object.map_as(map::REMOTES)?,
+            ports: object.map_as(map::PORTS)?,
+            generation: object.map_as(map::GENERATION)?,
             record: Arc::new(record(&blueprint, counters, originals, &deaths)?),
-            sweeper: Sweeper::new(ebpf, pass, blueprint.kernel, blueprint.previous.is_none()),
+            sweeper: Sweeper::new(object, pass, previous.is_none()),
             deaths: Some(deaths),
             program,
             bounds,
-            verified_instructions,
+            id: info.id,
+            verified_instructions: info.verified_instructions,
         };
         set.fill()?;
         set.keep_alive()?;
@@ -433,56 +443,8 @@ impl LoadedSet {
     ///
     /// When the object has no log.
     pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>, Error> {
-        self.sweeper.with_ebpf(|ebpf| {
-            EbpfLogger::init(ebpf).map_err(|error| Error::Kernel(error.to_string()))
-        })
+        EbpfLogger::init_from_id(self.id).map_err(|error| Error::Kernel(error.to_string()))
     }
-}
-
-/// Has the programs of a new set keep originals where those of the set before do.
-fn share_originals(ebpf: &Ebpf, previous: Option<&SetRecord>) -> Result<MapHandle, Error> {
-    const SHARING: &str = "sharing the originals with the set before";
-    let name = map::ORIGINALS;
-    let own = ebpf.map(name).ok_or(Error::Missing { kind: "map", name })?;
-    let own = data(own)?;
-    if let Some(previous) = previous {
-        syscalls::redirect(own.fd().as_fd(), previous.originals.fd.as_fd())
-            .map_err(Error::call(SHARING))?;
-    }
-    MapHandle::of(own)
-}
-
-/// Loads the program for new connections.
-fn load(ebpf: &mut Ebpf) -> Result<OwnedFd, Error> {
-    let name = program::ESTABLISHED;
-    fault::point(Operation::LoadProgram).map_err(|error| refused(name, error))?;
-    let program = established(ebpf)?;
-    program.load().map_err(|error| refused(name, error))?;
-    let fd = program.fd().map_err(|error| refused(name, error))?;
-    fd.as_fd()
-        .try_clone_to_owned()
-        .map_err(Error::call("keeping the program"))
-}
-
-fn established(ebpf: &mut Ebpf) -> Result<&mut SockOps, Error> {
-    let missing = Error::Missing {
-        kind: "program",
-        name: program::ESTABLISHED,
-    };
-    let program = ebpf.program_mut(program::ESTABLISHED);
-    program
-        .and_then(|program| program.try_into().ok())
-        .ok_or(missing)
-}
-
-fn verified_instructions(ebpf: &mut Ebpf) -> Option<u32> {
-    let info = established(ebpf).ok()?.info().ok()?;
-    info.verified_instruction_count()
-}
-
-fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, Error> {
-    ebpf.take_map(name)
-        .ok_or(Error::Missing { kind: "map", name })
 }
 
 /// Writes what the set says of itself.

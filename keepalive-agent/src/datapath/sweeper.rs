@@ -4,30 +4,29 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
-use aya::{
-    Ebpf,
-    maps::{Array, MapData},
-};
+use aya::maps::{Array, MapData};
 use keepalive_common::sweep::Pass;
 
-use super::{Error, Survey, iterator, load_iterator, prepare_iterator, program, run_iterator};
-use crate::{
-    kernel::layout::{Hook, Kernel},
-    netns::Namespace,
+use super::{
+    Error, Survey,
+    iterators::{self, Iterator},
+    object::LoadedObject,
+    program, syscalls,
 };
+use crate::{kernel::layout::Hook, netns::Namespace};
 
 /// Runs the sweeping program of one policy set. Clones share the program: passes
 /// follow one another.
 #[derive(Clone)]
 pub struct Sweeper {
-    kernel: Kernel,
     inner: Arc<Mutex<Inner>>,
 }
 
 struct Inner {
-    ebpf: Ebpf,
+    object: LoadedObject,
     pass: Array<MapData, Pass>,
-    loaded: Vec<&'static str>,
+    sweep: Option<Arc<Iterator>>,
+    survey: Option<Arc<Iterator>>,
     /// Whether existing connections are still to be counted.
     counts: bool,
 }
@@ -44,18 +43,13 @@ pub enum Step {
 }
 
 impl Sweeper {
-    pub(super) fn new(
-        ebpf: Ebpf,
-        pass: Array<MapData, Pass>,
-        kernel: &Kernel,
-        counts: bool,
-    ) -> Self {
+    pub(super) fn new(object: LoadedObject, pass: Array<MapData, Pass>, counts: bool) -> Self {
         Self {
-            kernel: *kernel,
             inner: Arc::new(Mutex::new(Inner {
-                ebpf,
+                object,
                 pass,
-                loaded: Vec::new(),
+                sweep: None,
+                survey: None,
                 counts,
             })),
         }
@@ -79,10 +73,6 @@ impl Sweeper {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn with_ebpf<T>(&self, with: impl FnOnce(&mut Ebpf) -> T) -> T {
-        with(&mut self.inner().ebpf)
-    }
-
     /// Loads the sweeping program, if that has not been done.
     ///
     /// # Errors
@@ -93,16 +83,16 @@ impl Sweeper {
     ///
     /// 5.15, for bpf_setsockopt in iterators.
     pub fn load(&self) -> Result<(), Error> {
-        self.inner().load(program::SWEEP, &self.kernel, Hook::Tcp)
+        self.inner().sweep().map(drop)
     }
 
     /// How many instructions the verifier went through to accept the program; none
     /// where the kernel does not tell (before Linux 5.16) or it is not loaded.
     #[must_use]
     pub fn verified_instructions(&self) -> Option<u32> {
-        let mut inner = self.inner();
-        let info = iterator(&mut inner.ebpf, program::SWEEP).ok()?.info();
-        info.ok()?.verified_instruction_count()
+        let sweep = self.inner().sweep.clone()?;
+        let info = syscalls::program_info(&sweep.program).ok()?;
+        info.verified_instructions
     }
 
     /// Finds out which namespaces have connections, and which of them there is
@@ -113,16 +103,16 @@ impl Sweeper {
     /// When the kernel refuses the program, or knows this process by another id
     /// than /proc: then every namespace has to be entered.
     pub fn survey(&self, pass: Pass) -> Result<Survey> {
-        let link = {
+        let survey = {
             let mut inner = self.inner();
-            inner.load(program::SURVEY, &self.kernel, Hook::Files)?;
+            let survey = inner.survey()?;
             inner
                 .pass
                 .set(0, pass, 0)
                 .map_err(Error::map("starting a survey"))?;
-            prepare_iterator(&mut inner.ebpf, program::SURVEY)?
+            survey
         };
-        Survey::read(link.into_file().context("opening the iterator")?)
+        Survey::read(survey.open()?)
     }
 
     /// Makes a pass over the connections of a namespace. `pause` is called after
@@ -137,19 +127,19 @@ impl Sweeper {
         pass: Pass,
         pause: &mut (dyn FnMut() -> bool + Send),
     ) -> Result<Step> {
-        let link = {
+        let sweep = {
             let mut inner = self.inner();
-            inner.load(program::SWEEP, &self.kernel, Hook::Tcp)?;
+            let sweep = inner.sweep()?;
             inner
                 .pass
                 .set(0, pass, 0)
                 .map_err(Error::map("starting a pass"))?;
-            prepare_iterator(&mut inner.ebpf, program::SWEEP)?
+            sweep
         };
         let mut goes_on = true;
         let swept = namespace.enter(|| {
             // A buffer of one byte ends each read where a batch ends.
-            run_iterator(link, &mut [0], |_| {
+            iterators::read(sweep.open()?, &mut [0], |_| {
                 goes_on = pause();
                 ensure!(goes_on, "stopped");
                 Ok(())
@@ -170,11 +160,27 @@ impl Sweeper {
 }
 
 impl Inner {
-    fn load(&mut self, name: &'static str, kernel: &Kernel, over: Hook) -> Result<(), Error> {
-        if !self.loaded.contains(&name) {
-            load_iterator(&mut self.ebpf, name, kernel, over)?;
-            self.loaded.push(name);
-        }
-        Ok(())
+    /// The sweeping program, loaded at its first use.
+    fn sweep(&mut self) -> Result<Arc<Iterator>, Error> {
+        load_once(&self.object, &mut self.sweep, program::SWEEP, Hook::Tcp)
     }
+
+    /// The surveying program, loaded at its first use.
+    fn survey(&mut self) -> Result<Arc<Iterator>, Error> {
+        load_once(&self.object, &mut self.survey, program::SURVEY, Hook::Files)
+    }
+}
+
+fn load_once(
+    object: &LoadedObject,
+    loaded: &mut Option<Arc<Iterator>>,
+    name: &'static str,
+    over: Hook,
+) -> Result<Arc<Iterator>, Error> {
+    if let Some(loaded) = loaded {
+        return Ok(Arc::clone(loaded));
+    }
+    let iterator = Arc::new(Iterator::load(object, name, over)?);
+    *loaded = Some(Arc::clone(&iterator));
+    Ok(iterator)
 }

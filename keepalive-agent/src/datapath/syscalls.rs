@@ -45,6 +45,9 @@ pub(super) struct ProgramInfo {
     pub(super) maps: Vec<u32>,
     /// When it was loaded, in nanoseconds since boot.
     pub(super) loaded_at: u64,
+    /// How many instructions the verifier went through; none where the kernel does
+    /// not tell (before Linux 5.16).
+    pub(super) verified_instructions: Option<u32>,
 }
 
 pub(super) fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -238,6 +241,7 @@ pub(super) fn program_info(program: impl AsFd) -> io::Result<ProgramInfo> {
         name: String::from_utf8_lossy(&name.collect::<Vec<_>>()).into_owned(),
         maps,
         loaded_at: found.load_time,
+        verified_instructions: Some(found.verified_insns).filter(|count| *count != 0),
     })
 }
 
@@ -284,17 +288,11 @@ pub(super) fn programs_on(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io
     Ok(ids)
 }
 
-/// Lets the descriptor `number` of this process, of a map that nobody uses yet,
-/// lead to another map.
-///
-/// aya takes existing maps by a name in a BPF file system only, and a set must
-/// share maps where none is mounted. Its programs refer to maps by descriptor
-/// numbers until they are loaded.
-pub(super) fn redirect(placeholder: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: both are open; the placeholder stays open and owned by who has it.
-    let result = unsafe { libc::dup3(map.as_raw_fd(), placeholder.as_raw_fd(), libc::O_CLOEXEC) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+/// Attaches a program that was loaded for a tracepoint; it runs as long as the link
+/// is held.
+pub(super) fn attach_to_tracepoint(program: impl AsFd) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    // Which one is known since it was loaded.
+    attr.raw_tracepoint.prog_fd = number(program.as_fd());
+    descriptor(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr)
 }
