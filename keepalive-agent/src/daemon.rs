@@ -204,7 +204,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     let mut daemon = Daemon::prepare(options, journal)?;
     if let Some(address) = &options.metrics {
         let exposed = daemon.exposed.clone();
-        metrics::server::start(address, options.take_over, exposed, daemon.kernel)?;
+        metrics::server::start(address, options.take_over, exposed, &daemon.kernel)?;
     }
     let started = daemon.put_in_force()?;
     // From here on these end it in an orderly way. Before they end it at once: what

@@ -90,7 +90,8 @@ struct UnderWay<S> {
 
 impl Connections {
     /// For a running kernel; nothing is loaded before somebody asks.
-    pub(super) fn new(kernel: Kernel) -> Self {
+    pub(super) fn new(kernel: &Kernel) -> Self {
+        let kernel = *kernel;
         let lister: Mutex<Option<Lister>> = Mutex::default();
         Self::counted_by(move |source| {
             let mut lister = lister.lock().unwrap_or_else(PoisonError::into_inner);

@@ -157,7 +157,7 @@ pub fn start(
     address: &Address,
     take_over: bool,
     exposed: Arc<Exposed>,
-    kernel: Kernel,
+    kernel: &Kernel,
 ) -> Result<()> {
     start_with(address, take_over, exposed, Connections::new(kernel))
 }
