@@ -35,6 +35,7 @@ use crate::{
     },
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    memory,
     metrics::{self, Exposed},
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
@@ -1274,6 +1275,8 @@ impl Daemon {
                     }
                 }
                 reporter.report(&Event::Swept(&swept));
+                // What building the set and this pass needed.
+                memory::give_back();
                 if self.sweep_again {
                     self.sweep();
                 }

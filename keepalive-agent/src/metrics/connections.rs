@@ -25,7 +25,7 @@ use crate::{
     datapath::{self, Lister},
     hierarchy::Hierarchy,
     kernel::layout::Kernel,
-    paths,
+    memory, paths,
     sockets::{self, cgroups::Cgroups, filter::Risk},
 };
 
@@ -155,6 +155,7 @@ impl<S: Send + Sync + 'static> Connections<S> {
             .spawn(move || {
                 let begun = Instant::now();
                 let tally = count(&counted);
+                memory::give_back();
                 // Nobody is left to tell when the agent ends.
                 let _ = tell.send((tally, begun.elapsed()));
             });
