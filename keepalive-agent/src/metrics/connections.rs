@@ -97,7 +97,7 @@ impl Connections {
             let mut lister = lister.lock().unwrap_or_else(PoisonError::into_inner);
             let lister = match &mut *lister {
                 Some(lister) => lister,
-                none => none.insert(Lister::load(&kernel)?),
+                none => none.insert(Lister::load(&kernel, &source.record.description.root.path)?),
             };
             count(lister, source)
         })
