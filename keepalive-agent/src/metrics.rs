@@ -748,6 +748,25 @@ mod tests {
     }
 
     #[test]
+    fn rules_and_dashboard_ask_for_what_there_is() {
+        let known: Vec<_> = STATISTICS.iter().map(Statistic::sample_name).collect();
+        for text in [
+            include_str!("../../packaging/monitoring/keepalive.rules.yml"),
+            include_str!("../../packaging/monitoring/keepalive.rules.test.yml"),
+            include_str!("../../packaging/monitoring/keepalive.dashboard.json"),
+        ] {
+            let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let mut asked = 0;
+            for word in words.filter(|word| word.starts_with("keepalive_")) {
+                let name = word.strip_suffix("_bucket").unwrap_or(word);
+                assert!(known.iter().any(|known| known == name), "{word}");
+                asked += 1;
+            }
+            assert!(asked > 3);
+        }
+    }
+
+    #[test]
     fn the_documentation_has_this_table() {
         let documentation = include_str!("../../docs/metrics.md");
         assert!(

@@ -221,7 +221,10 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    };
 
     use keepalive_common::plan::Options;
 
@@ -237,16 +240,13 @@ mod tests {
         tally.map(|tally| tally.counted_at)
     }
 
-    /// Each counting gives its number; the first one is slow.
-    fn numbered(slow: Duration) -> Connections<u32> {
+    /// Each counting gives its number.
+    fn numbered(before: impl Fn() + Send + Sync + 'static) -> Connections<u32> {
         let number = AtomicU64::new(0);
         Connections::counted_by(move |_| {
-            let counted_at = number.fetch_add(1, Ordering::Relaxed);
-            if counted_at == 0 {
-                thread::sleep(slow);
-            }
+            before();
             Ok(Tally {
-                counted_at,
+                counted_at: number.fetch_add(1, Ordering::Relaxed),
                 ..Tally::default()
             })
         })
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn many_who_ask_are_told_what_was_counted_once() {
-        let connections = numbered(Duration::ZERO);
+        let connections = numbered(|| ());
         let source = Arc::new(1);
         for _ in 0..100 {
             assert_eq!(asked(&connections, &source), Some(0));
@@ -267,12 +267,17 @@ mod tests {
 
     #[test]
     fn what_takes_long_is_not_waited_for() {
-        let connections = numbered(PATIENCE + Duration::from_secs(1));
+        let (end, ends) = mpsc::channel();
+        let ends = Mutex::new(ends);
+        let connections = numbered(move || ends.lock().unwrap().recv().unwrap());
         let source = Arc::new(1);
         assert_eq!(asked(&connections, &source), None);
-        // It goes on, once, and nobody waits anew.
+        // It goes on, and nobody begins another one.
         assert_eq!(asked(&connections, &source), None);
-        thread::sleep(Duration::from_secs(2));
+        end.send(()).unwrap();
+        while asked(&connections, &source).is_none() {
+            thread::yield_now();
+        }
         assert_eq!(asked(&connections, &source), Some(0));
     }
 
