@@ -117,8 +117,8 @@ pub const STATISTICS: [Statistic; 27] = [
     Statistic {
         name: "keepalive_at_risk_connections",
         kind: Kind::Gauge,
-        help: "Connections that such a path would forget, were they on it: silent for longer than \
-               it remembers, or that with two probes lost. Those within the machine do not count",
+        help: "Connections that such a path would forget in a silence, were they on it: keepalive is \
+               off, or its third probe comes too late; those within the machine do not count",
         labels: &["path"],
         read: |now| {
             let tally = now.connections.iter();
