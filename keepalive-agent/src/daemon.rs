@@ -35,6 +35,7 @@ use crate::{
     },
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
+    memory,
     metrics::{self, Exposed},
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
@@ -208,7 +209,8 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
     };
     let mut daemon = Daemon::prepare(options, journal)?;
     if let Some(address) = &options.metrics {
-        metrics::server::start(address, options.take_over, daemon.exposed.clone())?;
+        let exposed = daemon.exposed.clone();
+        metrics::server::start(address, options.take_over, exposed, &daemon.kernel)?;
     }
     let started = daemon.put_in_force()?;
     // From here on these end it in an orderly way. Before they end it at once: what
@@ -1054,6 +1056,7 @@ impl Daemon {
         if demanded || self.last_reported_error.as_ref() != Some(&error) {
             error!("the policy in force goes on: {error}");
         }
+        self.state.totals.reloads_failed += 1;
         self.state.reload = Some(Reload {
             at: seconds_since_1970(),
             error: Some(error.chars().take(1000).collect()),
@@ -1175,6 +1178,7 @@ impl Daemon {
         self.retry_after = RETRY;
         self.part("policy set", Ok(()));
         if let Some(why) = self.reloads {
+            self.state.totals.reloads += 1;
             self.state.reload = Some(Reload {
                 at: seconds_since_1970(),
                 error: None,
@@ -1241,6 +1245,7 @@ impl Daemon {
             Err(error) => {
                 let error = format!("starting a thread to sweep: {error}");
                 warn!("existing connections are as they were: {error}; it is tried again");
+                self.state.totals.sweeps_failed += 1;
                 self.part_failed(PART, error);
                 self.retry_later();
             }
@@ -1252,6 +1257,7 @@ impl Daemon {
         match progress {
             Some(Progress::FirstPass(Ok(swept))) => {
                 self.state.settled = true;
+                self.state.totals.sweeps += 1;
                 self.state.sweep.connections = swept.seen;
                 self.state.sweep.namespaces = swept.namespaces as u64;
                 self.state.sweep.waiting = swept.waiting();
@@ -1274,12 +1280,15 @@ impl Daemon {
                     }
                 }
                 reporter.report(&Event::Swept(&swept));
+                // What building the set and this pass needed.
+                memory::give_back();
                 if self.sweep_again {
                     self.sweep();
                 }
             }
             Some(Progress::FirstPass(Err(error))) => {
                 warn!("existing connections are not governed: {error:#}");
+                self.state.totals.sweeps_failed += 1;
                 self.part_failed(PART, format!("{error:#}"));
                 self.retry_later();
             }

@@ -26,6 +26,7 @@ pub use dead_peers::{DeadPeer, DeadPeers};
 pub use description::now;
 pub use description::{
     Counted, Description, Done, Origin, Owner, Part, PartStatus, Refusals, Reload, State, Sweep,
+    Totals,
 };
 pub use error::{Error, chain};
 pub use events::{Change, Events};

@@ -37,6 +37,7 @@ pub mod explain;
 pub mod hierarchy;
 pub mod identity;
 pub mod kernel;
+pub mod memory;
 pub mod metrics;
 pub mod mountinfo;
 pub mod names;

@@ -5,14 +5,19 @@
 //! come from there. Labels are bounded: names of policies, causes, options and
 //! parts, never addresses.
 
+mod connections;
 pub mod server;
 
 use std::{
+    collections::BTreeMap,
     fmt::{self, Write as _},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use keepalive_common::dead_peer::{BUCKETS, Cause, upper_bound};
+use keepalive_common::{
+    counters::{Counters, Direction},
+    dead_peer::{BUCKETS, Cause, upper_bound},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, MetricEncoder, text},
@@ -23,7 +28,9 @@ use prometheus_client::{
 use crate::{
     VERSION,
     datapath::{Counted, Done, Error, Evidence, PartStatus, Refusals, SetRecord, State, Usage},
+    paths,
 };
+use connections::{OfPolicy, Tally};
 
 /// What kind of number a statistic is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,10 +79,12 @@ struct Snapshot {
     usage: Vec<Usage>,
     state: State,
     built_at: u64,
+    /// None where they could not be counted.
+    connections: Option<Arc<Tally>>,
 }
 
 /// All there are, in the order in which they are shown.
-pub const STATISTICS: [Statistic; 19] = [
+pub const STATISTICS: [Statistic; 27] = [
     Statistic {
         name: "keepalive_build",
         kind: Kind::Info,
@@ -98,15 +107,74 @@ pub const STATISTICS: [Statistic; 19] = [
         read: |now| vec![sample([], now.built_at)],
     },
     Statistic {
+        name: "keepalive_connections",
+        kind: Kind::Gauge,
+        help: "Connections that there are now, with keepalive on (protected) or off, whoever set \
+               it; each end by itself",
+        labels: &["policy", "state"],
+        read: connections_now,
+    },
+    Statistic {
+        name: "keepalive_at_risk_connections",
+        kind: Kind::Gauge,
+        help: "Connections that such a path would forget in a silence, were they on it: keepalive is \
+               off, or its third probe comes too late; those within the machine do not count",
+        labels: &["path"],
+        read: |now| {
+            let tally = now.connections.iter();
+            tally
+                .flat_map(|tally| paths::ALL.into_iter().zip(tally.at_risk))
+                .map(|(middlebox, count)| sample([middlebox.name], count))
+                .collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_connections_counted_timestamp_seconds",
+        kind: Kind::Gauge,
+        help: "When the connections were counted that there are now, in seconds since 1970",
+        labels: &[],
+        read: |now| {
+            let tally = now.connections.iter();
+            tally.map(|tally| sample([], tally.counted_at)).collect()
+        },
+    },
+    Statistic {
+        name: "keepalive_connections_missed_namespaces",
+        kind: Kind::Gauge,
+        help: "Network namespaces of which connections could not be counted, or not all",
+        labels: &[],
+        read: |now| {
+            let tally = now.connections.iter();
+            tally
+                .map(|tally| sample([], tally.missed_namespaces))
+                .collect()
+        },
+    },
+    Statistic {
         name: "keepalive_connections_established",
         kind: Kind::Counter,
         help: "Connections that were established under a policy, each end by itself; unclaimed is \
                what no policy claims",
-        labels: &["policy", "mode", "outcome"],
+        labels: &["policy", "mode", "direction", "outcome"],
         read: |now| {
-            outcomes(now, |done| {
-                (done.established.seen, done.established.left_alone)
-            })
+            let mut samples = Vec::new();
+            for direction in Direction::ALL {
+                let index = direction as usize;
+                for_outcomes(
+                    now,
+                    |done| {
+                        let Counters {
+                            seen, left_alone, ..
+                        } = &done.established;
+                        let of = |counts: &[u64]| counts.get(index).copied().unwrap_or_default();
+                        (of(seen), of(left_alone))
+                    },
+                    |policy, mode, outcome, count| {
+                        samples.push(sample([policy, mode, direction.name(), outcome], count));
+                    },
+                );
+            }
+            samples
         },
     },
     Statistic {
@@ -114,15 +182,41 @@ pub const STATISTICS: [Statistic; 19] = [
         kind: Kind::Counter,
         help: "Connections that were there already when a policy came into force",
         labels: &["policy", "mode", "outcome"],
-        read: |now| outcomes(now, |done| (done.existing.seen, done.existing.left_alone)),
+        read: |now| {
+            let mut samples = Vec::new();
+            for_outcomes(
+                now,
+                |done| (done.existing.seen(), done.existing.left_alone()),
+                |policy, mode, outcome, count| {
+                    samples.push(sample([policy, mode, outcome], count));
+                },
+            );
+            samples
+        },
     },
     Statistic {
         name: "keepalive_options_set",
         kind: Kind::Counter,
         help: "Options that were set, or would have been in dry run: keepalive turned on or off, \
-               timers filled in or moved into bounds",
+               timers filled in, moved into bounds, or given back to the application",
         labels: &["policy", "mode", "change"],
         read: changes,
+    },
+    Statistic {
+        name: "keepalive_user_timeout_conflicts",
+        kind: Kind::Counter,
+        help: "Connections whose keepalive was left as it is, because the application's \
+               user-timeout would have ended them early; a user-timeout at least derived is the cure",
+        labels: &["policy", "mode"],
+        read: |now| both(now, |counters| counters.user_timeout_conflict),
+    },
+    Statistic {
+        name: "keepalive_give_ups_unsupported",
+        kind: Kind::Counter,
+        help: "Connections without the give-up of their policy, because the kernel has no \
+               TCP_RTO_MAX_MS (before Linux 6.15)",
+        labels: &["policy", "mode"],
+        read: |now| both(now, |counters| counters.give_up_unsupported),
     },
     Statistic {
         name: "keepalive_refusals",
@@ -189,6 +283,16 @@ pub const STATISTICS: [Statistic; 19] = [
         },
     },
     Statistic {
+        name: "keepalive_sweeps",
+        kind: Kind::Counter,
+        help: "Times that existing connections were brought along, since the agent runs",
+        labels: &["outcome"],
+        read: |now| {
+            let totals = &now.state.totals;
+            by_success(totals.sweeps, totals.sweeps_failed)
+        },
+    },
+    Statistic {
         name: "keepalive_sweep_under_way",
         kind: Kind::Gauge,
         help: "1 while existing connections are brought along",
@@ -215,6 +319,16 @@ pub const STATISTICS: [Statistic; 19] = [
         help: "Network namespaces whose existing connections could not be brought along",
         labels: &[],
         read: |now| vec![sample([], now.state.sweep.missed)],
+    },
+    Statistic {
+        name: "keepalive_reloads",
+        kind: Kind::Counter,
+        help: "Configs that were read after the start, since the agent runs",
+        labels: &["outcome"],
+        read: |now| {
+            let totals = &now.state.totals;
+            by_success(totals.reloads, totals.reloads_failed)
+        },
     },
     Statistic {
         name: "keepalive_last_reload_successful",
@@ -267,17 +381,50 @@ const fn mode(counted: &Counted) -> &'static str {
     }
 }
 
-fn outcomes(now: &Snapshot, read: fn(&Done) -> (u64, u64)) -> Vec<Sample> {
+fn by_success(succeeded: u64, failed: u64) -> Vec<Sample> {
+    vec![sample(["succeeded"], succeeded), sample(["failed"], failed)]
+}
+
+/// The policies in force, and what else there are connections of.
+fn connections_now(now: &Snapshot) -> Vec<Sample> {
+    let Some(tally) = &now.connections else {
+        return Vec::new();
+    };
+    let none = |(counted, _): &(Counted, Done)| (counted.name.clone(), OfPolicy::default());
+    let mut by_policy: BTreeMap<_, _> = now.done.iter().map(none).collect();
+    by_policy.extend(tally.by_policy.clone());
     let mut samples = Vec::new();
+    for (policy, counts) in by_policy {
+        samples.push(sample([&policy, "protected"], counts.protected));
+        samples.push(sample([&policy, "unprotected"], counts.unprotected));
+    }
+    samples
+}
+
+/// Hands on, for each policy and mode, how many connections were changed and how
+/// many left alone, of what is read as seen and left alone.
+fn for_outcomes(
+    now: &Snapshot,
+    read: impl Fn(&Done) -> (u64, u64),
+    mut take: impl FnMut(&str, &str, &str, u64),
+) {
     for (counted, done) in &now.done {
         let (seen, left_alone) = read(done);
         // They are read one after the other while they grow.
         let changed = seen.saturating_sub(left_alone);
-        for (outcome, number) in [("changed", changed), ("left-alone", left_alone)] {
-            samples.push(sample([&counted.name, mode(counted), outcome], number));
+        for (outcome, count) in [("changed", changed), ("left-alone", left_alone)] {
+            take(&counted.name, mode(counted), outcome, count);
         }
     }
-    samples
+}
+
+/// A count of new and existing connections together.
+fn both(now: &Snapshot, read: fn(&Counters) -> u64) -> Vec<Sample> {
+    let of = |(counted, done): &(Counted, Done)| {
+        let count = read(&done.established) + read(&done.existing);
+        sample([&counted.name, mode(counted)], count)
+    };
+    now.done.iter().map(of).collect()
 }
 
 fn changes(now: &Snapshot) -> Vec<Sample> {
@@ -289,6 +436,7 @@ fn changes(now: &Snapshot) -> Vec<Sample> {
             ("turned-off", new.turned_off + old.turned_off),
             ("filled", new.filled + old.filled),
             ("clamped", new.clamped + old.clamped),
+            ("restored", new.restored + old.restored),
         ] {
             samples.push(sample([&counted.name, mode(counted), change], number));
         }
@@ -443,19 +591,22 @@ impl Exposed {
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
+}
 
-    fn snapshot(&self) -> Result<Snapshot, Error> {
-        let Some(source) = self.source() else {
-            return Ok(Snapshot {
+impl Snapshot {
+    fn of(source: Option<&Source>, connections: Option<Arc<Tally>>) -> Result<Self, Error> {
+        let Some(source) = source else {
+            return Ok(Self {
                 in_force: false,
                 done: Vec::new(),
                 refusals: Vec::new(),
                 usage: Vec::new(),
                 state: State::default(),
                 built_at: 0,
+                connections,
             });
         };
-        Ok(Snapshot {
+        Ok(Self {
             in_force: source.evidence.holds(),
             done: source.record.done()?,
             refusals: source.record.refusals()?,
@@ -463,6 +614,7 @@ impl Exposed {
             usage: source.evidence.usage().unwrap_or_default(),
             state: source.record.state()?,
             built_at: source.record.description.built_at,
+            connections,
         })
     }
 }
@@ -487,15 +639,15 @@ fn openmetrics(snapshot: Snapshot) -> Result<String, fmt::Error> {
 
 #[cfg(test)]
 mod tests {
-    use keepalive_common::{counters::Counters, dead_peer::bucket};
+    use keepalive_common::dead_peer::bucket;
 
     use super::*;
 
     fn snapshot() -> Snapshot {
         let mut done = Done {
             established: Counters {
-                seen: 5,
-                left_alone: 2,
+                seen: [5, 7],
+                left_alone: [2, 3],
                 filled: 9,
                 ..Counters::default()
             },
@@ -523,6 +675,18 @@ mod tests {
             }],
             state: State::default(),
             built_at: 7,
+            connections: Some(Arc::new(Tally {
+                by_policy: BTreeMap::from([(
+                    "dry".to_owned(),
+                    OfPolicy {
+                        protected: 3,
+                        unprotected: 4,
+                    },
+                )]),
+                at_risk: [1, 2, 3, 4, 5],
+                missed_namespaces: 0,
+                counted_at: 8,
+            })),
         }
     }
 
@@ -545,7 +709,17 @@ mod tests {
             "keepalive_silence_before_death_seconds_sum{policy=\"a \\\"b\\\"\\n\",\
              cause=\"probes\"} 100000.5",
             "keepalive_connections_established_total{policy=\"dry\",mode=\"dry-run\",\
-             outcome=\"changed\"} 3",
+             direction=\"connecting\",outcome=\"left-alone\"} 2",
+            "keepalive_connections_established_total{policy=\"a \\\"b\\\"\\n\",mode=\"enforced\",\
+             direction=\"connecting\",outcome=\"changed\"} 3",
+            "keepalive_connections_established_total{policy=\"a \\\"b\\\"\\n\",mode=\"enforced\",\
+             direction=\"accepting\",outcome=\"changed\"} 4",
+            "keepalive_connections{policy=\"dry\",state=\"protected\"} 3",
+            "keepalive_connections{policy=\"dry\",state=\"unprotected\"} 4",
+            "keepalive_connections{policy=\"a \\\"b\\\"\\n\",state=\"protected\"} 0",
+            "keepalive_at_risk_connections{path=\"azure-lb\"} 3",
+            "keepalive_connections_counted_timestamp_seconds 8",
+            "keepalive_reloads_total{outcome=\"failed\"} 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
@@ -555,7 +729,7 @@ mod tests {
 
     #[test]
     fn nothing_in_force_is_said() {
-        let text = openmetrics(Exposed::default().snapshot().unwrap()).unwrap();
+        let text = openmetrics(Snapshot::of(None, None).unwrap()).unwrap();
         assert!(text.contains("\nkeepalive_in_force 0\n"), "{text}");
     }
 
@@ -570,6 +744,25 @@ mod tests {
                     statistic.name
                 );
             }
+        }
+    }
+
+    #[test]
+    fn rules_and_dashboard_ask_for_what_there_is() {
+        let known: Vec<_> = STATISTICS.iter().map(Statistic::sample_name).collect();
+        for text in [
+            include_str!("../../packaging/monitoring/keepalive.rules.yml"),
+            include_str!("../../packaging/monitoring/keepalive.rules.test.yml"),
+            include_str!("../../packaging/monitoring/keepalive.dashboard.json"),
+        ] {
+            let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let mut asked = 0;
+            for word in words.filter(|word| word.starts_with("keepalive_")) {
+                let name = word.strip_suffix("_bucket").unwrap_or(word);
+                assert!(known.iter().any(|known| known == name), "{word}");
+                asked += 1;
+            }
+            assert!(asked > 3);
         }
     }
 

@@ -23,7 +23,7 @@ use filter::Filter;
 use forecast::{Forecast, Moment, Timers};
 use holders::Holder;
 use source::{Settings, settings};
-pub use walk::{Taker, Unseen, each_connection};
+pub use walk::{Taker, Unseen, each_connection, sum_up};
 
 /// A connection with everything that is known about it.
 #[derive(Clone, Debug)]
@@ -146,7 +146,7 @@ pub fn list(
 
 /// Connections for the tests of what is done with them.
 #[cfg(test)]
-mod trial {
+pub(crate) mod trial {
     use std::net::SocketAddr;
 
     use keepalive_common::{environment::Environment, socket::Addresses};
@@ -154,7 +154,7 @@ mod trial {
     use super::*;
 
     /// A connection between two addresses with these options.
-    pub(super) fn record(local: &str, remote: &str, options: &Options) -> SocketRecord {
+    pub(crate) fn record(local: &str, remote: &str, options: &Options) -> SocketRecord {
         let parts = |text: &str| {
             let address: SocketAddr = text.parse().unwrap();
             let mut bytes = [0; 16];
@@ -186,7 +186,7 @@ mod trial {
     }
 
     /// Keepalive on with nothing else set, on a connection to another machine.
-    pub(super) fn protected(idle: u32) -> SocketRecord {
+    pub(crate) fn protected(idle: u32) -> SocketRecord {
         let options = Options {
             keepalive: true,
             idle,

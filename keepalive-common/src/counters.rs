@@ -1,12 +1,39 @@
 //! Counters: what was done to sockets, per policy.
 
+/// Which end of a connection a socket is. The numbers stand in map records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// It called `connect()`.
+    Connecting = 0,
+    /// It came out of `accept()`.
+    Accepting = 1,
+}
+
+impl Direction {
+    /// All of them, at the index of their number.
+    pub const ALL: [Self; 2] = [Self::Connecting, Self::Accepting];
+
+    /// As it stands in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Accepting => "accepting",
+        }
+    }
+}
+
+/// A count for each [`Direction`]. Of connections that were there already the
+/// kernel does not tell it; they stand at the first place.
+pub type ByDirection = [u64; Direction::ALL.len()];
+
 /// What a policy did. One record per policy and CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(serde::Deserialize, serde::Serialize))]
 pub struct Counters {
     /// Connections that the policy claimed.
-    pub seen: u64,
+    pub seen: ByDirection,
     /// Connections on which keepalive was off and was turned on.
     pub turned_on: u64,
     /// Connections on which keepalive was on and was turned off.
@@ -19,7 +46,7 @@ pub struct Counters {
     /// had moved.
     pub restored: u64,
     /// Connections on which everything was already as the policy wants it.
-    pub left_alone: u64,
+    pub left_alone: ByDirection,
     /// Options that the kernel refused; the connection goes on without them.
     pub failed: u64,
     /// Connections on which keepalive and its timers were left as the application
@@ -32,15 +59,29 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Connections that the policy claimed, in whichever direction.
+    #[must_use]
+    pub fn seen(&self) -> u64 {
+        self.seen.iter().sum()
+    }
+
+    /// Those of them that were left alone.
+    #[must_use]
+    pub fn left_alone(&self) -> u64 {
+        self.left_alone.iter().sum()
+    }
+
     /// Adds what another CPU counted.
     pub fn add(&mut self, other: &Self) {
-        self.seen += other.seen;
+        let own = self.seen.iter_mut().chain(&mut self.left_alone);
+        for (sum, more) in own.zip(other.seen.iter().chain(&other.left_alone)) {
+            *sum += more;
+        }
         self.turned_on += other.turned_on;
         self.turned_off += other.turned_off;
         self.filled += other.filled;
         self.clamped += other.clamped;
         self.restored += other.restored;
-        self.left_alone += other.left_alone;
         self.failed += other.failed;
         self.user_timeout_conflict += other.user_timeout_conflict;
         self.give_up_unsupported += other.give_up_unsupported;
@@ -186,7 +227,7 @@ mod tests {
 
     #[test]
     fn the_records_have_no_padding() {
-        assert_eq!(size_of::<Counters>(), 10 * 8);
+        assert_eq!(size_of::<Counters>(), 12 * 8);
         assert_eq!(size_of::<FailureKey>(), 3 * 4);
         assert_eq!(size_of::<Failure>(), 8);
         assert_eq!(size_of::<Refusal>(), 4 * 4 + 8);
@@ -196,18 +237,28 @@ mod tests {
     fn adding_adds_every_counter() {
         let mut sum = Counters::default();
         let one = Counters {
-            seen: 1,
+            seen: [1, 11],
             turned_on: 2,
             turned_off: 3,
             filled: 4,
             clamped: 5,
             restored: 10,
-            left_alone: 6,
+            left_alone: [6, 12],
             failed: 7,
             user_timeout_conflict: 8,
             give_up_unsupported: 9,
         };
         sum.add(&one);
         assert_eq!(sum, one);
+        sum.add(&one);
+        assert_eq!((sum.seen(), sum.left_alone()), (24, 36));
+        assert_eq!((sum.turned_on, sum.give_up_unsupported), (4, 18));
+    }
+
+    #[test]
+    fn directions_stand_at_their_number() {
+        for (number, direction) in Direction::ALL.into_iter().enumerate() {
+            assert_eq!(direction as usize, number);
+        }
     }
 }

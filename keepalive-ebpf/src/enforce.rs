@@ -3,11 +3,15 @@
 use core::{ffi::c_void, sync::atomic::AtomicU64};
 
 use aya_ebpf::{
-    EbpfContext as _, btf_maps::PerCpuArray, helpers::generated::bpf_setsockopt, macros::btf_map,
+    EbpfContext as _,
+    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
+    btf_maps::PerCpuArray,
+    helpers::generated::bpf_setsockopt,
+    macros::btf_map,
     programs::SockOpsContext,
 };
 use keepalive_common::{
-    counters::{Counters, SocketOption},
+    counters::{ByDirection, Counters, Direction, SocketOption},
     environment::Environment,
     history::{application, known_by, replan},
     plan::{Options, plan, plan_unset},
@@ -38,8 +42,9 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
         return;
     };
     let Some(policy) = claim::policy(slot) else {
-        // SAFETY: only the address of the counter is used.
-        count(unsafe { &raw const (*counters).seen });
+        // SAFETY: only the address of the counters is used.
+        let seen = unsafe { &raw const (*counters).seen };
+        count_by_direction(seen, direction(ctx.as_ptr()));
         return;
     };
     // Each in a frame of its own: there is little stack.
@@ -69,7 +74,7 @@ fn untouched(
     let has = Options::default();
     let wants = forget_options(plan_unset(policy, &environment));
     let left_alone = !wants.keepalive && !wants.has_timers();
-    count_seen(counters, left_alone);
+    count_seen(counters, direction(target), left_alone);
     if left_alone {
         return;
     }
@@ -95,7 +100,7 @@ fn touched(
     let has = sock.options(&environment);
     let plan = plan(policy, &has, &environment);
     let wants = &forget_options(plan.wants);
-    count_seen(counters, *wants == has);
+    count_seen(counters, direction(target), *wants == has);
     let conflict = plan.user_timeout_conflict;
     count_limits(counters, policy, conflict, &environment);
     if *wants == has {
@@ -124,7 +129,7 @@ fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters
     let application = forget_options(application(&has, &before, None, &environment));
     let plan = replan(policy, &has, &application, &before, &environment);
     let wants = forget_options(plan.wants);
-    count_seen(counters, wants == has);
+    count_seen(counters, direction(target), wants == has);
     count_limits(counters, policy, plan.user_timeout_conflict, &environment);
     let mut setter = Setter::new(target, slot, counters, &environment, true);
     setter.set(&application, &has, &wants);
@@ -154,16 +159,33 @@ pub(crate) fn count_limits(
     }
 }
 
+/// Which end has been established: the place of its [`Direction`] among counters.
+/// Without a branch, so that the verifier follows one path. `target` is the context
+/// of sock_ops.
+#[inline(always)]
+fn direction(target: *mut c_void) -> usize {
+    const {
+        assert!(BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB & 1 == Direction::Connecting as u32);
+        assert!(BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB & 1 == Direction::Accepting as u32);
+    }
+    SockOpsContext::new(target.cast()).op() as usize & 1
+}
+
 /// Counts a socket, and whether it was left alone.
 #[inline(always)]
-pub(crate) fn count_seen(counters: *const Counters, left_alone: bool) {
+pub(crate) fn count_seen(counters: *const Counters, direction: usize, left_alone: bool) {
     // SAFETY: the element lives as long as the map, and only its addresses are
     // used.
     let counters = unsafe { &*counters };
-    count(&raw const counters.seen);
+    count_by_direction(&raw const counters.seen, direction);
     if left_alone {
-        count(&raw const counters.left_alone);
+        count_by_direction(&raw const counters.left_alone, direction);
     }
+}
+
+#[inline(always)]
+fn count_by_direction(counters: *const ByDirection, direction: usize) {
+    count(counters.cast::<u64>().wrapping_add(direction));
 }
 
 /// The same options, without what the verifier has concluded about them. It

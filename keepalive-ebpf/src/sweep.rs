@@ -5,7 +5,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use keepalive_common::{
-    counters::Counters,
+    counters::{Counters, Direction},
     environment::Environment,
     history::Originals,
     plan::Options,
@@ -163,7 +163,8 @@ fn carry_out(
         ..
     } = subject;
     if pass.counts != 0 {
-        enforce::count_seen(counters, wants == has);
+        // Who connected is not known any more.
+        enforce::count_seen(counters, Direction::Connecting as usize, wants == has);
         enforce::count_limits(counters, policy, *user_timeout_conflict, environment);
     }
     let is_dry = pass.dry_run != 0;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Netns, Place, Probe, Process, Program, bpftool, output, require,
-    wait_until,
+    Agent, Cgroup, Need, Netns, Place, Probe, Process, Program, Sockopt, Timer, bpftool, output,
+    require, timers, wait_until,
 };
 use serde_json::Value;
 
@@ -79,28 +79,64 @@ impl<'a> Prometheus<'a> {
 
     /// The value of an expression with one result; nothing where it has none.
     fn ask(&self, query: &str) -> Result<String> {
+        let answer = self.answer(query)?;
+        let value = answer["data"]["result"][0]["value"][1].as_str();
+        Ok(value.unwrap_or_default().to_owned())
+    }
+
+    fn answer(&self, query: &str) -> Result<Value> {
         let mut command = Place::from(self.netns).command("curl");
         command.args(["--silent", "--get", "--data-urlencode"]);
         command.arg(format!("query={query}"));
         command.arg(format!("http://{PROMETHEUS}/api/v1/query"));
         let text = output(&mut command, LIMIT)?.stdout;
         let answer: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-        let value = answer["data"]["result"][0]["value"][1].as_str();
-        Ok(value.unwrap_or_default().to_owned())
+        ensure!(answer["status"] == "success", "{query}: {answer}");
+        Ok(answer)
     }
 }
 
-/// The rules that are shipped.
+/// What is shipped for monitoring.
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../packaging/monitoring")
+        .join(name)
+}
+
 fn rules() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring/keepalive.rules.yml")
+    shipped("keepalive.rules.yml")
+}
+
+/// The queries of the dashboard, for whichever instance.
+fn queries() -> Result<Vec<String>> {
+    let dashboard = std::fs::read_to_string(shipped("keepalive.dashboard.json"))?;
+    let dashboard: Value = serde_json::from_str(&dashboard)?;
+    let panels = dashboard["panels"].as_array().context("no panels")?;
+    let targets = panels
+        .iter()
+        .filter_map(|panel| panel["targets"].as_array())
+        .flatten();
+    let queries = targets.map(|target| {
+        let query = target["expr"].as_str().context("no query")?;
+        Ok(query
+            .replace("$instance", ".*")
+            .replace("$__rate_interval", "1m"))
+    });
+    queries.collect()
 }
 
 #[test]
 fn promtool_accepts_the_rules() -> Result<()> {
     require!(Need::Program("promtool"));
-    let mut command = Command::new("promtool");
-    let output = output(command.args(["check", "rules"]).arg(rules()), LIMIT)?;
-    ensure!(output.code == Some(0), "{}{}", output.stdout, output.stderr);
+    for (what, file) in [
+        ("check", rules()),
+        // When they fire.
+        ("test", shipped("keepalive.rules.test.yml")),
+    ] {
+        let mut command = Command::new("promtool");
+        let output = output(command.args([what, "rules"]).arg(file), LIMIT)?;
+        ensure!(output.code == Some(0), "{}{}", output.stdout, output.stderr);
+    }
     Ok(())
 }
 
@@ -129,12 +165,22 @@ fn a_prometheus_scrapes_it_and_health_is_by_evidence() -> Result<()> {
     ours.connection()?;
 
     let prometheus = Prometheus::start(&netns, directory.path())?;
-    let established = "keepalive_connections_established_total{policy=\"default\",\
-                       mode=\"enforced\",outcome=\"changed\"}";
+    let established = |direction: &str| {
+        format!(
+            "keepalive_connections_established_total{{policy=\"default\",mode=\"enforced\",\
+             direction=\"{direction}\",outcome=\"changed\"}}"
+        )
+    };
     for (query, value) in [
         ("up", "1"),
         ("keepalive_in_force", "1"),
-        (established, "2"),
+        (&established("connecting"), "1"),
+        (&established("accepting"), "1"),
+        ("keepalive_connections{state=\"protected\"}", "2"),
+        ("keepalive_connections{state=\"unprotected\"}", "0"),
+        ("keepalive_at_risk_connections{path=\"azure-lb\"}", "0"),
+        ("keepalive_sweeps_total{outcome=\"succeeded\"}", "1"),
+        ("keepalive_reloads_total{outcome=\"failed\"}", "0"),
         ("count(keepalive_build_info)", "1"),
         (
             "keepalive_silence_before_death_seconds_count{cause=\"probes\"}",
@@ -153,6 +199,9 @@ fn a_prometheus_scrapes_it_and_health_is_by_evidence() -> Result<()> {
             .get("/api/v1/rules")?
             .contains("\"health\":\"ok\"")
     );
+    for query in queries()? {
+        prometheus.answer(&query)?;
+    }
 
     wait_until(LIMIT, "it to be ready", || {
         Ok(get(&netns, AGENT, "/readyz")?.1 == "200")
@@ -172,6 +221,116 @@ fn a_prometheus_scrapes_it_and_health_is_by_evidence() -> Result<()> {
     wait_until(LIMIT, "it to be ill", || {
         Ok(get(&netns, AGENT, "/healthz")?.1 == "503")
     })?;
+    Ok(())
+}
+
+/// What is served for these samples on a socket of the agent's own.
+fn samples(socket: &str, names: &[&str]) -> Result<Vec<Option<u64>>> {
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--unix-socket", socket, "http://agent/metrics"]);
+    let served = output(&mut curl, LIMIT)?.stdout;
+    let value = |name: &&str| {
+        let mut lines = served.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map(str::parse).transpose().map_err(Into::into)
+    };
+    names.iter().map(value).collect()
+}
+
+#[test]
+fn connections_are_those_that_ss_sees() -> Result<()> {
+    require!(
+        Need::Program("curl"),
+        Need::Program("ip"),
+        Need::Program("ss")
+    );
+    let cgroup = Cgroup::new()?;
+    let left = cgroup.child("left")?;
+    let (near, far) = Netns::pair()?;
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("metrics.sock");
+    let socket = socket.to_str().context("a path in UTF-8")?;
+    let config = format!(
+        "[default]\nidle = \"30s\"\n[[policy]]\nname = \"left\"\ncgroup = \"{}\"\nignore = true\n",
+        left.path()
+    );
+    let mut agent = Agent::start_by(&cgroup, &config, &["env"], &["--metrics", socket])?;
+    agent.swept()?;
+    let mut ours = Probe::start(Program::Static, (&cgroup, &near))?;
+    let mut alone = Probe::start(Program::Static, (&left, &near))?;
+    let mut outside = Probe::start(Program::Static, &near)?;
+    let mut theirs = Probe::start(Program::Static, &far)?;
+    let (_, address) = theirs.listener("10.99.0.2:0")?;
+    let (listener, own) = ours.listener("10.99.0.1:0")?;
+    let long = ours.connected(address)?;
+    // Longer than what half of the paths remember.
+    ours.set(long, Sockopt::Idle, 340)?;
+    ours.connected(address)?;
+    theirs.connected(own)?;
+    ours.accept(listener)?;
+    // It waits to be accepted: no process holds it yet.
+    theirs.connected(own)?;
+    // Within the machine nothing forgets them.
+    ours.connection()?;
+    for _ in 0..3 {
+        alone.connected(address)?;
+    }
+    // Not below the agent's cgroup.
+    let bystander = outside.connected(address)?;
+    let bystander = outside.name(bystander)?;
+
+    let filter = format!("src 10.99.0.1 and not src {bystander}");
+    let seen = timers(Some(&near), &filter)?;
+    let is_protected = |timer: &&Option<Timer>| {
+        timer
+            .as_ref()
+            .is_some_and(|timer| timer.kind == "keepalive")
+    };
+    let protected = seen.iter().filter(is_protected).count() as u64;
+    let unprotected = seen.len() as u64 - protected;
+    assert_eq!((protected, unprotected), (4, 3));
+    let within = timers(Some(&near), "src 127.0.0.1")?.len() as u64;
+    let at_risk = |path: &str| format!("keepalive_at_risk_connections{{path=\"{path}\"}}");
+    let [nat, nlb, azure, gcp, ipvs] =
+        ["aws-nat", "aws-nlb", "azure-lb", "gcp", "ipvs"].map(at_risk);
+    let names = [
+        "keepalive_connections{policy=\"default\",state=\"protected\"}",
+        "keepalive_connections{policy=\"default\",state=\"unprotected\"}",
+        "keepalive_connections{policy=\"left\",state=\"protected\"}",
+        "keepalive_connections{policy=\"left\",state=\"unprotected\"}",
+        &nat,
+        &nlb,
+        &azure,
+        &gcp,
+        &ipvs,
+        "keepalive_connections_missed_namespaces",
+    ];
+    let forgotten = unprotected + 1;
+    let expected = [
+        protected + within,
+        0,
+        0,
+        unprotected,
+        forgotten,
+        forgotten,
+        forgotten,
+        unprotected,
+        unprotected,
+        0,
+    ];
+    assert_eq!(samples(socket, &names)?, expected.map(Some));
+
+    // What was counted holds for a while, and not for ever; a config that is not
+    // taken changes nothing of it.
+    agent.reload_refused("[default]\nidle = \"never\"\n")?;
+    alone.finish()?;
+    wait_until(LIMIT, "it to be counted again", || {
+        Ok(samples(socket, &names)?[3] == Some(0))
+    })?;
+    let reloads = ["succeeded", "failed"]
+        .map(|outcome| format!("keepalive_reloads_total{{outcome=\"{outcome}\"}}"));
+    let reloads = reloads.each_ref().map(String::as_str);
+    assert_eq!(samples(socket, &reloads)?, [Some(0), Some(1)]);
     Ok(())
 }
 

@@ -179,14 +179,15 @@ struct CountersRecord {
 
 impl From<Counters> for CountersRecord {
     fn from(counters: Counters) -> Self {
+        let (seen, left_alone) = (counters.seen(), counters.left_alone());
         let Counters {
-            seen,
+            seen: _,
             turned_on,
             turned_off,
             filled,
             clamped,
             restored,
-            left_alone,
+            left_alone: _,
             failed,
             user_timeout_conflict,
             give_up_unsupported,

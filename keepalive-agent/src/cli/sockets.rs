@@ -583,7 +583,8 @@ struct Printer {
 
 impl Receiver for Printer {
     fn take(&mut self, connection: &Connection<'_>) -> Result<()> {
-        self.total.add(connection, self.risk.threatens(connection));
+        self.total
+            .add(connection, self.risk.threatens(connection.record));
         if self.json && self.sort.is_none() {
             return format::json_line(connection, &mut self.out).context(PRINTING);
         }
@@ -619,7 +620,7 @@ impl Receiver for Counter {
             .by_cgroup
             .entry(connection.record.cgroup)
             .or_insert_with(|| (connection.cgroup.cloned(), Summary::default()));
-        summary.add(connection, self.risk.threatens(connection));
+        summary.add(connection, self.risk.threatens(connection.record));
         Ok(())
     }
 

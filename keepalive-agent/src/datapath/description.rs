@@ -23,7 +23,7 @@ use crate::{config::Config, hierarchy::Cgroup};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 3;
+pub(super) const SCHEMA: u32 = 4;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";
@@ -190,6 +190,9 @@ pub struct State {
     pub sweep: Sweep,
     /// The last time that the config was read, after the start.
     pub reload: Option<Reload>,
+    /// How often since the agent runs.
+    #[serde(default)]
+    pub totals: Totals,
     /// What the agent consists of, and how each part fares.
     pub parts: BTreeMap<String, Part>,
 }
@@ -232,6 +235,19 @@ pub struct Sweep {
     pub waiting: u64,
     /// Namespaces that could not be swept.
     pub missed: u64,
+}
+
+/// What an agent has done so far, and how often in vain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Totals {
+    /// Sweeps whose first pass has met every connection that it could.
+    pub sweeps: u64,
+    /// Sweeps that could not begin, or broke off.
+    pub sweeps_failed: u64,
+    /// Configs that were read after the start and put in force.
+    pub reloads: u64,
+    /// Configs that were read after the start and not taken.
+    pub reloads_failed: u64,
 }
 
 /// A reading of the config.

@@ -102,7 +102,7 @@ impl CounterMaps {
             done.push((whose.clone(), self.done_in(*slot)?));
         }
         let unclaimed = self.done_in(UNCLAIMED)?;
-        if unclaimed.established.seen > 0 || !unclaimed.dead_peers.is_empty() {
+        if unclaimed.established.seen() > 0 || !unclaimed.dead_peers.is_empty() {
             let whose = Counted {
                 name: assignment::UNCLAIMED.to_owned(),
                 enforced: true,
@@ -255,7 +255,8 @@ impl SetRecord {
         });
         current.extend(self.description.done.iter().cloned());
         for (whose, done) in current {
-            if !order.contains(&whose) && (done.established.seen, done.existing.seen) != (0, 0) {
+            if !order.contains(&whose) && (done.established.seen(), done.existing.seen()) != (0, 0)
+            {
                 order.push(whose.clone());
             }
             totals.entry(whose).or_default().add(&done);

@@ -34,8 +34,8 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::{Exposed, openmetrics};
-use crate::datapath;
+use super::{Exposed, Snapshot, connections::Connections, openmetrics};
+use crate::{datapath, kernel::layout::Kernel};
 
 /// So many are served at once; the others wait to be accepted.
 const CONNECTIONS: usize = 32;
@@ -153,7 +153,21 @@ impl Listener {
 /// # Errors
 ///
 /// When nobody can listen there, or no thread can be started.
-pub fn start(address: &Address, take_over: bool, exposed: Arc<Exposed>) -> Result<()> {
+pub fn start(
+    address: &Address,
+    take_over: bool,
+    exposed: Arc<Exposed>,
+    kernel: &Kernel,
+) -> Result<()> {
+    start_with(address, take_over, exposed, Connections::new(kernel))
+}
+
+fn start_with(
+    address: &Address,
+    take_over: bool,
+    exposed: Arc<Exposed>,
+    connections: Connections,
+) -> Result<()> {
     let place = match address {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => crate::names::printable_path(path).to_string(),
@@ -169,7 +183,11 @@ pub fn start(address: &Address, take_over: bool, exposed: Arc<Exposed>) -> Resul
     thread::Builder::new()
         .name("metrics".to_owned())
         .spawn(move || {
-            if let Err(error) = runtime.block_on(serve(listener, exposed)) {
+            let served = Arc::new(Served {
+                exposed,
+                connections,
+            });
+            if let Err(error) = runtime.block_on(serve(listener, served)) {
                 tracing::warn!("metrics are not served any more: {error:#}");
             }
         })
@@ -177,7 +195,13 @@ pub fn start(address: &Address, take_over: bool, exposed: Arc<Exposed>) -> Resul
     Ok(())
 }
 
-async fn serve(listener: Listener, exposed: Arc<Exposed>) -> Result<()> {
+/// What is told of.
+struct Served {
+    exposed: Arc<Exposed>,
+    connections: Connections,
+}
+
+async fn serve(listener: Listener, served: Arc<Served>) -> Result<()> {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     match listener {
         Listener::Tcp(listener) => {
@@ -185,7 +209,7 @@ async fn serve(listener: Listener, exposed: Arc<Exposed>) -> Result<()> {
             loop {
                 let place = places.clone().acquire_owned().await?;
                 match listener.accept().await {
-                    Ok((stream, _)) => connect(stream, &exposed, place),
+                    Ok((stream, _)) => connect(stream, &served, place),
                     Err(error) => pause(&error).await,
                 }
             }
@@ -195,7 +219,7 @@ async fn serve(listener: Listener, exposed: Arc<Exposed>) -> Result<()> {
             loop {
                 let place = places.clone().acquire_owned().await?;
                 match listener.accept().await {
-                    Ok((stream, _)) => connect(stream, &exposed, place),
+                    Ok((stream, _)) => connect(stream, &served, place),
                     Err(error) => pause(&error).await,
                 }
             }
@@ -212,14 +236,13 @@ async fn pause(error: &io::Error) {
 /// Serves one connection in a task of its own, which holds its place.
 fn connect(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    exposed: &Arc<Exposed>,
+    served: &Arc<Served>,
     place: tokio::sync::OwnedSemaphorePermit,
 ) {
-    let exposed = exposed.clone();
+    let served = served.clone();
     tokio::spawn(async move {
-        let service = service_fn(|request: Request<Incoming>| {
-            let response = answer(&request, &exposed);
-            async { Ok::<_, Infallible>(response) }
+        let service = service_fn(async |request: Request<Incoming>| {
+            Ok::<_, Infallible>(answer(&request, &served).await)
         });
         let connection = http1::Builder::new()
             .keep_alive(false)
@@ -234,12 +257,13 @@ fn connect(
     });
 }
 
-fn answer(request: &Request<Incoming>, exposed: &Exposed) -> Response<Full<Bytes>> {
+async fn answer(request: &Request<Incoming>, served: &Served) -> Response<Full<Bytes>> {
     /// What Prometheus asks for (OpenMetrics 1.0.0, "Overall structure").
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     const TEXT: &str = "text/plain; charset=utf-8";
+    let exposed = &served.exposed;
     let (status, kind, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, "/metrics") => match scrape(exposed) {
+        (&Method::GET | &Method::HEAD, "/metrics") => match scrape(served).await {
             Ok(text) => (StatusCode::OK, OPENMETRICS, text),
             Err(error) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
@@ -278,9 +302,13 @@ fn health(healthy: Result<(), String>) -> (StatusCode, &'static str, String) {
     }
 }
 
-fn scrape(exposed: &Exposed) -> Result<String> {
-    let snapshot = exposed
-        .snapshot()
+async fn scrape(served: &Served) -> Result<String> {
+    let source = served.exposed.source();
+    let connections = match &source {
+        Some(source) => served.connections.get(source).await,
+        None => None,
+    };
+    let snapshot = Snapshot::of(source.as_deref(), connections)
         .map_err(|error| anyhow!("{}", datapath::chain(&error)))?;
     Ok(openmetrics(snapshot)?)
 }
@@ -320,7 +348,8 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        start(&Address::Tcp(address), false, Arc::default()).unwrap();
+        let connections = Connections::counted_by(|_| unreachable!("nothing is in force"));
+        start_with(&Address::Tcp(address), false, Arc::default(), connections).unwrap();
         address
     }
 

@@ -112,13 +112,22 @@ impl Cgroups {
         let agents = running
             .iter()
             .map(|agent| Claimants::new(&agent.config, &agent.root));
-        Ok(Self {
+        Ok(Self::claimed_by(
             hierarchy,
-            agents: agents.collect::<Result<_, _>>()?,
+            agents.collect::<Result<_, _>>()?,
+        ))
+    }
+
+    /// For these agents, those further up before those further down.
+    #[must_use]
+    pub fn claimed_by(hierarchy: Option<Hierarchy>, agents: Vec<Claimants>) -> Self {
+        Self {
+            hierarchy,
+            agents,
             by_id: HashMap::new(),
             identities: Identities::default(),
             walked: None,
-        })
+        }
     }
 
     /// Whether any agent runs.
@@ -141,26 +150,50 @@ impl Cgroups {
         &mut self,
         record: &SocketRecord,
     ) -> io::Result<(Option<&Known>, Option<&Assigned>)> {
-        let (id, ends) = (record.cgroup, Ends::of(record));
-        if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
-            self.walk()?;
-        }
+        self.look_for(record.cgroup)?;
         let Self {
             by_id, identities, ..
         } = self;
-        if let Some(known) = by_id.get_mut(&id)
+        if let Some(known) = by_id.get_mut(&record.cgroup)
             && known.identity.is_none()
         {
             known.identity = Some(identities.of(known.path.as_bytes()));
         }
-        let Some(known) = self.by_id.get(&id) else {
-            return Ok((None, self.of_root(record)));
+        Ok(self.known(record))
+    }
+
+    /// The same, without finding out what the cgroup is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::get`].
+    pub fn claim(
+        &mut self,
+        record: &SocketRecord,
+    ) -> io::Result<(Option<&CgroupPath>, Option<&Assigned>)> {
+        self.look_for(record.cgroup)?;
+        let (known, policy) = self.known(record);
+        Ok((known.map(|known| &known.path), policy))
+    }
+
+    /// Looks at the hierarchy again for a cgroup that is not known, now and then.
+    fn look_for(&mut self, id: u64) -> io::Result<()> {
+        if !self.by_id.contains_key(&id) && self.walked.is_none_or(|at| at.elapsed() >= PAUSE) {
+            self.walk()?;
+        }
+        Ok(())
+    }
+
+    fn known(&self, record: &SocketRecord) -> (Option<&Known>, Option<&Assigned>) {
+        let Some(known) = self.by_id.get(&record.cgroup) else {
+            return (None, self.of_root(record));
         };
+        let ends = Ends::of(record);
         let agents = self.agents.iter().zip(&known.claims);
         let policy = agents
             .into_iter()
             .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), &ends));
-        Ok((Some(known), policy))
+        (Some(known), policy)
     }
 
     /// The policy of the root that claims a connection.

@@ -69,26 +69,25 @@ impl Filter {
         let identity = connection.cgroup.and_then(Known::identity);
         within
             && (self.whose.is_any() || identity.is_some_and(|own| self.whose.includes(own)))
-            && self.at_risk.is_none_or(|risk| risk.threatens(connection))
+            && self
+                .at_risk
+                .is_none_or(|risk| risk.threatens(connection.record))
     }
 }
 
 impl Risk {
     /// Whether the path would forget the connection in its silence.
     #[must_use]
-    pub fn threatens(&self, connection: &Connection<'_>) -> bool {
-        let settings = &connection.settings;
-        let kept_open = settings.keepalive.value
-            && self
-                .timeout
-                .is_kept_open_by(settings.idle.value, settings.interval.value);
-        !kept_open && self.is_on_path(connection)
+    pub fn threatens(&self, record: &SocketRecord) -> bool {
+        let holds = record.environment.complete(&record.options());
+        let kept_open = holds.keepalive && self.timeout.is_kept_open_by(holds.idle, holds.interval);
+        !kept_open && self.is_on_path(record)
     }
 
     /// Whether the connection counts as one that passes the path.
     #[must_use]
-    pub fn is_on_path(&self, connection: &Connection<'_>) -> bool {
-        self.loopback || !is_within_machine(connection.record)
+    pub fn is_on_path(&self, record: &SocketRecord) -> bool {
+        self.loopback || !is_within_machine(record)
     }
 }
 
@@ -283,7 +282,6 @@ mod tests {
 
     #[test]
     fn a_path_threatens_what_is_silent_too_long() {
-        let netns = own_netns();
         let off = Options::default();
         let on = Options {
             keepalive: true,
@@ -307,13 +305,12 @@ mod tests {
             ),
             (record("192.0.2.1:1", "192.0.2.1:2", &off), false, true),
         ] {
-            let connection = Connection::new(&netns, &record, None, None);
             for (loopback, expected) in [(false, threatened), (true, with_loopback)] {
                 let risk = Risk {
                     timeout: AWS_NAT.into(),
                     loopback,
                 };
-                assert_eq!(risk.threatens(&connection), expected, "{record:?}");
+                assert_eq!(risk.threatens(&record), expected, "{record:?}");
             }
         }
     }

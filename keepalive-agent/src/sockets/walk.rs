@@ -8,7 +8,10 @@
 //! sockets are gone through: each time the kernel goes through the table that all
 //! namespaces share.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, HashSet},
+    hash::{BuildHasher as _, RandomState},
+};
 
 use anyhow::{Error, Result, anyhow};
 use keepalive_common::{
@@ -59,6 +62,86 @@ pub fn each_connection(lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unse
     }
 }
 
+/// Has every connection added up once, without who holds it: nothing is kept of
+/// each but a number. Returns the sum, and how many namespaces could not be seen,
+/// or not wholly.
+///
+/// # Errors
+///
+/// When namespaces cannot be found, or `add` fails.
+pub fn sum_up<T: Default + Send>(
+    lister: &Lister,
+    add: &mut (dyn FnMut(&mut T, &SocketRecord) -> Result<()> + Send),
+) -> Result<(T, u64)> {
+    let mut sum = T::default();
+    let mut seen = Seen::default();
+    let mut census = Census::default();
+    let mut failed = None;
+    let found = lister.descriptors(|HeldRecord { descriptor, socket }| {
+        let kind = Kind::from_number(descriptor.kind);
+        let is_new = match kind {
+            Some(Kind::Namespace) | None => true,
+            Some(Kind::Mptcp) => seen.add(Key::of_inode(descriptor.inode)),
+            Some(_) => seen.add(Key::of(descriptor.inode, socket)),
+        };
+        census.add(descriptor, is_new);
+        if is_new && kind == Some(Kind::Connection) && failed.is_none() {
+            failed = add(&mut sum, socket).err();
+        }
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let (namespaces, others) = match found {
+        Ok(()) => {
+            let namespaces = census.namespaces()?;
+            let others = census.have_others(&namespaces)?;
+            (namespaces, others)
+        }
+        Err(error) => {
+            debug!("{error:#}; each network namespace is entered");
+            (sum, seen) = Default::default();
+            let namespaces = netns::all()?;
+            let others = namespaces.iter().map(|_| Ok(true)).collect();
+            (namespaces, others)
+        }
+    };
+    let mut unseen = 0;
+    for (netns, has_others) in namespaces.iter().zip(others) {
+        let outcome = match has_others {
+            Ok(false) => continue,
+            Ok(true) => list_with(lister, netns, |record| {
+                if seen.add(Key::of(record.inode, record)) {
+                    add(&mut sum, record)
+                } else {
+                    Ok(())
+                }
+            })?,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            debug!("network namespace {}: {error:#}", netns.name);
+            unseen += 1;
+        }
+    }
+    Ok((sum, unseen))
+}
+
+/// What each socket that was met comes to as a number: two of a million take the
+/// same one once in tens of millions of times.
+#[derive(Default)]
+struct Seen {
+    hasher: RandomState,
+    numbers: HashSet<u64>,
+}
+
+impl Seen {
+    /// Whether it is met for the first time.
+    fn add(&mut self, key: Key) -> bool {
+        self.numbers.insert(self.hasher.hash_one(key))
+    }
+}
+
 impl Unseen {
     fn of(netns: &Namespace, error: Error) -> Self {
         Self {
@@ -77,13 +160,25 @@ fn list(
     holders: &Holders,
     take: &mut Taker<'_>,
 ) -> Result<Result<()>> {
+    list_with(lister, netns, |record| {
+        if holders.knows(record) {
+            return Ok(());
+        }
+        take(netns, record, holders.of(record))
+    })
+}
+
+/// Hands on the connections of a namespace; the inner error is about this
+/// namespace only. One that is gone has none.
+fn list_with(
+    lister: &Lister,
+    netns: &Namespace,
+    mut take: impl FnMut(&SocketRecord) -> Result<()> + Send,
+) -> Result<Result<()>> {
     let mut failed = None;
     let entered = netns.enter(|| {
         lister.list(&mut |record| {
-            if holders.knows(record) {
-                return Ok(());
-            }
-            take(netns, record, holders.of(record)).map_err(|error| {
+            take(record).map_err(|error| {
                 failed = Some(error);
                 anyhow!("stopped")
             })

@@ -41,13 +41,12 @@ pub(super) struct Restored {
 impl Restored {
     /// In words and numbers.
     pub(super) fn text(&self, name: &str, dry_run: bool) -> String {
+        let (seen, left_alone) = (self.done.seen(), self.done.left_alone());
         let Counters {
-            seen,
             turned_on,
             turned_off,
             filled,
             restored,
-            left_alone,
             failed,
             ..
         } = self.done;

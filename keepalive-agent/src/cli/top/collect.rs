@@ -174,7 +174,7 @@ impl Collector {
             }
             for (counted, done) in record.done()? {
                 let sum = sums.entry(counted.name).or_default();
-                sum.0 += done.established.seen;
+                sum.0 += done.established.seen();
                 sum.1 += done.dead_peers.total();
             }
         }
@@ -311,9 +311,9 @@ impl Receiver for Taking<'_> {
 
 impl Risk {
     fn exposure(&self, connection: &Connection<'_>) -> Exposure {
-        if self.threatens(connection) {
+        if self.threatens(connection.record) {
             Exposure::AtRisk
-        } else if self.is_on_path(connection) {
+        } else if self.is_on_path(connection.record) {
             Exposure::Survives
         } else {
             Exposure::Within
