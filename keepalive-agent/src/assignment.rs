@@ -16,6 +16,7 @@ use keepalive_common::{
 
 use crate::{
     config::Config,
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity, Selector},
     rules::Rules,
@@ -26,6 +27,9 @@ pub const DEFAULT: &str = "default";
 
 /// The name under which connections are counted that no policy claims.
 pub const UNCLAIMED: &str = "(unclaimed)";
+
+/// The name under which connections are counted whose policy a user asked for.
+pub const GRANTED: &str = "(exec)";
 
 /// Longest path of a cgroup that can be claimed, in bytes. The kernel reports
 /// longer ones cut off ([`PATH_SIZE`]), so it could not be told which cgroup was
@@ -45,6 +49,8 @@ pub struct Assignment {
     /// Which cgroups point to them; without those whose sockets find the same
     /// policies by the claim of a cgroup above.
     pub claims: Vec<Claim>,
+    /// What users were given for commands of their own.
+    pub grants: Vec<Grant>,
 }
 
 /// A policy by its name.
@@ -561,6 +567,7 @@ impl<'a> Survey<'a> {
         let assignment = Assignment {
             policies: self.claimants.policies.clone(),
             claims: self.claims,
+            grants: Vec::new(),
         };
         (assignment, warnings)
     }

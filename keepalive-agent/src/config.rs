@@ -12,6 +12,7 @@ pub mod keys;
 mod merge;
 mod origin;
 mod preset;
+mod self_service;
 mod sources;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
+pub use self_service::{SelfService, Wish};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
@@ -42,6 +44,9 @@ pub struct Config {
     pub default: Option<Policy>,
     /// The named policies, in the order of the file.
     pub policies: Vec<NamedPolicy>,
+    /// What users may ask for commands of their own; none where they may not.
+    #[serde(default)]
+    pub self_service: Option<SelfService>,
 }
 
 /// A policy for some cgroups, units or containers, some remote ends, or both.
@@ -98,6 +103,7 @@ impl Config {
         Self {
             default: Some(Policy::BUILT_IN),
             policies: Vec::new(),
+            self_service: None,
         }
     }
 

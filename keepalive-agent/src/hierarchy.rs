@@ -29,7 +29,7 @@ pub struct Hierarchy {
 }
 
 /// `CGROUP2_SUPER_MAGIC` in include/uapi/linux/magic.h.
-const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
+pub(crate) const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
 
 /// The id of the root of the hierarchy (`kernfs_create_root()` in
 /// fs/kernfs/dir.c). A process in a cgroup namespace of its own finds another

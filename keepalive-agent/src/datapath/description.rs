@@ -31,6 +31,9 @@ pub(super) const DESCRIPTION: &str = "keepalive_set";
 /// Name of the map of the state.
 pub(super) const STATE: &str = "keepalive_state";
 
+/// Name of the map of what users were given.
+pub(super) const GRANTS: &str = "keepalive_exec";
+
 /// Documents are cut into pieces of a page.
 const PIECE: usize = 4096;
 pub(super) type Piece = [u8; PIECE];
@@ -90,6 +93,9 @@ pub(super) struct MapIds {
     pub(super) followed: u32,
     pub(super) originals: u32,
     pub(super) state: u32,
+    /// None where users are given nothing.
+    #[serde(default)]
+    pub(super) grants: Option<u32>,
 }
 
 /// What is left of the set before.

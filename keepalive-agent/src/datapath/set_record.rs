@@ -22,7 +22,9 @@ use super::{
     },
     syscalls,
 };
-use crate::assignment;
+use tracing::debug;
+
+use crate::{assignment, grant::Grant};
 
 /// A policy set in the kernel: what it says of itself, and what it counts.
 pub struct SetRecord {
@@ -30,6 +32,7 @@ pub struct SetRecord {
     pub description: Description,
     pub(super) document: MapHandle,
     state: Mutex<Document>,
+    grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
     pub(super) previous: Option<Arc<CounterMaps>>,
     pub(super) originals: MapHandle,
@@ -177,6 +180,7 @@ impl SetRecord {
         description: Description,
         document: MapHandle,
         state: Document,
+        grants: Option<Document>,
         own: CounterMaps,
         previous: Option<Arc<CounterMaps>>,
         originals: MapHandle,
@@ -185,6 +189,7 @@ impl SetRecord {
             description,
             document,
             state: Mutex::new(state),
+            grants: grants.map(Mutex::new),
             own: Arc::new(own),
             previous,
             originals,
@@ -214,7 +219,12 @@ impl SetRecord {
             Some(previous) => Some(CounterMaps::open(&previous.maps, previous.slots.clone())?),
             None => None,
         };
+        let grants = match description.maps.grants {
+            Some(id) => Some(Mutex::new(Document::open(by_id(id)?)?)),
+            None => None,
+        };
         Ok(Some(Self {
+            grants,
             state: Mutex::new(Document::open(by_id(description.maps.state)?)?),
             originals: MapHandle::of(&by_id(description.maps.originals)?)?,
             document: document.handle,
@@ -342,6 +352,33 @@ impl SetRecord {
         written
     }
 
+    /// What users were given for commands of their own. None where that cannot be
+    /// read: an agent may have been killed while it wrote.
+    #[must_use]
+    pub fn grants(&self) -> Vec<Grant> {
+        let Some(document) = &self.grants else {
+            return Vec::new();
+        };
+        let document = document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.read().unwrap_or_else(|error| {
+            debug!("what users were given: {error}");
+            Vec::new()
+        })
+    }
+
+    /// Says what users are given.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room for it, or it cannot be written.
+    pub fn set_grants(&self, grants: &[Grant]) -> Result<(), Error> {
+        let Some(document) = &self.grants else {
+            return Ok(());
+        };
+        let mut document = document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.write(&grants)
+    }
+
     /// The descriptors of the maps that a program has to keep alive for those who
     /// read this record.
     pub(super) fn handles(&self) -> Vec<&OwnedFd> {
@@ -350,10 +387,16 @@ impl SetRecord {
         own.chain(previous).map(|handle| &handle.fd).collect()
     }
 
-    /// The same for the state.
-    pub(super) fn bind_state(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        syscalls::bind_map(program, state.handle.fd.as_fd())
+    /// The same for the state and for what users were given.
+    pub(super) fn bind_documents(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
+        for document in [Some(&self.state), self.grants.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            let document = document.lock().unwrap_or_else(PoisonError::into_inner);
+            syscalls::bind_map(program, document.handle.fd.as_fd())?;
+        }
+        Ok(())
     }
 
     pub(super) fn state_id(&self) -> u32 {

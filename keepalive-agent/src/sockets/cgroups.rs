@@ -17,6 +17,7 @@ use keepalive_common::{
 use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity},
     rules::{Ends, most_exact},
@@ -30,10 +31,54 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Cgroups {
     /// None where no cgroup v2 hierarchy is mounted.
     hierarchy: Option<Hierarchy>,
-    agents: Vec<Claimants>,
+    agents: Vec<Agent>,
     by_id: HashMap<u64, Known>,
     identities: Identities,
     walked: Option<Instant>,
+}
+
+/// What an agent enforces.
+#[derive(Debug)]
+struct Agent {
+    claimants: Claimants,
+    /// Its policies; behind them those that users were given, once they are met.
+    policies: Vec<Assigned>,
+    grants: Vec<Grant>,
+}
+
+impl Agent {
+    fn new(enforcing: &Enforcing) -> Result<Self> {
+        let claimants = Claimants::new(&enforcing.config, &enforcing.root)?;
+        Ok(Self {
+            policies: claimants.policies().to_vec(),
+            claimants,
+            grants: enforcing.grants.clone(),
+        })
+    }
+
+    /// What becomes of a claim where a user was given a policy over it.
+    fn granted(&mut self, grant: &Grant, claim: Option<&Claim>) -> Found {
+        let mut number_of = |assigned: Assigned| {
+            self.policies.push(assigned);
+            self.policies.len() - 1
+        };
+        let Some(claim) = claim else {
+            return Arc::new(Claim {
+                policies: vec![number_of(grant.over(None))],
+                above: None,
+            });
+        };
+        let mut policies = Vec::with_capacity(claim.policies.len());
+        for index in &claim.policies {
+            let assigned = grant.over(self.policies.get(*index));
+            self.policies.push(assigned);
+            policies.push(self.policies.len() - 1);
+        }
+        Arc::new(Claim {
+            policies,
+            above: Some(self.granted(grant, claim.above.as_deref())),
+        })
+    }
 }
 
 /// A cgroup that was found.
@@ -111,7 +156,7 @@ impl Cgroups {
         running.sort_by_key(|agent| agent.root.path.depth());
         let agents = running
             .iter()
-            .map(|agent| Claimants::new(&agent.config, &agent.root));
+            .map(Agent::new);
         Ok(Self {
             hierarchy,
             agents: agents.collect::<Result<_, _>>()?,
@@ -159,7 +204,7 @@ impl Cgroups {
         let agents = self.agents.iter().zip(&known.claims);
         let policy = agents
             .into_iter()
-            .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), &ends));
+            .find_map(|(agent, found)| found.as_ref()?.policy(&agent.policies, &ends));
         Ok((Some(known), policy))
     }
 
@@ -167,12 +212,12 @@ impl Cgroups {
     fn of_root(&self, record: &SocketRecord) -> Option<&Assigned> {
         let has = record.options();
         self.agents.iter().find_map(|agent| {
-            let root = &agent.root().path;
+            let root = &agent.claimants.root().path;
             let claim = Claim {
-                policies: agent.of(root),
+                policies: agent.claimants.of(root),
                 above: None,
             };
-            let assigned = claim.policy(agent.policies(), &Ends::of(record))?;
+            let assigned = claim.policy(&agent.policies, &Ends::of(record))?;
             let fits = has != Options::default()
                 && plan(&assigned.policy, &has, &record.environment).wants == has;
             (root.depth() == 0 || fits).then_some(assigned)
@@ -183,7 +228,7 @@ impl Cgroups {
         if let Some(hierarchy) = &self.hierarchy
             && let Some(root) = hierarchy.lookup(&CgroupPath::root())?
         {
-            self.by_id = known(hierarchy.walk(&root)?, &self.agents);
+            self.by_id = known(hierarchy.walk(&root)?, &mut self.agents);
         }
         self.walked = Some(Instant::now());
         Ok(())
@@ -191,17 +236,17 @@ impl Cgroups {
 }
 
 /// Settles who claims each cgroup; parents come before their children.
-fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
+fn known(cgroups: Vec<Cgroup>, agents: &mut [Agent]) -> HashMap<u64, Known> {
     let mut by_path: HashMap<CgroupPath, Vec<Option<Found>>> = HashMap::new();
     let mut by_id = HashMap::with_capacity(cgroups.len());
     for Cgroup { path, id } in cgroups {
         let above = path.parent().and_then(|parent| by_path.get(&parent));
         let claims: Vec<_> = agents
-            .iter()
+            .iter_mut()
             .enumerate()
             .map(|(index, agent)| {
                 let above = above.and_then(|above| above[index].as_ref());
-                found(agent, &path, above)
+                found(agent, &path, id, above)
             })
             .collect();
         if !agents.is_empty() {
@@ -220,16 +265,28 @@ fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
 }
 
 /// The nearest claim of a cgroup, given that of the one above.
-fn found(agent: &Claimants, path: &CgroupPath, above: Option<&Found>) -> Option<Found> {
-    let policies = agent.of(path);
-    if policies.is_empty() {
-        return above.cloned().filter(|_| agent.is_in_reach(path));
-    }
-    let claim = Claim {
-        policies,
-        above: above.cloned(),
+fn found(
+    agent: &mut Agent,
+    path: &CgroupPath,
+    id: u64,
+    above: Option<&Found>,
+) -> Option<Found> {
+    let policies = agent.claimants.of(path);
+    let found = if policies.is_empty() {
+        let in_reach = |_: &Found| agent.claimants.is_in_reach(path);
+        above.cloned().filter(in_reach)
+    } else {
+        Some(Arc::new(Claim {
+            policies,
+            above: above.cloned(),
+        }))
     };
-    Some(Arc::new(claim))
+    let mut grants = agent.grants.iter();
+    let grant = grants.find(|grant| grant.cgroup.id == id && grant.cgroup.path == *path);
+    match grant.cloned() {
+        Some(grant) => Some(agent.granted(&grant, found.as_deref())),
+        None => found,
+    }
 }
 
 #[cfg(test)]
@@ -295,7 +352,9 @@ mod tests {
             config: Config {
                 default: None,
                 policies: policies.collect(),
+                self_service: None,
             },
+            grants: Vec::new(),
             origin: Origin::default(),
             error: None,
         }
