@@ -288,6 +288,10 @@ pub fn own_cgroup(
     if !name.is_some_and(|name| name.starts_with(PREFIX.as_bytes())) {
         return refused("was not made for a command");
     }
+    // No `..` and the like: policies are found by the path.
+    if hierarchy.path(path.as_path()).ok().as_ref() != Some(path) {
+        return refused("is not written as the kernel writes it");
+    }
     if path.as_bytes().len() > LONGEST_PATH {
         return refused("has too long a path");
     }
