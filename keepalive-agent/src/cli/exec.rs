@@ -64,6 +64,9 @@ const NOT_FOUND: u8 = 127;
                   the built-in policy: on, idle 60s, interval 10s, probes 6.\n\n\
                   Where an agent enforces on a cgroup above, it has the last word: its bounds hold, \
                   as for what an application sets.\n\n\
+                  Root, or who has the capabilities of `run`, needs no agent. An ordinary user asks \
+                  the agent, if its config has a table [self-service], and in a cgroup that is \
+                  delegated to the user, as under `systemd-run --user --scope`.\n\n\
                   Exit codes: the command's; 126 it cannot be run, 127 it is not found, 1 there is \
                   no cgroup or policy for it.\n\n\
                   Examples:\n  \

@@ -364,7 +364,7 @@ mod tests {
         let mut cgroups = Cgroups::new(None, agents).unwrap();
         let found = hierarchy(paths);
         let ids: Vec<_> = found.iter().map(|cgroup| cgroup.id).collect();
-        cgroups.by_id = known(found, &cgroups.agents);
+        cgroups.by_id = known(found, &mut cgroups.agents);
         ids.into_iter()
             .map(|id| {
                 let (_, policy) = cgroups.get(&in_cgroup(id, ENDS.remote.unwrap())).unwrap();
@@ -429,7 +429,7 @@ mod tests {
         agent.config.policies[1].rules.remotes = vec!["192.0.2.0/24".parse().unwrap()];
         agent.config.policies[2].rules.remotes = vec!["192.0.2.1".parse().unwrap()];
         let mut cgroups = Cgroups::new(None, vec![agent]).unwrap();
-        cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &cgroups.agents);
+        cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &mut cgroups.agents);
         for (remote, expected) in [
             ("192.0.2.1:443", "exact"),
             ("192.0.2.2:443", "some"),
