@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, fstatfs, open, openat2, statat};
+use rustix::fs::{AtFlags, Mode, OFlags, fstatfs, open, openat, statat};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -309,7 +309,8 @@ pub fn own_cgroup(
     let found = statat(&directory, "", AtFlags::EMPTY_PATH).map_err(cannot)?;
     let kind = fstatfs(&directory).map_err(cannot)?;
     if kind.f_type != CGROUP2_SUPER_MAGIC {
-        return refused("is none");
+        // Something is mounted over it, or over what it is in.
+        return refused("is not on the cgroup file system");
     }
     if found.st_uid != uid {
         return refused("does not belong to whoever asks");
@@ -324,20 +325,15 @@ pub fn own_cgroup(
     Ok(cgroup)
 }
 
-/// Opens the directory of a cgroup, through no link and over no other mount.
+/// Opens the directory of a cgroup, through no link. Name by name: openat2(2) is
+/// kept from the agent by `RestrictSUIDSGID` of its unit.
 fn open_below(hierarchy: &Hierarchy, path: &CgroupPath) -> rustix::io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mount = open(hierarchy.mount(), flags, Mode::empty())?;
-    openat2(
-        &mount,
-        path.relative(),
-        flags,
-        Mode::empty(),
-        ResolveFlags::BENEATH
-            | ResolveFlags::NO_SYMLINKS
-            | ResolveFlags::NO_MAGICLINKS
-            | ResolveFlags::NO_XDEV,
-    )
+    let mut names = path.relative().iter();
+    names.try_fold(mount, |above, name| {
+        openat(&above, name, flags, Mode::empty())
+    })
 }
 
 /// Asks the agent of a cgroup for a policy; none where there is none that lets
