@@ -87,6 +87,37 @@ impl Config {
         self
     }
 
+    /// Whether some policy is for units, containers or pods, whose names come and go.
+    #[must_use]
+    pub fn goes_by_names(&self) -> bool {
+        self.policies
+            .iter()
+            .any(|named| !named.selector.is_empty())
+    }
+
+    /// Whether another config has the same policies, each perhaps for units,
+    /// containers or pods of other names.
+    #[must_use]
+    pub fn differs_in_names_only(&self, other: &Self) -> bool {
+        let is_same = |(one, other): (&NamedPolicy, &NamedPolicy)| {
+            let NamedPolicy {
+                name,
+                cgroups,
+                selector,
+                rules,
+                policy,
+            } = one;
+            (name, cgroups, rules, policy)
+                == (&other.name, &other.cgroups, &other.rules, &other.policy)
+                && selector.is_empty() == other.selector.is_empty()
+        };
+        self.goes_by_names()
+            && self.default == other.default
+            && self.self_service == other.self_service
+            && self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(is_same)
+    }
+
     /// The policy of this name; [`DEFAULT`] is the one for unclaimed sockets.
     #[must_use]
     pub fn policy(&self, name: &str) -> Option<Policy> {

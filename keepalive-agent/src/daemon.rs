@@ -540,7 +540,11 @@ impl Daemon {
             root: self.root.clone(),
             config,
             origin,
-            before: previous.as_ref().map(|set| set.description.config.clone()),
+            before: match &self.enforcement {
+                // What the set was built from may have had other names.
+                Some(_) => Some(self.config.clone()),
+                None => previous.as_ref().map(|set| set.description.config.clone()),
+            },
             previous,
             grants: self.grants.clone(),
         }
@@ -1163,10 +1167,47 @@ impl Daemon {
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                self.build(config, origin, Some(why));
+                if why != Why::FilesChanged || !self.adopt(&config, &origin) {
+                    self.build(config, origin, Some(why));
+                }
             }
             Err(error) => self.reload_failed(&error, why.demands()),
         }
+    }
+
+    /// Goes over to a config that needs no other set: it differs in names of units,
+    /// containers and pods only, none of which is there. So it is when a pod is bound
+    /// to a node, or gone. Whether it could.
+    fn adopt(&mut self, config: &Config, origin: &Origin) -> bool {
+        if !config.differs_in_names_only(&self.config) || !self.state.settled {
+            return false;
+        }
+        let Some(enforcement) = &self.enforcement else {
+            return false;
+        };
+        let Ok(claimants) = Claimants::new(config, &self.root) else {
+            return false;
+        };
+        let claims_same = self.claimants.claim_same(&claimants, &self.hierarchy);
+        if !claims_same.unwrap_or(false) {
+            return false;
+        }
+        if let Err(error) = enforcement.set.record().say_config(config, origin) {
+            debug!("{}", chain(&error));
+            return false;
+        }
+        debug!("other names in the config, for which nothing else changes");
+        self.config = config.clone();
+        self.origin = origin.clone();
+        self.claimants = claimants;
+        if let Some(ownership) = &mut self.ownership {
+            ownership.finish(&self.config);
+        }
+        self.state.reload = Some(Reload {
+            at: seconds_since_1970(),
+            error: None,
+        });
+        true
     }
 
     fn read_again(&mut self, demanded: bool) -> Result<Option<target::Read>> {

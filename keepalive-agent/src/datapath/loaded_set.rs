@@ -317,7 +317,6 @@ impl LoadedSet {
         for map in self.record.handles() {
             syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
         }
-        syscalls::bind_map(program, &self.record.document.fd).map_err(Error::call(BINDING))?;
         self.record
             .bind_documents(program)
             .map_err(Error::call(BINDING))
@@ -583,11 +582,20 @@ fn record(
     let size = serde_json::to_vec(&description)
         .map_err(|error| Error::Description(error.to_string()))?
         .len();
-    let mut document = Document::create(super::description::DESCRIPTION, size)?;
-    document.write(&description)?;
+    let name = super::description::DESCRIPTION;
+    let document = if blueprint.config.goes_by_names() {
+        // Names come and go, and no other set is needed for that.
+        let mut document = Document::create_twice(name, size.saturating_add(size / 2 + 4096))?;
+        document.write_again(&description)?;
+        document
+    } else {
+        let mut document = Document::create(name, size)?;
+        document.write(&description)?;
+        document
+    };
     Ok(SetRecord::new(
         description,
-        document.handle,
+        document,
         state,
         grants,
         own,

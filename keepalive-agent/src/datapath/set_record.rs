@@ -13,24 +13,23 @@ use keepalive_common::{
     dead_peer::DeadPeers,
     slot::UNCLAIMED,
 };
+use tracing::debug;
 
 use super::{
     Error,
     description::{
-        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Preamble, Refusals,
-        SCHEMA, State, add_refusals,
+        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Origin, Preamble,
+        Refusals, SCHEMA, State, add_refusals,
     },
     syscalls,
 };
-use tracing::debug;
-
-use crate::{assignment, grant::Grant};
+use crate::{assignment, config::Config, grant::Grant};
 
 /// A policy set in the kernel: what it says of itself, and what it counts.
 pub struct SetRecord {
     /// What the set is.
     pub description: Description,
-    pub(super) document: MapHandle,
+    document: Mutex<Document>,
     state: Mutex<Document>,
     grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
@@ -178,7 +177,7 @@ impl SetRecord {
     /// For a set that has just been built.
     pub(super) fn new(
         description: Description,
-        document: MapHandle,
+        document: Document,
         state: Document,
         grants: Option<Document>,
         own: CounterMaps,
@@ -187,7 +186,7 @@ impl SetRecord {
     ) -> Self {
         Self {
             description,
-            document,
+            document: Mutex::new(document),
             state: Mutex::new(state),
             grants: grants.map(Mutex::new),
             own: Arc::new(own),
@@ -227,7 +226,7 @@ impl SetRecord {
             grants,
             state: Mutex::new(Document::open(by_id(description.maps.state)?)?),
             originals: MapHandle::of(&by_id(description.maps.originals)?)?,
-            document: document.handle,
+            document: Mutex::new(document),
             own: Arc::new(own),
             previous: previous.map(Arc::new),
             description,
@@ -387,12 +386,26 @@ impl SetRecord {
         own.chain(previous).map(|handle| &handle.fd).collect()
     }
 
-    /// The same for the state and for what users were given.
+    /// Says that another config is in force, which differs in nothing that stands in
+    /// the kernel but here.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room for it, or it cannot be written.
+    pub fn say_config(&self, config: &Config, origin: &Origin) -> Result<(), Error> {
+        let description = Description {
+            config: config.clone(),
+            origin: origin.clone(),
+            ..self.description.clone()
+        };
+        let mut document = self.document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.write_again(&description)
+    }
+
+    /// The same for documents.
     pub(super) fn bind_documents(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
-        for document in [Some(&self.state), self.grants.as_ref()]
-            .into_iter()
-            .flatten()
-        {
+        let documents = [Some(&self.document), Some(&self.state), self.grants.as_ref()];
+        for document in documents.into_iter().flatten() {
             let document = document.lock().unwrap_or_else(PoisonError::into_inner);
             syscalls::bind_map(program, document.handle.fd.as_fd())?;
         }
