@@ -1,7 +1,7 @@
 //! `exec`: a command with a policy of its own.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::time::Duration;
@@ -484,6 +484,27 @@ fn a_hostile_user_gets_nothing_and_holds_nobody_up() -> Result<()> {
     agent.reload(&SELF_SERVICE.replace("61s", "62s"))?;
     probe.finish()?;
     drop(crowd);
+    agent.stop()?;
+    Ok(())
+}
+
+/// An agent with the capabilities of its unit reads no directory that a user has
+/// closed, and goes on.
+#[test]
+fn a_user_who_closes_a_cgroup_stops_nothing() -> Result<()> {
+    require!(Need::Built(Program::Static), Need::Program("setpriv"));
+    let cgroup = Cgroup::new()?;
+    let own = delegated(&cgroup, SOMEBODY)?;
+    let inside = own.child("inside")?;
+    fs::set_permissions(own.directory(), fs::Permissions::from_mode(0o700))?;
+    let capabilities = "--bounding-set=-all,+sys_admin,+sys_ptrace";
+    let mut agent = Agent::start_with(&cgroup, SELF_SERVICE, &["setpriv", capabilities])?;
+    agent.swept()?;
+    let mut probe = Probe::start(Program::Static, &inside)?;
+    assert_eq!(options(&mut probe)?, Options::on(61, 10, 6));
+    agent.reload(&SELF_SERVICE.replace("61s", "62s"))?;
+    assert_eq!(options(&mut probe)?, Options::on(62, 10, 6));
+    probe.finish()?;
     agent.stop()?;
     Ok(())
 }
