@@ -29,8 +29,8 @@ use serde::{Deserialize, Serialize};
 use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
-pub use self_service::{SelfService, Wish};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
+pub use self_service::{SelfService, Wish};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
     read_files,
@@ -90,9 +90,7 @@ impl Config {
     /// Whether some policy is for units, containers or pods, whose names come and go.
     #[must_use]
     pub fn goes_by_names(&self) -> bool {
-        self.policies
-            .iter()
-            .any(|named| !named.selector.is_empty())
+        self.policies.iter().any(|named| !named.selector.is_empty())
     }
 
     /// Whether another config has the same policies, each perhaps for units,

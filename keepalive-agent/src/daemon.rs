@@ -40,7 +40,7 @@ use crate::{
     metrics::{self, Exposed},
     names::printable_path,
     sweep::{self, Progress, SweepJob, Swept},
-    unblocked::Stream,
+    unblocked::{self, Stream},
     view,
     watch::Watch,
 };
@@ -197,7 +197,12 @@ pub fn run(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
         .enable_time()
         .build()
         .context("starting the runtime")?
-        .block_on(enforce(options, reporter))
+        .block_on(async {
+            tokio::select! {
+                ended = enforce(options, reporter) => ended,
+                never = unblocked::drain() => match never {},
+            }
+        })
 }
 
 async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {

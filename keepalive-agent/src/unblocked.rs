@@ -1,11 +1,12 @@
 //! Unblocked: standard output and standard error that nobody has to read.
 //!
-//! What cannot be written at once is kept, up to a limit, and what is more is
-//! dropped and counted: a full pipe, a stopped terminal or a full disk neither
-//! ends nor holds up whoever writes.
+//! What cannot be written at once is kept, up to a limit, and written as it is read
+//! ([`drain`]); what is more is dropped and counted: a full pipe, a stopped terminal
+//! or a full disk neither ends nor holds up whoever writes.
 
 use std::{
     collections::VecDeque,
+    convert::Infallible,
     io::{self, Write},
     os::fd::{AsFd as _, BorrowedFd},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -16,9 +17,14 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::write,
 };
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::Notify,
+};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Bytes that are kept for a reader that is slow.
+/// Bytes that are kept for a reader that is slow, besides the message that it reads:
+/// one message is kept whatever its size, as the policies of a large config are one.
 const KEPT: usize = 256 * 1024;
 
 /// A pipe that is ready takes this much without waiting (`PIPE_BUF`; a terminal
@@ -37,26 +43,60 @@ pub enum Stream {
 #[derive(Debug, Default)]
 struct Pending {
     bytes: VecDeque<u8>,
+    /// How many bytes there may be.
+    limit: usize,
     dropped: u64,
     broken: Option<String>,
 }
 
-static OUTPUT: Mutex<Pending> = Mutex::new(Pending::new());
-static ERROR: Mutex<Pending> = Mutex::new(Pending::new());
+struct Queue {
+    pending: Mutex<Pending>,
+    /// That something is kept.
+    kept: Notify,
+}
+
+static OUTPUT: Queue = Queue::new();
+static ERROR: Queue = Queue::new();
+
+impl Queue {
+    const fn new() -> Self {
+        Self {
+            pending: Mutex::new(Pending::new()),
+            kept: Notify::const_new(),
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes what is kept of both streams as it is read. Never ends, and sleeps while
+/// nothing is kept or nobody reads.
+///
+/// # Panics
+///
+/// Outside of a runtime of tokio that drives input and output.
+pub async fn drain() -> Infallible {
+    tokio::join!(Stream::Output.drain(), Stream::Error.drain()).0
+}
 
 impl Pending {
     const fn new() -> Self {
         Self {
             bytes: VecDeque::new(),
+            limit: 0,
             dropped: 0,
             broken: None,
         }
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        // One message is kept whatever its size: the policies of a large config are
-        // one.
-        if !self.bytes.is_empty() && self.bytes.len() + bytes.len() > KEPT {
+        if self.bytes.is_empty() {
+            self.bytes.shrink_to(KEPT);
+            self.limit = bytes.len() + KEPT;
+        }
+        if self.bytes.len() + bytes.len() > self.limit {
             self.dropped += 1;
         } else {
             self.bytes.extend(bytes);
@@ -98,12 +138,11 @@ fn is_ready(to: BorrowedFd<'_>, deadline: Instant) -> bool {
 }
 
 impl Stream {
-    fn pending(self) -> MutexGuard<'static, Pending> {
-        let pending = match self {
+    fn queue(self) -> &'static Queue {
+        match self {
             Self::Output => &OUTPUT,
             Self::Error => &ERROR,
-        };
-        pending.lock().unwrap_or_else(PoisonError::into_inner)
+        }
     }
 
     fn with_fd<T>(self, with: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
@@ -115,21 +154,53 @@ impl Stream {
 
     /// Writes what can be written without waiting, and keeps the rest.
     pub fn send(self, bytes: &[u8]) {
-        let mut pending = self.pending();
-        pending.push(bytes);
+        self.queue().pending().push(bytes);
+        if self.flush_at_once() {
+            self.queue().kept.notify_one();
+        }
+    }
+
+    /// Writes what can be written without waiting; whether something is left.
+    fn flush_at_once(self) -> bool {
+        let mut pending = self.queue().pending();
         self.with_fd(|fd| pending.flush(fd, Instant::now()));
+        !pending.bytes.is_empty()
+    }
+
+    async fn drain(self) -> Infallible {
+        loop {
+            self.queue().kept.notified().await;
+            // What cannot be waited for is tried again with the next message.
+            let _ = self.drain_once().await;
+        }
+    }
+
+    async fn drain_once(self) -> io::Result<()> {
+        let fd = self.with_fd(|fd| fd.try_clone_to_owned())?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; this owns its descriptor"
+        )]
+        let fd = AsyncFd::with_interest(fd, Interest::WRITABLE)?;
+        loop {
+            let mut writable = fd.writable().await?;
+            if !self.flush_at_once() {
+                return Ok(());
+            }
+            writable.clear_ready();
+        }
     }
 
     /// Waits so long at the most for what is kept to be taken.
     pub fn finish(self, patience: Duration) {
-        let mut pending = self.pending();
+        let mut pending = self.queue().pending();
         self.with_fd(|fd| pending.flush(fd, Instant::now() + patience));
     }
 
     /// How many messages were dropped, and why the last one could not be written.
     #[must_use]
     pub fn dropped(self) -> (u64, Option<String>) {
-        let pending = self.pending();
+        let pending = self.queue().pending();
         (pending.dropped, pending.broken.clone())
     }
 }

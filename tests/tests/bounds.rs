@@ -1,15 +1,16 @@
 //! Bounds hold whenever an application sets options, and only where a policy has
 //! them.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
-
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::Sockopt::{Idle, Interval, Keepalive, Probes, UserTimeout};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, Sockopt, agent_command, errno,
-    output, require, wait_until,
+    Agent, Cgroup, ForgetfulNat, Need, Options, Place, Probe, Program, Socket, Sockopt,
+    agent_command, errno, output, require, wait_until,
 };
 use rustix::io::Errno;
 use serde_json::Value;
@@ -82,6 +83,36 @@ fn value(probe: &mut Probe, socket: Socket, option: Sockopt) -> Result<i32> {
         Probes => options.probes,
         UserTimeout => options.user_timeout,
     })
+}
+
+/// A client asks for five minutes after connect(), behind a NAT that forgets after
+/// ten seconds, beside one that is not governed.
+#[test]
+fn a_path_stays_open_whatever_the_application_sets_later() -> Result<()> {
+    require!(Need::Program("ip"), Need::Program("nft"));
+    let cgroup = Cgroup::new()?;
+    let nat = ForgetfulNat::new()?;
+    let after = ForgetfulNat::AFTER;
+    let _agent = Agent::start(&cgroup, &format!("[default]\npath = \"{after}s\"\n"))?;
+    let mut server = Probe::start(Program::Static, &nat.server)?;
+    let (listener, address) = server.listener(&nat.listen())?;
+    let mut governed = Probe::start(Program::Static, (&cgroup, &nat.client))?;
+    let mut other = Probe::start(Program::Static, &nat.client)?;
+    let mut ends = Vec::new();
+    for client in [&mut governed, &mut other] {
+        let socket = client.connected(address)?;
+        let accepted = server.accept(listener)?;
+        client.set_all(socket, &[(Keepalive, 1), (Idle, 300), (Interval, 75)])?;
+        ends.push((socket, accepted));
+    }
+    sleep(Duration::from_secs(after + 4));
+    let mut arrives = |client: &mut Probe, (socket, accepted): (Socket, Socket)| {
+        client.send(socket, "are you there?")?;
+        server.wait(accepted, Duration::from_secs(4))
+    };
+    ensure!(arrives(&mut governed, ends[0])?, "it was forgotten");
+    ensure!(!arrives(&mut other, ends[1])?, "the NAT forgets nothing");
+    Ok(())
 }
 
 #[test]
@@ -248,6 +279,12 @@ fn what_was_asked_for_is_shown() -> Result<()> {
     let explained = lines(&[&explain[..], &["--json"]].concat())?;
     assert_eq!(explained[0]["bounds_held"], true, "{explained:?}");
     assert_eq!(explained[0]["holds"]["idle_asked_s"], 7200);
+    // Another policy would go by what was asked for, not by what that became.
+    let mut looser = tempfile::NamedTempFile::new()?;
+    write!(looser, "[default]\nidle = {{ at-most = \"200s\" }}\n")?;
+    let looser = looser.path().to_str().context("a path in UTF-8")?;
+    let explained = lines(&[&explain[..], &["--json", "--config", looser]].concat())?;
+    assert_eq!(explained[0]["wants"]["idle_s"], 200, "{explained:?}");
     let said = output(agent_command().args(explain), SOON)?.stdout;
     ensure!(said.contains("the application asked for 2h"), "{said}");
     ensure!(

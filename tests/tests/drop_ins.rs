@@ -342,15 +342,20 @@ fn what_an_agent_cannot_take_is_an_error_and_is_taken_back() -> Result<()> {
     agent.reloaded()?;
     let before = fs::read_to_string(node.path("run/90-default.toml"))?;
     let process = Pid::from_raw(i32::try_from(agent.id())?).context("no such process")?;
-    kill_process(process, Signal::STOP)?;
-    let set = node.policy("set", &["--default", "--idle", "73s"])?;
-    kill_process(process, Signal::CONT)?;
-    assert_eq!(set.code, Some(1), "{set:?}");
-    assert!(set.stderr.contains("has not taken it over"), "{set:?}");
-    assert_eq!(
-        fs::read_to_string(node.path("run/90-default.toml"))?,
-        before
-    );
+    for (word, arguments) in [
+        ("set", &["--default", "--idle", "73s"][..]),
+        ("unset", &["--default"]),
+    ] {
+        kill_process(process, Signal::STOP)?;
+        let done = node.policy(word, arguments)?;
+        kill_process(process, Signal::CONT)?;
+        assert_eq!(done.code, Some(1), "{done:?}");
+        assert!(done.stderr.contains("has not taken it over"), "{done:?}");
+        assert_eq!(
+            fs::read_to_string(node.path("run/90-default.toml"))?,
+            before
+        );
+    }
     wait_until(Duration::from_secs(10), "the policy from before", || {
         Ok(node.idle()? == 72)
     })

@@ -261,7 +261,10 @@ fn a_user_asks_the_agent() -> Result<()> {
     probe.finish()?;
 
     agent.reload(SELF_SERVICE)?;
-    let done = output(exec_as_user(SOMEBODY, &own, &[]).args(["sh", "-c", "exit 7"]), LIMIT)?;
+    let done = output(
+        exec_as_user(SOMEBODY, &own, &[]).args(["sh", "-c", "exit 7"]),
+        LIMIT,
+    )?;
     assert_eq!(done.code, Some(7), "{}", done.stderr);
     let mut command = Process::start(exec_as_user(SOMEBODY, &own, &[]).args(["sleep", "100"]))?;
     wait_until(LIMIT, "the command to begin", || {
@@ -439,7 +442,10 @@ fn a_hostile_user_gets_nothing_and_holds_nobody_up() -> Result<()> {
             "is not written as the kernel writes it",
         ),
         (own.path(), "was not made for a command"),
-        (&*format!("{}/keepalive-exec-2", own.path()), "cannot be looked at"),
+        (
+            &*format!("{}/keepalive-exec-2", own.path()),
+            "cannot be looked at",
+        ),
         ("/keepalive-exec-1", "is not below"),
         (
             &*format!("{}/{}/keepalive-exec-1", own.path(), "x".repeat(600)),
@@ -450,7 +456,10 @@ fn a_hostile_user_gets_nothing_and_holds_nobody_up() -> Result<()> {
         assert!(answer.contains(why), "{path}: {answer}");
     }
     let answer = send(SOMEBODY, &request(mine.path(), 40_000), 1)?;
-    assert!(answer.contains("the kernel takes no such value"), "{answer}");
+    assert!(
+        answer.contains("the kernel takes no such value"),
+        "{answer}"
+    );
     let answer = send(SOMEBODY, &request(mine.path(), 5), 1)?;
     assert!(answer.contains("is below 10s"), "{answer}");
     // Root is everybody's name in a container.

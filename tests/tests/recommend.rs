@@ -5,62 +5,12 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use keepalive_tests::{Agent, Cgroup, Need, Netns, Probe, Program, agent_command, output, require};
+use keepalive_tests::{
+    Agent, Cgroup, ForgetfulNat, Need, Probe, Program, agent_command, output, require,
+};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_mins(1);
-
-/// After so many seconds of silence the NAT forgets a connection, without a word.
-const FORGETS: u64 = 10;
-
-/// A server, a NAT on the way to it, and a client.
-struct Behind {
-    client: Netns,
-    _nat: Netns,
-    server: Netns,
-}
-
-/// Where the server listens.
-const SERVER: &str = "10.98.0.2";
-
-impl Behind {
-    fn nat() -> Result<Self> {
-        let (client, nat) = Netns::pair()?;
-        let server = Netns::new()?;
-        let peer = format!(
-            "link add eth1 type veth peer name eth0 netns {}",
-            server.path().display()
-        );
-        nat.run("ip", &peer)?;
-        for (netns, address, device) in [(&nat, "10.98.0.1", "eth1"), (&server, SERVER, "eth0")] {
-            netns.run("ip", &format!("addr add {address}/24 dev {device}"))?;
-            netns.run("ip", &format!("link set {device} up"))?;
-        }
-        client.run("ip", "route add 10.98.0.0/24 via 10.99.0.2")?;
-        nat.sysctl("net/ipv4/ip_forward", "1")?;
-        for rules in [
-            "add table ip n",
-            "add chain ip n p { type nat hook postrouting priority 100; }",
-            "add rule ip n p oifname eth1 masquerade",
-            "add chain ip n f { type filter hook forward priority 0; }",
-            "add rule ip n f ct state invalid drop",
-            "add rule ip n f ct state new tcp flags & (syn|ack) != syn drop",
-        ] {
-            nat.run("nft", rules)?;
-        }
-        let timeout = FORGETS.to_string();
-        nat.sysctl(
-            "net/netfilter/nf_conntrack_tcp_timeout_established",
-            &timeout,
-        )?;
-        nat.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")?;
-        Ok(Self {
-            client,
-            _nat: nat,
-            server,
-        })
-    }
-}
 
 fn recommend(cgroup: &Cgroup, more: &[&str]) -> Result<String> {
     let mut command = agent_command();
@@ -76,12 +26,12 @@ fn recommend(cgroup: &Cgroup, more: &[&str]) -> Result<String> {
 fn what_is_recommended_keeps_the_next_connection() -> Result<()> {
     require!(Need::Program("ip"), Need::Program("nft"));
     let cgroup = Cgroup::new()?;
-    let behind = Behind::nat()?;
+    let behind = ForgetfulNat::new()?;
     // The first probe goes out 3 s too late.
     let config = "[default]\nidle = \"13s\"\ninterval = \"1s\"\nprobes = 3\n";
     let mut agent = Agent::start(&cgroup, config)?;
     let mut server = Probe::start(Program::Static, &behind.server)?;
-    let (listener, address) = server.listener(&format!("{SERVER}:0"))?;
+    let (listener, address) = server.listener(&behind.listen())?;
     let mut ours = Probe::start(Program::Static, (&cgroup, &behind.client))?;
 
     let nothing = recommend(&cgroup, &[])?;
@@ -110,10 +60,13 @@ fn what_is_recommended_keeps_the_next_connection() -> Result<()> {
     );
     assert_eq!(network["forgets"], true, "{found}");
     let within = network["within_ms"].as_u64().context("no bound")?;
-    ensure!((FORGETS * 1000..14_500).contains(&within), "{found}");
+    ensure!(
+        (ForgetfulNat::AFTER * 1000..14_500).contains(&within),
+        "{found}"
+    );
     let idle = network["idle_s"].as_u64().context("no idle time")?;
     let interval = network["interval_s"].as_u64().context("no interval")?;
-    ensure!(idle + 2 * interval < FORGETS, "{found}");
+    ensure!(idle + 2 * interval < ForgetfulNat::AFTER, "{found}");
     assert_eq!(
         (&network["connections"], &network["idle"][0]["idle_s"]),
         (&1.into(), &13.into())
@@ -126,7 +79,7 @@ fn what_is_recommended_keeps_the_next_connection() -> Result<()> {
     let accepted = server.accept(listener)?;
     let has = ours.options(kept)?;
     assert_eq!(u64::try_from(has.idle)?, idle, "{recommended}");
-    sleep(Duration::from_secs(FORGETS + 5));
+    sleep(Duration::from_secs(ForgetfulNat::AFTER + 5));
     ours.send(kept, "are you there?")?;
     ensure!(
         server.wait(accepted, Duration::from_secs(5))?,

@@ -1,6 +1,7 @@
 //! Surroundings that are short of something, or broken: they neither end
 //! enforcement nor hold the agent up.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{PipeReader, PipeWriter, Write, pipe};
 use std::path::{Path, PathBuf};
@@ -83,6 +84,28 @@ fn pipes_that_nobody_reads() -> Result<()> {
     let (_reader, stdout) = full_pipe()?;
     let (_reader, stderr) = full_pipe()?;
     works_with_output(stdout, stderr)
+}
+
+/// The report of many policies is longer than a pipe; what comes after it waits for
+/// it.
+#[test]
+fn a_report_that_fills_a_pipe_is_read_whole() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let mut config = "[default]\n".to_owned();
+    for number in 0..3000 {
+        let path = cgroup.path();
+        writeln!(
+            config,
+            "[[policy]]\nname = \"p{number}\"\ncgroup = \"{path}/c{number}\""
+        )?;
+    }
+    let mut agent = Agent::start(&cgroup, &config)?;
+    let policies = agent.started()["policies"].as_array().context("policies")?;
+    assert_eq!(policies.len(), 3001);
+    agent.swept()?;
+    agent.stop()?;
+    Ok(())
 }
 
 #[test]

@@ -1,16 +1,15 @@
 //! `keepalive-agent explain`: which policy, why, and what comes of it.
 
 use std::{
-    borrow::Cow,
-    collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode,
-    time::Duration,
+    borrow::Cow, collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf,
+    process::ExitCode, time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgGroup, Args};
 use keepalive_common::{
     environment::Environment,
-    history::Asked,
+    history::{Asked, application, replan},
     plan::{Options, plan},
     socket::SocketRecord,
 };
@@ -176,38 +175,21 @@ impl Subject {
 
     fn of_socket(local: SocketAddr, remote: SocketAddr, hierarchy: &Hierarchy) -> Result<Self> {
         preflight::may_enforce()?;
-        let lister = Lister::load(&Kernel::running()?)?;
-        let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
-        let mut found: Option<(Namespace, SocketRecord)> = None;
-        let unseen = each_connection(&lister, &mut |netns, record, _| {
-            if canonical(record.local()) != canonical(local)
-                || canonical(record.remote()) != canonical(remote)
-            {
-                return Ok(());
-            }
-            match &found {
-                Some((first, _)) => warn!(
-                    "there is another one in network namespace {}; this is about the one in {}",
-                    netns.name, first.name
-                ),
-                None => found = Some((netns.clone(), *record)),
-            }
-            Ok(())
-        })?;
-        for Unseen { netns, error } in unseen {
-            warn!("namespace {netns}: {error:#}");
-        }
-        let Some((netns, record)) = found else {
-            bail!(
-                "no connection goes from {local} to {remote}: \
-                 `keepalive-agent sockets` shows the ones there are"
-            );
-        };
+        let kernel = Kernel::running()?;
+        let lister = Lister::load(&kernel, &CgroupPath::root())?;
+        let (mut netns, mut record) = find_connection(&lister, local, remote)?;
         let root = hierarchy.existing("/".as_ref())?;
         let cgroups = hierarchy.walk(&root).context("reading the hierarchy")?;
         let cgroup = cgroups
             .into_iter()
             .find(|cgroup| cgroup.id == record.cgroup);
+        if let Some(cgroup) = &cgroup
+            && lister.is_of_several()
+        {
+            // What its application asked for is in the set nearest above it.
+            let lister = Lister::load(&kernel, &cgroup.path)?;
+            (netns, record) = find_connection(&lister, local, remote)?;
+        }
         Ok(Self {
             identity: identity_of(cgroup.as_ref().map(|cgroup| &cgroup.path)),
             cgroup: cgroup.map(|cgroup| cgroup.path),
@@ -446,6 +428,39 @@ impl Enforced {
     }
 }
 
+fn find_connection(
+    lister: &Lister,
+    local: SocketAddr,
+    remote: SocketAddr,
+) -> Result<(Namespace, SocketRecord)> {
+    let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
+    let mut found: Option<(Namespace, SocketRecord)> = None;
+    let unseen = each_connection(lister, &mut |netns, record, _| {
+        if canonical(record.local()) != canonical(local)
+            || canonical(record.remote()) != canonical(remote)
+        {
+            return Ok(());
+        }
+        match &found {
+            Some((first, _)) => warn!(
+                "there is another one in network namespace {}; this is about the one in {}",
+                netns.name, first.name
+            ),
+            None => found = Some((netns.clone(), *record)),
+        }
+        Ok(())
+    })?;
+    for Unseen { netns, error } in unseen {
+        warn!("namespace {netns}: {error:#}");
+    }
+    found.with_context(|| {
+        format!(
+            "no connection goes from {local} to {remote}: `keepalive-agent sockets` shows the \
+             ones there are"
+        )
+    })
+}
+
 /// An explanation, ready to be told.
 struct Explained<'a> {
     subject: &'a Subject,
@@ -470,16 +485,30 @@ impl<'a> Explained<'a> {
     ) -> Self {
         let policy = walk.claimed.map(|index| &claimants.policies()[index]);
         let grants = enforced.grants_for(subject, walk);
-        let policy = grants.iter().fold(policy.map(Cow::Borrowed), |policy, grant| {
-            Some(Cow::Owned(grant.over(policy.as_deref())))
-        });
+        let policy = grants
+            .iter()
+            .fold(policy.map(Cow::Borrowed), |policy, grant| {
+                Some(Cow::Owned(grant.over(policy.as_deref())))
+            });
         let has = subject
             .found
             .as_ref()
             .map_or_else(Options::default, |(_, record)| record.options());
-        let wants = policy.as_ref().map_or(has, |assigned| {
-            plan(&assigned.policy, &has, &subject.environment).wants
-        });
+        let environment = &subject.environment;
+        let wants = match (
+            policy.as_ref().map(|assigned| &assigned.policy),
+            &subject.found,
+        ) {
+            (None, _) => has,
+            (Some(policy), None) => plan(policy, &has, environment).wants,
+            // As the next sweep does it: from what the application wanted.
+            (Some(policy), Some((_, record))) => {
+                let originals = &record.originals;
+                let before = enforced.is_in_force.then_some(policy);
+                let application = application(&has, originals, before, environment);
+                replan(policy, &has, &application, originals, environment).wants
+            }
+        };
         Self {
             subject,
             enforced,
@@ -679,7 +708,10 @@ impl<'a> Explained<'a> {
                 .policy
                 .as_ref()
                 .and_then(|assigned| self.enforced.written(assigned)),
-            enforced: self.policy.as_ref().map(|assigned| assigned.policy.is_enforced()),
+            enforced: self
+                .policy
+                .as_ref()
+                .map(|assigned| assigned.policy.is_enforced()),
             bounds_held: self.is_held(),
             holds: MeaningRecord::new(&self.now()),
             wants: MeaningRecord::new(&self.then()),

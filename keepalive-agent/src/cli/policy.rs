@@ -432,7 +432,7 @@ fn set(arguments: &Set) -> Result<()> {
     let earlier = earlier.as_ref().map(drop_in::render);
     agents
         .report(Some(&before.config), &after.config)
-        .or_else(|refused| drop_in::put_back(drop_in.path(), earlier.as_deref(), refused))
+        .or_else(|refused| drop_in::put_back([(drop_in.path(), earlier.as_deref())], refused))
 }
 
 fn unset(arguments: &Unset) -> Result<()> {
@@ -451,8 +451,8 @@ fn unset(arguments: &Unset) -> Result<()> {
     }
     let mut ours = Vec::new();
     for candidate in candidates {
-        if candidate.keys()?.is_some() {
-            ours.push(candidate);
+        if let Some(keys) = candidate.keys()? {
+            ours.push((candidate, drop_in::render(&keys)));
         }
     }
 
@@ -474,7 +474,7 @@ fn unset(arguments: &Unset) -> Result<()> {
     }
     let mut after = None;
     let agents = Agents::find();
-    for drop_in in &ours {
+    for (drop_in, _) in &ours {
         let without = sources.read_as_if(drop_in.path(), None);
         match (&before, without) {
             (Ok(_), Err(errors)) => {
@@ -502,7 +502,13 @@ fn unset(arguments: &Unset) -> Result<()> {
         output::text(format_args!("policy {name} is still {lines}\n"))?;
     }
     let before = before.as_ref().ok().map(|before| &before.config);
-    agents.report(before, &after.config)
+    agents.report(before, &after.config).or_else(|refused| {
+        let ours = ours.iter();
+        drop_in::put_back(
+            ours.map(|(drop_in, text)| (drop_in.path(), Some(&**text))),
+            refused,
+        )
+    })
 }
 
 impl Set {

@@ -114,7 +114,7 @@ pub(super) fn recommend(arguments: &Arguments) -> Result<ExitCode> {
     let seen = observed.observations.iter().map(|found| found.deaths);
     let unknown = counted(&cgroup)?.saturating_sub(seen.sum());
     let mut networks = evidence(&observed, config.as_ref())?;
-    let lister = Lister::load(&Kernel::running()?)?;
+    let lister = Lister::load(&Kernel::running()?, &cgroup)?;
     let mut cgroups = Cgroups::new(Some(hierarchy), running)?;
     let mut looking = Looking {
         networks: &mut networks,

@@ -113,8 +113,10 @@ impl Reader<'_, '_> {
     fn document(&mut self, table: &DeTable<'_>) -> Document {
         let top = Section { name: "", table };
         self.unknown_keys(top, &["default", "policy", "self-service"]);
-        let mut document = Document::default();
-        document.self_service = self.self_service(top);
+        let mut document = Document {
+            self_service: self.self_service(top),
+            ..Document::default()
+        };
         if let Some(value) = top.get("default") {
             if let DeValue::Table(table) = value.get_ref() {
                 let section = Section {
@@ -162,11 +164,7 @@ impl Reader<'_, '_> {
         self.unknown_keys(section, &[&timers[..], &numbers].concat());
         Some(self_service::Table {
             commands: self.entry(section, self_service::COMMANDS, Self::commands),
-            commands_per_user: self.entry(
-                section,
-                self_service::COMMANDS_PER_USER,
-                Self::commands,
-            ),
+            commands_per_user: self.entry(section, self_service::COMMANDS_PER_USER, Self::commands),
             limits: Timer::ALL.map(|timer| {
                 self.entry(section, timer.key(), |reader, section, key| {
                     reader.limits(section, key, timer)
@@ -194,7 +192,8 @@ impl Reader<'_, '_> {
         let table = match value.get_ref() {
             DeValue::Table(table) if !table.is_empty() => table,
             _ => {
-                let message = "must be a table of at-least, at-most or both: what users may ask for";
+                let message =
+                    "must be a table of at-least, at-most or both: what users may ask for";
                 self.wrong_value(section, key, message);
                 return None;
             }

@@ -18,6 +18,7 @@ use super::{
     program,
 };
 use crate::{
+    hierarchy::CgroupPath,
     kernel::layout::{Hook, Kernel},
     netns,
 };
@@ -29,11 +30,13 @@ pub struct Lister {
     sockets: Iterator,
     /// Goes through the descriptors of all processes.
     files: Result<Iterator, anyhow::Error>,
+    is_of_several: bool,
 }
 
 impl Lister {
     /// Loads the programs; nothing is attached. What applications asked for is
-    /// listed where a policy set is in force that keeps it: of several, one.
+    /// listed where a policy set is in force that keeps it: of several, the one
+    /// nearest above this cgroup.
     ///
     /// # Errors
     ///
@@ -42,16 +45,28 @@ impl Lister {
     /// # Minimum kernel version
     ///
     /// 5.9, for TCP iterators.
-    pub fn load(kernel: &Kernel) -> Result<Self> {
+    pub fn load(kernel: &Kernel, cgroup: &CgroupPath) -> Result<Self> {
         // Without permission to look, values tell who set them, as far as they do.
         let sets = in_force().unwrap_or_default();
-        let set = sets.iter().find_map(|set| set.record.as_ref().ok());
+        let records = sets.iter().filter_map(|set| set.record.as_ref().ok());
+        let set = records.max_by_key(|record| {
+            let root = &record.description.root.path;
+            root.contains(cgroup).then(|| root.depth())
+        });
         let originals = set.map(|set| set.originals.fd.as_fd());
         let iterators = Iterators::new(kernel, &[program::LIST, program::FILES], originals)?;
         Ok(Self {
             sockets: iterators.load(program::LIST, Hook::Tcp)?,
             files: iterators.load(program::FILES, Hook::Files),
+            is_of_several: sets.len() > 1,
         })
+    }
+
+    /// Whether several policy sets are in force, so that it matters for which cgroup
+    /// it was loaded.
+    #[must_use]
+    pub fn is_of_several(&self) -> bool {
+        self.is_of_several
     }
 
     /// Hands on every connection of the calling thread's network namespace and

@@ -33,8 +33,8 @@ use super::{
     bounds::BoundsProgram,
     create,
     description::{
-        Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
-        now,
+        Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE,
+        State, now,
     },
     fault::{self, Operation},
     map, program, refused,

@@ -404,7 +404,11 @@ impl SetRecord {
 
     /// The same for documents.
     pub(super) fn bind_documents(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
-        let documents = [Some(&self.document), Some(&self.state), self.grants.as_ref()];
+        let documents = [
+            Some(&self.document),
+            Some(&self.state),
+            self.grants.as_ref(),
+        ];
         for document in documents.into_iter().flatten() {
             let document = document.lock().unwrap_or_else(PoisonError::into_inner);
             syscalls::bind_map(program, document.handle.fd.as_fd())?;

@@ -139,7 +139,11 @@ fn assignments() -> impl Strategy<Value = Assignment> {
                 });
             }
         }
-        Assignment { policies, claims, grants: Vec::new() }
+        Assignment {
+            policies,
+            claims,
+            grants: Vec::new(),
+        }
     })
 }
 

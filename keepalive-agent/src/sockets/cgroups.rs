@@ -154,9 +154,7 @@ impl Cgroups {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.depth());
-        let agents = running
-            .iter()
-            .map(Agent::new);
+        let agents = running.iter().map(Agent::new);
         Ok(Self {
             hierarchy,
             agents: agents.collect::<Result<_, _>>()?,
@@ -265,12 +263,7 @@ fn known(cgroups: Vec<Cgroup>, agents: &mut [Agent]) -> HashMap<u64, Known> {
 }
 
 /// The nearest claim of a cgroup, given that of the one above.
-fn found(
-    agent: &mut Agent,
-    path: &CgroupPath,
-    id: u64,
-    above: Option<&Found>,
-) -> Option<Found> {
+fn found(agent: &mut Agent, path: &CgroupPath, id: u64, above: Option<&Found>) -> Option<Found> {
     let policies = agent.claimants.of(path);
     let found = if policies.is_empty() {
         let in_reach = |_: &Found| agent.claimants.is_in_reach(path);

@@ -19,9 +19,12 @@ const NEEDS: &[Need] = &[
     need("dockerd", &["docker.io"]),
     need("gcc", &["gcc"]),
     need("go", &["golang-go"]),
+    need("haproxy", &["haproxy"]),
     need("ip", &["iproute2"]),
+    need("javac", &["default-jdk-headless"]),
     need("nft", &["nftables"]),
     need("nginx", &["nginx-light", "nginx"]),
+    need("node", &["nodejs"]),
     need("prometheus", &["prometheus"]),
     need("promtool", &["prometheus"]),
     need("python3", &["python3"]),
@@ -30,6 +33,10 @@ const NEEDS: &[Need] = &[
     need("tcpdump", &["tcpdump"]),
     need("tmux", &["tmux"]),
     need("/usr/lib/postgresql/*/bin/postgres", &["postgresql"]),
+    need(
+        "/usr/lib/python3/dist-packages/grpc/__init__.py",
+        &["python3-grpcio"],
+    ),
     // Static programs are what LD_PRELOAD cannot reach.
     need("/usr/lib/*/libc.a", &["libc6-dev"]),
     need("/usr/lib/libkeepalive.so", &["libkeepalive0"]),

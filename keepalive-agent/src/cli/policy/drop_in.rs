@@ -298,12 +298,17 @@ fn remove(path: &Path) -> Result<()> {
     fs::remove_file(path).with_context(|| format!("removing {}", printable_path(path)))
 }
 
-/// A file that an agent has refused is as it was before: with this text, or not
-/// there.
-pub(super) fn put_back(path: &Path, earlier: Option<&str>, refused: Error) -> Result<()> {
-    match earlier {
-        Some(text) => replace(path, text)?,
-        None => remove(path)?,
+/// Files that an agent has refused are as they were before: each with its text, or
+/// not there.
+pub(super) fn put_back<'a>(
+    earlier: impl IntoIterator<Item = (&'a Path, Option<&'a str>)>,
+    refused: Error,
+) -> Result<()> {
+    for (path, text) in earlier {
+        match text {
+            Some(text) => replace(path, text)?,
+            None => remove(path)?,
+        }
     }
     Err(refused.context("the policy is as it was before, and the file too"))
 }

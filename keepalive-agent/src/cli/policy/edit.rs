@@ -79,7 +79,7 @@ pub(super) fn edit(arguments: &Arguments) -> Result<()> {
             known.as_ref().map(|known: &Merged| &known.config),
             &after.config,
         )
-        .or_else(|refused| drop_in::put_back(path, before.as_deref(), refused))
+        .or_else(|refused| drop_in::put_back([(path.as_path(), before.as_deref())], refused))
 }
 
 fn editor() -> OsString {
