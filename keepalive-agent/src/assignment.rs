@@ -17,6 +17,7 @@ use keepalive_common::{
 use crate::{
     config::Config,
     duration,
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity, Selector},
     rules::Rules,
@@ -27,6 +28,9 @@ pub const DEFAULT: &str = "default";
 
 /// The name under which connections are counted that no policy claims.
 pub const UNCLAIMED: &str = "(unclaimed)";
+
+/// The name under which connections are counted whose policy a user asked for.
+pub const GRANTED: &str = "(exec)";
 
 /// Longest path of a cgroup that can be claimed, in bytes. The kernel reports
 /// longer ones cut off ([`PATH_SIZE`]), so it could not be told which cgroup was
@@ -46,6 +50,8 @@ pub struct Assignment {
     /// Which cgroups point to them; without those whose sockets find the same
     /// policies by the claim of a cgroup above.
     pub claims: Vec<Claim>,
+    /// What users were given for commands of their own.
+    pub grants: Vec<Grant>,
 }
 
 /// A policy by its name.
@@ -522,6 +528,47 @@ impl Claimants {
         warnings
     }
 
+    /// Whether others, whose policies are the same but for names of units, containers
+    /// and pods, claim each cgroup that exists for the same of them.
+    ///
+    /// # Errors
+    ///
+    /// When the hierarchy cannot be read.
+    pub fn claim_same(&self, others: &Self, hierarchy: &Hierarchy) -> io::Result<bool> {
+        if others.needs_names {
+            others.identities.learn_pods(&self.identities);
+        }
+        let both = || self.by_selector.iter().zip(&others.by_selector);
+        let changed: Vec<_> = both().filter(|(one, other)| one != other).collect();
+        let are_pods = |(one, other): &(&(usize, Selector), &(usize, Selector))| {
+            one.1.is_of_pods() && other.1.is_of_pods()
+        };
+        if changed.iter().all(are_pods) {
+            // What containers there are in pods is known without looking.
+            let selects_same = |pod: &Identity| {
+                let mut changed = changed.iter();
+                changed.all(|(before, now)| before.1.selects(pod) == now.1.selects(pod))
+            };
+            return Ok(self.identities.pods().iter().all(selects_same));
+        }
+        let mut all_same = true;
+        hierarchy.descend(&self.root, &(), |cgroup, ()| {
+            if !all_same {
+                return;
+            }
+            let (one, other) = (self.identity(&cgroup.path), others.identity(&cgroup.path));
+            let is_same = |(before, now): (&(usize, Selector), &(usize, Selector))| {
+                before.1.selects(&one) == now.1.selects(&other)
+            };
+            all_same = if one == other {
+                changed.iter().copied().all(is_same)
+            } else {
+                both().all(is_same)
+            };
+        })?;
+        Ok(all_same)
+    }
+
     fn path_warning(
         &self,
         index: usize,
@@ -635,6 +682,7 @@ impl<'a> Survey<'a> {
         let assignment = Assignment {
             policies: self.claimants.policies.clone(),
             claims: self.claims,
+            grants: Vec::new(),
         };
         (assignment, warnings)
     }

@@ -12,6 +12,7 @@ pub mod keys;
 mod merge;
 mod origin;
 mod preset;
+mod self_service;
 mod sources;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
+pub use self_service::{SelfService, Wish};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,
     read_files,
@@ -42,6 +44,9 @@ pub struct Config {
     pub default: Option<Policy>,
     /// The named policies, in the order of the file.
     pub policies: Vec<NamedPolicy>,
+    /// What users may ask for commands of their own; none where they may not.
+    #[serde(default)]
+    pub self_service: Option<SelfService>,
 }
 
 /// A policy for some cgroups, units or containers, some remote ends, or both.
@@ -82,6 +87,35 @@ impl Config {
         self
     }
 
+    /// Whether some policy is for units, containers or pods, whose names come and go.
+    #[must_use]
+    pub fn goes_by_names(&self) -> bool {
+        self.policies.iter().any(|named| !named.selector.is_empty())
+    }
+
+    /// Whether another config has the same policies, each perhaps for units,
+    /// containers or pods of other names.
+    #[must_use]
+    pub fn differs_in_names_only(&self, other: &Self) -> bool {
+        let is_same = |(one, other): (&NamedPolicy, &NamedPolicy)| {
+            let NamedPolicy {
+                name,
+                cgroups,
+                selector,
+                rules,
+                policy,
+            } = one;
+            (name, cgroups, rules, policy)
+                == (&other.name, &other.cgroups, &other.rules, &other.policy)
+                && selector.is_empty() == other.selector.is_empty()
+        };
+        self.goes_by_names()
+            && self.default == other.default
+            && self.self_service == other.self_service
+            && self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(is_same)
+    }
+
     /// The policy of this name; [`DEFAULT`] is the one for unclaimed sockets.
     #[must_use]
     pub fn policy(&self, name: &str) -> Option<Policy> {
@@ -98,6 +132,7 @@ impl Config {
         Self {
             default: Some(Policy::BUILT_IN),
             policies: Vec::new(),
+            self_service: None,
         }
     }
 

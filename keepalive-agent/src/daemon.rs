@@ -11,6 +11,7 @@ mod dead_peers;
 pub mod journal;
 pub mod observed;
 pub mod ownership;
+pub mod self_service;
 pub mod target;
 
 use std::{collections::BTreeSet, future::pending, path::PathBuf, sync::Arc, time::Duration};
@@ -28,11 +29,12 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     assignment::{Assignment, Claimants, Warning},
-    config::{Config, Sources},
+    config::{Config, SelfService, Sources},
     datapath::{
         self, Attachment, Bounds, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, Reload, SetRecord, State,
     },
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     memory,
@@ -43,11 +45,12 @@ use crate::{
     view,
     watch::Watch,
 };
-use building::{Built, Job};
+use building::{Built, Job, allowed};
 use control::{Asked, Client, Control, Request};
 use dead_peers::DeadPeerWatch;
 use journal::{Journal, Noting, What};
 use ownership::Ownership;
+use self_service::{Answer, SelfServiceSocket};
 
 /// After a cgroup was made with processes in it, existing connections are swept
 /// this much later, together with those of the cgroups that follow.
@@ -65,6 +68,10 @@ const LONGEST_RETRY: Duration = Duration::from_mins(5);
 /// Changes of cgroups that are remembered while a set is built; more than these
 /// are found by reading the hierarchy.
 const REMEMBERED: usize = 65_536;
+
+/// Sets that are built because users asked for more than the one in force has room
+/// for follow each other in this time.
+const FOR_USERS: Duration = Duration::from_secs(10);
 
 /// How long another agent waits for what this one has under way.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -242,6 +249,7 @@ enum Wake {
     Stop(&'static str),
     Hangup,
     Asked(std::io::Result<Asked>),
+    UserAsked(self_service::Asked),
     FilesChanged(Result<()>),
     Refusals(Result<()>),
     DeadPeers(Result<()>),
@@ -274,11 +282,16 @@ struct Daemon {
     pins: Option<PinDirectory>,
     /// Goes before the lock: whoever gets that makes a socket of the same name.
     control: Option<Control>,
+    users: Option<SelfServiceSocket>,
     ownership: Option<Ownership>,
     /// The agent that steps aside for this one.
     predecessor: Option<Client>,
     /// Another agent that this one steps aside for.
     successor: Option<Asked>,
+    /// What users were given for commands of their own.
+    grants: Vec<Grant>,
+    /// When a set with more room for them may be built again.
+    build_for_users: Instant,
     /// None while the cgroup does not exist.
     enforcement: Option<Enforcement>,
     dead_peers: DeadPeerWatch,
@@ -357,6 +370,9 @@ impl Daemon {
             claimants,
             pins,
             control: None,
+            users: None,
+            grants: Vec::new(),
+            build_for_users: now,
             predecessor,
             successor: None,
             enforcement: None,
@@ -460,6 +476,7 @@ impl Daemon {
     }
 
     fn listen(&mut self) {
+        self.listen_to_users();
         match Control::listen(&self.root.path) {
             Ok(control) => {
                 self.control = Some(control);
@@ -469,6 +486,32 @@ impl Daemon {
                 let error = format!("making the control socket: {error}");
                 warn!("{error}; no other agent can take over, and `detach` cannot reach this one");
                 self.part_failed("control socket", error);
+            }
+        }
+    }
+
+    /// Listens to users where the config lets them ask, and does not where not.
+    fn listen_to_users(&mut self) {
+        const PART: &str = "self-service";
+        if self.config.self_service.is_none() || self.options.dry_run {
+            self.users = None;
+            self.state.parts.remove(PART);
+            return;
+        }
+        // Of two agents that know each other the other one listens still.
+        if self.users.is_some() || self.ownership.is_none() {
+            return;
+        }
+        match SelfServiceSocket::listen(&self.root.path) {
+            Ok(users) => {
+                self.users = Some(users);
+                self.part(PART, Ok(()));
+            }
+            Err(error) => {
+                let error = format!("making the socket for users: {error}");
+                warn!("{error}; users cannot ask for policies");
+                self.part_failed(PART, error);
+                self.retry_later();
             }
         }
     }
@@ -504,8 +547,13 @@ impl Daemon {
             root: self.root.clone(),
             config,
             origin,
-            before: previous.as_ref().map(|set| set.description.config.clone()),
+            before: match &self.enforcement {
+                // What the set was built from may have had other names.
+                Some(_) => Some(self.config.clone()),
+                None => previous.as_ref().map(|set| set.description.config.clone()),
+            },
             previous,
+            grants: self.grants.clone(),
         }
     }
 
@@ -542,6 +590,7 @@ impl Daemon {
             None => self.attach()?,
             Some(found) => self.take_up(found)?,
         };
+        self.grants = allowed(&self.config, &self.grants);
         self.succeed();
         self.warn_of_new(&built.warnings);
         target::warn_of_give_up(&built.assignment);
@@ -713,6 +762,8 @@ impl Daemon {
                 return Ok((attachment, bounds, built));
             }
         };
+        self.grants = record.grants();
+        self.forget_ended_grants();
         let mut bounds = Bounds::of(&record, self.root.id, self.pins.clone())?;
         let state = record.state().unwrap_or_default();
         self.state.reload = state.reload;
@@ -799,6 +850,18 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let users = async {
+            match &mut self.users {
+                Some(users) => users.asked().await,
+                None => None,
+            }
+        };
+        let users = async {
+            match users.await {
+                Some(asked) => asked,
+                None => pending().await,
+            }
+        };
         let earlier_sweep = async {
             match &mut self.earlier_sweep {
                 Some(sweep) => while sweep.progress().await.is_some() {},
@@ -852,6 +915,7 @@ impl Daemon {
             found = dead_peers => Wake::DeadPeers(found),
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
+            asked = users => Wake::UserAsked(asked),
             // Last: there may be more of them all the time.
             changes = cgroups => Wake::Cgroups(changes),
         }
@@ -872,6 +936,10 @@ impl Daemon {
                 return Some((signal, leaves));
             }
             Wake::Asked(asked) => return self.on_request(asked).await,
+            Wake::UserAsked(asked) => {
+                let answer = self.grant(asked.uid, &asked.request);
+                asked.answer(&answer);
+            }
             Wake::Hangup => self.reload(Why::Signal),
             Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged),
             Wake::FilesChanged(Err(error)) => self.files_unwatched(&error),
@@ -964,6 +1032,102 @@ impl Daemon {
         None
     }
 
+    /// Gives a user a policy for a command, if it may have it.
+    fn grant(&mut self, uid: u32, request: &self_service::Request) -> Answer {
+        let refused = |why: &str| Answer::Refused(why.to_owned());
+        let Some(service) = self.config.self_service.clone() else {
+            return refused("the operator does not let users ask any more");
+        };
+        if let Err(why) = service.allow(&request.wish) {
+            return Answer::Refused(why);
+        }
+        let root = &self.root.path;
+        let found = self_service::own_cgroup(&self.hierarchy, root, &request.cgroup, uid);
+        let cgroup = match found {
+            Ok(cgroup) => cgroup,
+            Err(why) => return Answer::Refused(why),
+        };
+        if self.grants.iter().any(|grant| grant.cgroup == cgroup) {
+            return refused("this command has its policy already");
+        }
+        if let Err(why) = self.has_room(&service, uid) {
+            return Answer::Refused(why);
+        }
+        let Some(enforcement) = &mut self.enforcement else {
+            return Answer::Busy("nothing is in force".to_owned());
+        };
+        let wish = request.wish.clone();
+        let grant = Grant { cgroup, uid, wish };
+        let cgroup = &grant.cgroup;
+        let policies = self.claimants.claim_of(&cgroup.path);
+        match enforcement.set.add_grant(&grant, &policies) {
+            Ok(()) => {}
+            Err(error) if error.is_full() => {
+                if Instant::now() >= self.build_for_users {
+                    info!("{error}: building one with more room");
+                    self.build_for_users = Instant::now() + FOR_USERS;
+                    self.build_again();
+                }
+                return Answer::Busy(error.to_string());
+            }
+            Err(error) => return Answer::Refused(chain(&error)),
+        }
+        self.grants.push(grant.clone());
+        if let Err(error) = enforcement.set.record().set_grants(&self.grants) {
+            self.grants.pop();
+            if let Err(error) = enforcement.set.remove_cgroup(cgroup) {
+                debug!("{}", chain(&error));
+            }
+            return Answer::Refused(chain(&error));
+        }
+        debug!(cgroup = %cgroup.path, uid, "a user has a policy for a command");
+        self.journal.note(What::CgroupAssigned {
+            cgroup: cgroup.path.clone(),
+            policies: vec![grant.over(None).name],
+        });
+        Answer::Granted
+    }
+
+    /// Whether a user may have one more command with a policy of its own.
+    fn has_room(&mut self, service: &SelfService, uid: u32) -> Result<(), String> {
+        let counts = |grants: &[Grant]| {
+            let own = grants.iter().filter(|grant| grant.uid == uid).count();
+            (own, grants.len())
+        };
+        let fits = |(own, all): (usize, usize)| {
+            own < service.commands_per_user as usize && all < service.commands as usize
+        };
+        if fits(counts(&self.grants)) {
+            return Ok(());
+        }
+        // The kernel may not have told of all that are gone.
+        self.forget_ended_grants();
+        let counted = counts(&self.grants);
+        if fits(counted) {
+            Ok(())
+        } else if counted.0 >= service.commands_per_user as usize {
+            Err(format!(
+                "{} commands of this user have policies of their own already, as many as                  [self-service] allows",
+                counted.0
+            ))
+        } else {
+            Err(format!(
+                "{} commands have policies of their own already, as many as [self-service] allows",
+                counted.1
+            ))
+        }
+    }
+
+    /// Forgets what was given to commands whose cgroups are gone.
+    fn forget_ended_grants(&mut self) {
+        let hierarchy = &self.hierarchy;
+        let exists = |grant: &Grant| {
+            let found = hierarchy.lookup(&grant.cgroup.path);
+            found.is_ok_and(|found| found.as_ref() == Some(&grant.cgroup))
+        };
+        self.grants.retain(exists);
+    }
+
     /// The agent that this one steps aside for has taken over, or is gone.
     async fn on_successor(&mut self, request: Option<Request>) -> Option<(&'static str, Leaves)> {
         let successor = self.successor.take();
@@ -1010,10 +1174,47 @@ impl Daemon {
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                self.build(config, origin, Some(why));
+                if why != Why::FilesChanged || !self.adopt(&config, &origin) {
+                    self.build(config, origin, Some(why));
+                }
             }
             Err(error) => self.reload_failed(&error, why.demands()),
         }
+    }
+
+    /// Goes over to a config that needs no other set: it differs in names of units,
+    /// containers and pods only, none of which is there. So it is when a pod is bound
+    /// to a node, or gone. Whether it could.
+    fn adopt(&mut self, config: &Config, origin: &Origin) -> bool {
+        if !config.differs_in_names_only(&self.config) || !self.state.settled {
+            return false;
+        }
+        let Some(enforcement) = &self.enforcement else {
+            return false;
+        };
+        let Ok(claimants) = Claimants::new(config, &self.root) else {
+            return false;
+        };
+        let claims_same = self.claimants.claim_same(&claimants, &self.hierarchy);
+        if !claims_same.unwrap_or(false) {
+            return false;
+        }
+        if let Err(error) = enforcement.set.record().say_config(config, origin) {
+            debug!("{}", chain(&error));
+            return false;
+        }
+        debug!("other names in the config, for which nothing else changes");
+        self.config = config.clone();
+        self.origin = origin.clone();
+        self.claimants = claimants;
+        if let Some(ownership) = &mut self.ownership {
+            ownership.finish(&self.config);
+        }
+        self.state.reload = Some(Reload {
+            at: seconds_since_1970(),
+            error: None,
+        });
+        true
     }
 
     fn read_again(&mut self, demanded: bool) -> Result<Option<target::Read>> {
@@ -1080,6 +1281,7 @@ impl Daemon {
             if let Ok(claimants) = target::claimants(&self.config, &self.root) {
                 self.claimants = claimants;
             }
+            self.listen_to_users();
             notify(&[NotifyState::Ready]);
             return;
         }
@@ -1119,6 +1321,8 @@ impl Daemon {
             self.own_again(Duration::ZERO);
         } else if self.has_failed("control socket") {
             self.listen();
+        } else if self.has_failed("self-service") {
+            self.listen_to_users();
         }
         if self.has_failed("policy set") {
             self.reload(Why::Retry);
@@ -1173,6 +1377,8 @@ impl Daemon {
         self.config = built.config;
         self.origin = built.origin;
         self.claimants = built.claimants;
+        self.hand_on_grants();
+        self.listen_to_users();
         self.end_sweep();
         self.state.settled = false;
         self.retry_after = RETRY;
@@ -1193,6 +1399,23 @@ impl Daemon {
         self.follow_changes(&changes, reporter);
         self.sweep();
         None
+    }
+
+    /// Makes sure that a new set has what users were given while it was built.
+    fn hand_on_grants(&mut self) {
+        self.grants = allowed(&self.config, &self.grants);
+        let Some(enforcement) = &mut self.enforcement else {
+            return;
+        };
+        for grant in &self.grants {
+            let policies = self.claimants.claim_of(&grant.cgroup.path);
+            if let Err(error) = enforcement.set.add_grant(grant, &policies) {
+                warn!("{}: {}", grant.cgroup.path, chain(&error));
+            }
+        }
+        if let Err(error) = enforcement.set.record().set_grants(&self.grants) {
+            warn!("{}", chain(&error));
+        }
     }
 
     /// Another agent has put its set in the place of this one's. If it lives, this
@@ -1443,6 +1666,12 @@ impl Daemon {
         let Some(enforcement) = &mut self.enforcement else {
             return;
         };
+        if self.grants.iter().any(|grant| grant.cgroup == *cgroup) {
+            self.grants.retain(|grant| grant.cgroup != *cgroup);
+            if let Err(error) = enforcement.set.record().set_grants(&self.grants) {
+                debug!("{}", chain(&error));
+            }
+        }
         let forgotten = enforcement.set.remove_cgroup(cgroup);
         if let Err(error) = forgotten.and(enforcement.bounds.forget(cgroup.id)) {
             // An id is not used again, so what stays costs its memory only.

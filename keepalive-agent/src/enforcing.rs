@@ -4,6 +4,7 @@ use crate::{
     config::{Config, Merged, read_files},
     daemon::ownership,
     datapath::{self, Error, Origin},
+    grant::Grant,
     hierarchy::Cgroup,
 };
 
@@ -16,6 +17,8 @@ pub struct Enforcing {
     pub root: Cgroup,
     /// Its policies and what they claim.
     pub config: Config,
+    /// What users were given for commands of their own.
+    pub grants: Vec<Grant>,
     /// The files that it was read from.
     pub origin: Origin,
     /// What was wrong when the agent last read its config, so that it goes on with
@@ -48,6 +51,7 @@ pub fn enforcing() -> Result<Vec<Enforcing>, Error> {
                 .map(|owner| owner.pid),
             root: root.clone(),
             config: record.description.config.clone(),
+            grants: record.grants(),
             origin: record.description.origin.clone(),
             error,
         });

@@ -29,7 +29,7 @@ pub struct Hierarchy {
 }
 
 /// `CGROUP2_SUPER_MAGIC` in include/uapi/linux/magic.h.
-const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
+pub(crate) const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
 
 /// The id of the root of the hierarchy (`kernfs_create_root()` in
 /// fs/kernfs/dir.c). A process in a cgroup namespace of its own finds another
@@ -147,7 +147,7 @@ impl Hierarchy {
     }
 
     /// The cgroup and everything below it, parents before children. What
-    /// vanishes meanwhile is left out.
+    /// vanishes meanwhile, or may not be looked into, is left out.
     ///
     /// # Errors
     ///
@@ -160,7 +160,7 @@ impl Hierarchy {
 
     /// Visits the cgroup and everything below it, parents before children, with
     /// what the visit of the parent returned; `above` for the first. What
-    /// vanishes meanwhile is left out.
+    /// vanishes meanwhile, or may not be looked into, is left out.
     ///
     /// # Errors
     ///
@@ -180,6 +180,14 @@ impl Hierarchy {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,
                 Err(error) if is_absent(&error) => continue,
+                // A user may close a directory of the user's own, to an agent without
+                // all of root's capabilities too. What is in it goes by the policies
+                // above.
+                Err(error)
+                    if error.kind() == io::ErrorKind::PermissionDenied && parent != top.path =>
+                {
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             for entry in entries {

@@ -138,6 +138,27 @@ impl Identities {
         Identity::new(&location, location.containers.first(), Arc::default())
     }
 
+    /// The containers in pods that are known, by what their runtime tells of them.
+    #[must_use]
+    pub fn pods(&self) -> Vec<Identity> {
+        let known = self.known();
+        let pods = known.values().filter(|names| names.pod.is_some());
+        let identity = |names: &Arc<ContainerNames>| Identity {
+            names: names.clone(),
+            ..Identity::default()
+        };
+        pods.map(identity).collect()
+    }
+
+    /// Takes over what others have read of containers in pods: nothing of it changes
+    /// while they live. Other containers can be renamed.
+    pub fn learn_pods(&self, others: &Self) {
+        let others = others.known();
+        let pods = others.iter().filter(|(_, names)| names.pod.is_some());
+        let pods = pods.map(|(id, names)| (id.clone(), names.clone()));
+        self.known().extend(pods);
+    }
+
     /// Forgets what was read for the cgroup with this path, which is gone.
     pub fn forget(&self, path: &[u8]) {
         if let Some(id) = Location::of(path).container_of_its_own {

@@ -34,6 +34,7 @@ pub mod datapath;
 pub mod duration;
 pub mod enforcing;
 pub mod explain;
+pub mod grant;
 pub mod hierarchy;
 pub mod identity;
 pub mod kernel;

@@ -18,7 +18,8 @@ use keepalive_common::{
 use thiserror::Error;
 
 use crate::{
-    assignment::Assignment,
+    assignment::{Assignment, GRANTED},
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath},
     rules::{
         Rules,
@@ -54,7 +55,16 @@ pub enum Error {
         /// The lowest of them.
         cgroup: CgroupPath,
     },
+    /// A user's wish would have to stand over too many rules for remote ends.
+    #[error("the policies that hold for {cgroup} name too many networks to shape them for a user")]
+    TooManyNetworks {
+        /// The cgroup of the user's command.
+        cgroup: CgroupPath,
+    },
 }
+
+/// More rules than this are not shaped for a user's command: it takes time.
+const MOST_SHAPED: usize = 4096;
 
 /// The records of a policy set.
 #[derive(Debug)]
@@ -71,6 +81,8 @@ pub struct PolicySet {
     before: BTreeMap<CgroupPath, OwnClaim>,
     /// Path → what it claims itself.
     now: BTreeMap<CgroupPath, OwnClaim>,
+    /// What users were given, by the paths of the cgroups.
+    grants: BTreeMap<CgroupPath, Grant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +150,7 @@ impl PolicySet {
             compiled: HashMap::new(),
             before: BTreeMap::new(),
             now: BTreeMap::new(),
+            grants: BTreeMap::new(),
         };
         // The policies of now come first, so that they have the lower slots.
         (set.assigned, set.now) = set.place(now)?;
@@ -146,6 +159,10 @@ impl PolicySet {
             (_, set.before) = set.place(before)?;
             set.compiled = compiled;
         }
+        let grants = now.grants.iter();
+        set.grants = grants
+            .map(|grant| (grant.cgroup.path.clone(), grant.clone()))
+            .collect();
         Ok(set)
     }
 
@@ -264,6 +281,10 @@ impl PolicySet {
         let assigned = std::mem::take(&mut self.assigned);
         let target = self.target(&assigned, &made.path, policies, above);
         self.assigned = assigned;
+        let target = target.and_then(|target| match self.grants.get(&made.path).cloned() {
+            Some(grant) if grant.cgroup == *made => self.shaped(target, &grant),
+            _ => Ok(target),
+        });
         let now = target.inspect_err(|_| self.abandon(mark))?;
         let own = OwnClaim {
             id: made.id,
@@ -279,6 +300,15 @@ impl PolicySet {
                 before: nearest(&self.before, &made.path),
             },
         }))
+    }
+
+    /// A user is given a policy, or none any more: what is claimed for its cgroup
+    /// from now on is shaped by that.
+    pub fn set_grant(&mut self, path: &CgroupPath, grant: Option<Grant>) {
+        match grant {
+            Some(grant) => self.grants.insert(path.clone(), grant),
+            None => self.grants.remove(path),
+        };
     }
 
     /// Makes a claim that stands in the kernel part of the set.
@@ -302,6 +332,7 @@ impl PolicySet {
 
     /// Forgets a cgroup that is gone.
     pub fn remove(&mut self, gone: &Cgroup) {
+        self.grants.retain(|_, grant| grant.cgroup != *gone);
         for claims in [&mut self.before, &mut self.now] {
             if claims.get(&gone.path).is_some_and(|own| own.id == gone.id) {
                 claims.remove(&gone.path);
@@ -334,16 +365,25 @@ impl PolicySet {
             };
             assigned.push((self.policies.number_of(counted), policy.rules.clone()));
         }
-        // In this order a cgroup follows the ones above it.
-        let mut claims: Vec<_> = assignment.claims.iter().collect();
-        claims.sort_unstable_by_key(|claim| &claim.cgroup.path);
+        // In this order a cgroup follows the ones above it, and what a user was given
+        // the claim of the same cgroup.
+        let claims = assignment.claims.iter();
+        let claims = claims.map(|claim| (&claim.cgroup, Err(&claim.policies)));
+        let grants = assignment.grants.iter();
+        let grants = grants.map(|grant| (&grant.cgroup, Ok(grant)));
+        let mut all: Vec<_> = claims.chain(grants).collect();
+        all.sort_by(|(one, _), (other, _)| one.path.cmp(&other.path));
         let mut now = BTreeMap::new();
-        for claim in claims {
-            let Cgroup { path, id } = &claim.cgroup;
-            let above = path
-                .parent()
-                .map_or(Target::UNCLAIMED, |above| nearest(&now, &above));
-            let target = self.target(&assigned, path, &claim.policies, above)?;
+        for (Cgroup { path, id }, claim) in all {
+            let target = match claim {
+                Err(policies) => {
+                    let above = path
+                        .parent()
+                        .map_or(Target::UNCLAIMED, |above| nearest(&now, &above));
+                    self.target(&assigned, path, policies, above)?
+                }
+                Ok(grant) => self.shaped(nearest(&now, path), grant)?,
+            };
             now.insert(path.clone(), OwnClaim { id: *id, target });
         }
         Ok((assigned, now))
@@ -388,6 +428,67 @@ impl PolicySet {
         Ok(Target::step(
             self.steps.number_of(Step::new(rules, otherwise)),
         ))
+    }
+
+    /// Where sockets find their policy that would find it by this target, if it were
+    /// not for what a user asked for.
+    fn shaped(&mut self, target: Target, grant: &Grant) -> Result<Target, Error> {
+        let mut room = MOST_SHAPED;
+        let shaped = self.shape(target, grant, &mut room);
+        shaped.ok_or_else(|| Error::TooManyNetworks {
+            cgroup: grant.cgroup.path.clone(),
+        })
+    }
+
+    /// None where there is no room for so many rules.
+    fn shape(&mut self, target: Target, grant: &Grant, room: &mut usize) -> Option<Target> {
+        let step = match target.lead() {
+            Lead::Slot(slot) => return Some(Target::slot(self.shaped_slot(slot, grant))),
+            // A number that is not known leads nowhere.
+            Lead::Step(number) => *self.steps.get(number)?,
+        };
+        let otherwise = self.shape(step.otherwise(), grant, room)?;
+        let table = self.rules.get(step.rules)?;
+        *room = room.checked_sub(table.len())?;
+        let mut shaped = table.clone();
+        for (_, found) in &mut shaped {
+            *found = self.shaped_found(*found, grant, room)?;
+        }
+        let rules = self.rules.number_of(shaped);
+        Some(Target::step(
+            self.steps.number_of(Step::new(rules, otherwise)),
+        ))
+    }
+
+    fn shaped_found(&mut self, found: Found, grant: &Grant, room: &mut usize) -> Option<Found> {
+        let (by, number): (fn(u32) -> Found, _) =
+            match (found.port_table(), found.local_port_table()) {
+                (Some(number), _) => (Found::by_port, number),
+                (None, Some(number)) => (Found::by_local_port, number),
+                (None, None) if found == Found::NOTHING => return Some(found),
+                (None, None) => {
+                    return Some(Found::slot(self.shaped_slot(found.any_port(), grant)));
+                }
+            };
+        let table = self.ports.get(number)?;
+        *room = room.checked_sub(table.len())?;
+        let mut shaped = table.clone();
+        for (_, found) in &mut shaped {
+            *found = self.shaped_found(*found, grant, room)?;
+        }
+        Some(by(self.ports.number_of(shaped)))
+    }
+
+    fn shaped_slot(&mut self, slot: u32, grant: &Grant) -> u32 {
+        let before = self.policies.get(slot).map(|counted| counted.policy);
+        let policy = grant.wish.over(before.unwrap_or(Policy::BUILT_IN));
+        if before == Some(policy) {
+            return slot;
+        }
+        self.policies.number_of(CountedPolicy {
+            name: GRANTED.to_owned(),
+            policy,
+        })
     }
 
     /// Compiles the rules of some policies; the number of the result.

@@ -13,7 +13,7 @@ use kube::{
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
 use serde_json::{Map, Value, json};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 
 use crate::{
@@ -26,6 +26,9 @@ use crate::{
 
 /// How often statuses are written at the most: nodes come one by one.
 const EVERY: Duration = Duration::from_secs(5);
+
+/// How long it waits at the most to try again what the API did not take.
+const LONGEST_WAIT: Duration = Duration::from_mins(5);
 
 /// The API takes no longer note in an event.
 const LONGEST_NOTE: usize = 1024;
@@ -45,6 +48,7 @@ pub async fn run(client: Client, until: impl Future<Output = ()>) -> Result<()> 
     };
     let recorder = Recorder::new(client.clone(), reporter);
     let mut is_new = false;
+    let mut pace = Pace::default();
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tokio::pin!(until);
@@ -53,15 +57,39 @@ pub async fn run(client: Client, until: impl Future<Output = ()>) -> Result<()> 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                watched.apply_all(change, &mut changes);
-                is_new = true;
+                is_new |= watched.apply_all(change, &mut changes);
             }
             _ = ticks.tick() => {
-                if is_new && watched.is_complete(&audience) {
-                    is_new = !write_all(&client, &recorder, &watched).await;
+                if is_new && watched.is_complete(&audience) && pace.is_due(Instant::now()) {
+                    let all = write_all(&client, &recorder, &watched).await;
+                    is_new = !all;
+                    pace.after(all, Instant::now());
                 }
             }
         }
+    }
+}
+
+/// When statuses may be written again: after each failure in a row twice as long.
+#[derive(Default)]
+struct Pace {
+    failures: u32,
+    not_before: Option<Instant>,
+}
+
+impl Pace {
+    fn is_due(&self, now: Instant) -> bool {
+        self.not_before.is_none_or(|not_before| now >= not_before)
+    }
+
+    fn after(&mut self, success: bool, now: Instant) {
+        if success {
+            *self = Self::default();
+            return;
+        }
+        let wait = EVERY.saturating_mul(2_u32.saturating_pow(self.failures));
+        self.failures += 1;
+        self.not_before = now.checked_add(wait.min(LONGEST_WAIT));
     }
 }
 
@@ -218,6 +246,20 @@ mod tests {
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn what_fails_is_tried_later_and_later() {
+        let begin = Instant::now();
+        let mut pace = Pace::default();
+        assert!(pace.is_due(begin));
+        for wait in [5, 10, 20, 40, 80, 160, 300, 300] {
+            pace.after(false, begin);
+            assert!(!pace.is_due(begin + Duration::from_secs(wait - 1)));
+            assert!(pace.is_due(begin + Duration::from_secs(wait)));
+        }
+        pace.after(true, begin);
+        assert!(pace.is_due(begin));
     }
 
     #[test]

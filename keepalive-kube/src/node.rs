@@ -68,8 +68,8 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                watched.apply_all(change, &mut changes);
-                if !watched.is_complete(&audience) {
+                let is_news = watched.apply_all(change, &mut changes);
+                if !is_news || !watched.is_complete(&audience) {
                     continue;
                 }
                 compiled = Some(config::compile(&watched.objects));

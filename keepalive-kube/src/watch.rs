@@ -215,30 +215,33 @@ pub struct Watched {
 
 impl Watched {
     /// Takes over a change, and what else is there already, to be written with it.
-    pub fn apply_all(&mut self, change: Change, more: &mut Changes) {
-        self.apply(change);
+    /// Whether anything is known now that was not: most of what the API tells of a
+    /// pod is about its status.
+    pub fn apply_all(&mut self, change: Change, more: &mut Changes) -> bool {
+        let mut is_news = self.apply(change);
         while let Some(Some(change)) = more.next().now_or_never() {
-            self.apply(change);
+            is_news |= self.apply(change);
         }
+        is_news
     }
 
-    /// Takes over a change.
-    pub fn apply(&mut self, change: Change) {
+    /// Takes over a change; whether anything is known now that was not.
+    pub fn apply(&mut self, change: Change) -> bool {
         let objects = &mut self.objects;
         match change {
             Change::Pod(step) => self.pods.apply(&mut objects.pods, |_| true, step),
             Change::Namespace(step) => {
                 self.namespaces
-                    .apply(&mut objects.namespaces, |_| true, step);
+                    .apply(&mut objects.namespaces, |_| true, step)
             }
             Change::Policy(step) => {
                 let is_one = |id: &PolicyId| id.namespace.is_some();
-                self.policies.apply(&mut objects.policies, is_one, step);
+                self.policies.apply(&mut objects.policies, is_one, step)
             }
             Change::ClusterPolicy(step) => {
                 let is_one = |id: &PolicyId| id.namespace.is_none();
                 self.cluster_policies
-                    .apply(&mut objects.policies, is_one, step);
+                    .apply(&mut objects.policies, is_one, step)
             }
             Change::Node(step) => self.nodes.apply(&mut objects.nodes, |_| true, step),
         }
@@ -273,25 +276,36 @@ impl<K, V> Default for List<K, V> {
     }
 }
 
-impl<K: Ord, V> List<K, V> {
-    /// `is_one` tells which of those that are known belong to this list.
-    fn apply(&mut self, known: &mut BTreeMap<K, V>, is_one: impl Fn(&K) -> bool, step: Step<K, V>) {
+impl<K: Ord, V: PartialEq> List<K, V> {
+    /// `is_one` tells which of those that are known belong to this list. Whether what
+    /// is known is another now.
+    fn apply(
+        &mut self,
+        known: &mut BTreeMap<K, V>,
+        is_one: impl Fn(&K) -> bool,
+        step: Step<K, V>,
+    ) -> bool {
         match step {
-            Step::Begin => self.listed.clear(),
+            Step::Begin => {
+                self.listed.clear();
+                false
+            }
             Step::Listed(key, value) => {
                 self.listed.insert(key, value);
+                false
             }
             Step::Complete => {
                 known.retain(|key, _| !is_one(key));
                 known.append(&mut self.listed);
                 self.was_complete = true;
+                true
             }
             Step::Set(key, value) => {
+                let is_news = known.get(&key) != Some(&value);
                 known.insert(key, value);
+                is_news
             }
-            Step::Gone(key) => {
-                known.remove(&key);
-            }
+            Step::Gone(key) => known.remove(&key).is_some(),
         }
     }
 }
@@ -340,6 +354,23 @@ mod tests {
         assert_eq!(names(&watched), ["b", "c"]);
         watched.apply(namespace(&Step::Complete));
         assert_eq!(names(&watched), ["c"]);
+    }
+
+    #[test]
+    fn what_is_known_already_is_no_news() {
+        let mut watched = Watched::default();
+        for (step, is_news) in [
+            (Step::Begin, false),
+            (Step::Listed("a", 1), false),
+            (Step::Complete, true),
+            (Step::Set("a", 1), false),
+            (Step::Set("a", 2), true),
+            (Step::Set("b", 1), true),
+            (Step::Gone("b"), true),
+            (Step::Gone("b"), false),
+        ] {
+            assert_eq!(watched.apply(namespace(&step)), is_news, "{step:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
     Agent, Cgroup, Docker, Need, Options, Probe, Program, agent_binary, agent_command, output,
-    require, wait_until,
+    require, soak_or, wait_until,
 };
 use serde_json::Value;
 
@@ -126,10 +126,11 @@ fn nested_and_renamed() -> Result<()> {
     Ok(())
 }
 
-/// A hundred containers, each of which connects in its first millisecond.
+/// A hundred containers, five hundred with `KEEPALIVE_SOAK`, each of which connects in
+/// its first millisecond.
 #[test]
 fn many_come_and_go() -> Result<()> {
-    const COUNT: u64 = 100;
+    let count: u64 = soak_or(500, 100);
     require!(Need::Program("dockerd"), Need::Program("ip"));
     let cgroup = Cgroup::new()?;
     let docker = Docker::start(&cgroup)?;
@@ -143,16 +144,16 @@ fn many_come_and_go() -> Result<()> {
         Ok(line.parse()?)
     };
     let mut at_first = None;
-    for number in 0..COUNT {
+    for number in 0..count {
         let name = format!("db-{number}");
         assert_eq!(docker.first(&["--name", &name])?, both(61), "{name}");
         at_first.get_or_insert(memory()?);
     }
     let grown = memory()?.saturating_sub(at_first.unwrap_or_default());
     // A container costs some hundred bytes while it is there.
-    assert!(grown < 1024, "{grown} KiB for {COUNT} containers");
+    assert!(grown < 1024, "{grown} KiB for {count} containers");
     let finished = agent.stop()?;
-    assert_eq!(finished.count("db", "seen"), 2 * COUNT);
+    assert_eq!(finished.count("db", "seen"), 2 * count);
     assert_eq!(finished.count("default", "seen"), 0);
     Ok(())
 }
@@ -176,6 +177,54 @@ fn units_by_name() -> Result<()> {
     let explained = output(&mut explain, LIMIT)?;
     let why = format!("policy unit (unit = {name}) claims the connection");
     assert!(explained.stdout.contains(&why), "{}", explained.stdout);
+    agent.stop()?;
+    Ok(())
+}
+
+/// Names of what is not there come into the config and leave it without another
+/// policy set; what comes then has its policy.
+#[test]
+fn names_alone_need_no_other_set() -> Result<()> {
+    require!(Need::Built(Program::Static));
+    let slice = Cgroup::with_suffix(".slice")?;
+    let here = slice.child("here.service")?;
+    let config = |units: &str| {
+        format!("[default]\n[[policy]]\nname = 'named'\nidle = '63s'\nunit = [{units}]\n")
+    };
+    let mut agent = Agent::start(&slice, &config("'other.service'"))?;
+    agent.swept()?;
+    let status = || -> Result<Value> {
+        let mut command = agent_command();
+        command.args(["status", "--json", "--cgroup", slice.path()]);
+        let done = output(&mut command, LIMIT)?;
+        let status: Value = serde_json::from_str(&done.stdout)?;
+        Ok(status["in_force"][0].clone())
+    };
+    let idle = |cgroup: &Cgroup| -> Result<i32> {
+        let mut probe = Probe::start(Program::Static, cgroup)?;
+        let (socket, _) = probe.connection()?;
+        Ok(probe.options(socket)?.idle)
+    };
+    agent.rewrite(&config("'other.service', 'later.service'"))?;
+    wait_until(LIMIT, "the config to be read", || {
+        Ok(!status()?["reload"].is_null())
+    })?;
+    agent.not_reloaded(Duration::from_millis(200))?;
+    let later = slice.child("later.service")?;
+    assert_eq!(idle(&later)?, 63);
+    assert_eq!(idle(&here)?, 60);
+    let mut explain = agent_command();
+    explain.args(["explain", "--cgroup", later.path()]);
+    let explained = output(&mut explain, LIMIT)?.stdout;
+    assert!(
+        explained.contains("other.service or later.service"),
+        "{explained}"
+    );
+    // What is there takes another set.
+    agent.rewrite(&config("'here.service'"))?;
+    agent.reloaded()?;
+    assert_eq!(idle(&here)?, 63);
+    assert_eq!(idle(&later)?, 60);
     agent.stop()?;
     Ok(())
 }

@@ -15,13 +15,15 @@ use std::{
     os::{fd::AsFd, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{self, Command, ExitCode, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    process::{Pid, PidfdFlags, pidfd_open, setsid},
+    process::{Pid, PidfdFlags, geteuid, pidfd_open, setsid},
     stdio::{dup2_stderr, dup2_stdout},
 };
 use tracing::debug;
@@ -31,9 +33,14 @@ use super::{
     policy::{self, Key},
 };
 use crate::{
-    config::Config,
-    daemon::{building::Job, ownership},
+    config::{Config, DEFAULT_FILE, Wish},
+    daemon::{
+        building::Job,
+        ownership,
+        self_service::{self, Answer, Request},
+    },
     datapath::{Attachment, Bounds, Origin, State},
+    grant::PREFIX,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
     names::printable_path,
@@ -41,9 +48,6 @@ use crate::{
 
 /// The hidden subcommand that is the supervisor.
 pub(super) const SUPERVISE: &str = "supervise-exec";
-
-/// Begins the names of the cgroups; the process id of the command follows.
-const PREFIX: &str = "keepalive-exec-";
 
 /// What the supervisor says when the policy is in force.
 const READY: &str = "ready\n";
@@ -60,6 +64,9 @@ const NOT_FOUND: u8 = 127;
                   the built-in policy: on, idle 60s, interval 10s, probes 6.\n\n\
                   Where an agent enforces on a cgroup above, it has the last word: its bounds hold, \
                   as for what an application sets.\n\n\
+                  Root, or who has the capabilities of `run`, needs no agent. An ordinary user asks \
+                  the agent, if its config has a table [self-service], and in a cgroup that is \
+                  delegated to the user, as under `systemd-run --user --scope`.\n\n\
                   Exit codes: the command's; 126 it cannot be run, 127 it is not found, 1 there is \
                   no cgroup or policy for it.\n\n\
                   Examples:\n  \
@@ -100,8 +107,8 @@ pub(super) struct Supervise {
     cgroup: OsString,
     /// Process id of the command to be.
     pid: u32,
-    /// The config.
-    config: String,
+    /// The config; none where an agent enforces it.
+    config: Option<String>,
     /// Whether to do it in a child of init.
     #[arg(long)]
     detach: bool,
@@ -111,13 +118,26 @@ pub(super) struct Supervise {
 pub(super) fn exec(arguments: &Arguments) -> Result<ExitCode> {
     let config = config_text(arguments, |name| env::var_os(name))?;
     Config::parse(Path::new("the policy of the command"), &config)?;
-    preflight::may_enforce()?;
+    let may_enforce = preflight::may_enforce();
+    let wish = match &may_enforce {
+        Err(_) if !geteuid().is_root() => Some(Wish::read(&config).map_err(anyhow::Error::msg)?),
+        _ => {
+            may_enforce?;
+            None
+        }
+    };
     let hierarchy = Hierarchy::find()?;
     let own = explain::cgroup_of(process::id(), &hierarchy)?
         .context("the cgroup of this process was removed")?;
     remove_leftovers(&hierarchy, &own);
     let scope = Scope::make(&hierarchy, &own)?;
-    scope.put_in_force(&config)?;
+    match wish {
+        None => scope.supervised(Some(&config))?,
+        Some(wish) => {
+            scope.ask_agent(wish)?;
+            scope.supervised(None)?;
+        }
+    }
     scope.enter()?;
     let (program, rest) = arguments
         .command
@@ -227,8 +247,19 @@ impl Scope {
         let name = format!("{PREFIX}{}", process::id());
         let path = above.join(name.as_bytes());
         let directory = hierarchy.directory(&path);
-        fs::create_dir(&directory)
-            .with_context(|| format!("making the cgroup {}", printable_path(&directory)))?;
+        fs::create_dir(&directory).map_err(|error| {
+            let cure = match error.kind() {
+                io::ErrorKind::PermissionDenied if !geteuid().is_root() => {
+                    ": it is not yours; under systemd, `systemd-run --user --scope \
+                     keepalive-agent exec …` begins in one that is"
+                }
+                _ => "",
+            };
+            anyhow!(
+                "making a cgroup in {}: {error}{cure}",
+                printable_path(&hierarchy.directory(above))
+            )
+        })?;
         let mut scope = Self {
             cgroup: Cgroup { path, id: 0 },
             directory,
@@ -237,14 +268,38 @@ impl Scope {
         Ok(scope)
     }
 
-    /// Has a supervisor put a policy in force.
-    fn put_in_force(&self, config: &str) -> Result<()> {
+    /// Has the agent put a policy in force that governs this cgroup, and lets users
+    /// ask.
+    fn ask_agent(&self, wish: Wish) -> Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        const PAUSE: Duration = Duration::from_millis(100);
+        let request = Request {
+            cgroup: self.cgroup.path.clone(),
+            wish,
+        };
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let why = match ask_nearest(&request)? {
+                Answer::Granted => return Ok(()),
+                Answer::Refused(why) => bail!("the command is not run: {why}"),
+                Answer::Busy(why) => why,
+            };
+            if Instant::now() >= end {
+                bail!("the command is not run, try it again later: {why}");
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Has a supervisor put a policy in force, where no agent does, and remove the
+    /// cgroup in the end.
+    fn supervised(&self, config: Option<&str>) -> Result<()> {
         let mut starter = Command::new("/proc/self/exe")
             .arg(SUPERVISE)
             .arg("--detach")
             .arg(self.cgroup.path.as_path())
             .arg(process::id().to_string())
-            .arg(config)
+            .args(config)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -276,6 +331,23 @@ impl Drop for Scope {
     }
 }
 
+/// Asks the nearest agent above that lets users ask.
+fn ask_nearest(request: &Request) -> Result<Answer> {
+    for path in request.cgroup.upward() {
+        let path = CgroupPath::from(path);
+        let answer = self_service::ask(&path, request);
+        let answer = answer.with_context(|| format!("asking the agent on {path}"))?;
+        if let Some(answer) = answer {
+            return Ok(answer);
+        }
+    }
+    bail!(
+        "the command is not run: no agent here lets users ask for policies. Its operator has to \
+         write a table [self-service] into {DEFAULT_FILE}, and have `keepalive-agent run` \
+         running; or run this as root"
+    )
+}
+
 /// The supervisor.
 pub(super) fn supervise(arguments: &Supervise) -> Result<ExitCode> {
     let Supervise {
@@ -291,7 +363,7 @@ pub(super) fn supervise(arguments: &Supervise) -> Result<ExitCode> {
             .arg(SUPERVISE)
             .arg(cgroup)
             .arg(pid.to_string())
-            .arg(config)
+            .args(config)
             .spawn()
             .context("starting the supervisor")?;
         return Ok(ExitCode::SUCCESS);
@@ -306,7 +378,10 @@ pub(super) fn supervise(arguments: &Supervise) -> Result<ExitCode> {
         .context("the process that is to be the command has ended")?;
     let hierarchy = Hierarchy::find()?;
     let root = hierarchy.existing(Path::new(cgroup))?;
-    let enforcement = enforce(config, &hierarchy, &root)?;
+    let enforcement = match config {
+        Some(config) => Some(enforce(config, &hierarchy, &root)?),
+        None => None,
+    };
     let directory = hierarchy.directory(&root.path);
     let mut events = File::open(directory.join("cgroup.events"))
         .with_context(|| format!("watching {}", printable_path(&directory)))?;
@@ -340,6 +415,7 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attach
         origin: Origin::default(),
         before: None,
         previous: None,
+        grants: Vec::new(),
     };
     let set = job.build()?.set;
     // For those who ask whether anybody looks after it. Nothing was there before.

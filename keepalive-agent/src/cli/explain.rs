@@ -1,8 +1,8 @@
 //! `keepalive-agent explain`: which policy, why, and what comes of it.
 
 use std::{
-    collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf, process::ExitCode,
-    time::Duration,
+    borrow::Cow, collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf,
+    process::ExitCode, time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -24,6 +24,7 @@ use crate::{
     duration,
     enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity},
     kernel::{layout::Kernel, preflight},
@@ -310,6 +311,8 @@ struct Enforced {
     is_in_force: bool,
     root: Cgroup,
     config: Config,
+    /// What users were given for commands of their own.
+    grants: Vec<Grant>,
     /// Where it is written; none where the files say something else.
     files: Option<Merged>,
 }
@@ -336,6 +339,7 @@ impl Enforced {
                 is_in_force: false,
                 root: hierarchy.existing("/".as_ref())?,
                 config: merged.config.clone(),
+                grants: Vec::new(),
                 files: Some(merged),
             }]);
         }
@@ -348,6 +352,7 @@ impl Enforced {
                 files: agent.files(),
                 root: agent.root,
                 config: agent.config,
+                grants: agent.grants,
             })
             .collect())
     }
@@ -369,7 +374,9 @@ impl Enforced {
             config: Config {
                 default: None,
                 policies: Vec::new(),
+                self_service: None,
             },
+            grants: Vec::new(),
             files: None,
         }
     }
@@ -389,6 +396,19 @@ impl Enforced {
                 })
         });
         self.root.path.depth() == 0 || fits
+    }
+
+    /// What users asked for, where it shapes the policy that the walk came to: one
+    /// that is not nearer.
+    fn grants_for(&self, subject: &Subject, walk: &Walk) -> Vec<&Grant> {
+        let Some(cgroup) = &subject.cgroup else {
+            return Vec::new();
+        };
+        let mut grants = Grant::above(&self.grants, cgroup);
+        if let Some(claimed_at) = walk.claimed.and(walk.cgroups.last()) {
+            grants.retain(|grant| claimed_at.path.contains(&grant.cgroup.path));
+        }
+        grants
     }
 
     /// Where a policy is written; none where the files say something else.
@@ -447,7 +467,9 @@ struct Explained<'a> {
     enforced: &'a Enforced,
     claimants: &'a Claimants,
     walk: &'a Walk,
-    policy: Option<&'a Assigned>,
+    /// What users asked for, where that shapes the policy.
+    grants: Vec<&'a Grant>,
+    policy: Option<Cow<'a, Assigned>>,
     /// What is set: on the connection, or by an application that sets nothing.
     has: Options,
     /// What the policy makes of that.
@@ -462,12 +484,21 @@ impl<'a> Explained<'a> {
         walk: &'a Walk,
     ) -> Self {
         let policy = walk.claimed.map(|index| &claimants.policies()[index]);
+        let grants = enforced.grants_for(subject, walk);
+        let policy = grants
+            .iter()
+            .fold(policy.map(Cow::Borrowed), |policy, grant| {
+                Some(Cow::Owned(grant.over(policy.as_deref())))
+            });
         let has = subject
             .found
             .as_ref()
             .map_or_else(Options::default, |(_, record)| record.options());
         let environment = &subject.environment;
-        let wants = match (policy.map(|assigned| &assigned.policy), &subject.found) {
+        let wants = match (
+            policy.as_ref().map(|assigned| &assigned.policy),
+            &subject.found,
+        ) {
             (None, _) => has,
             (Some(policy), None) => plan(policy, &has, environment).wants,
             // As the next sweep does it: from what the application wanted.
@@ -483,6 +514,7 @@ impl<'a> Explained<'a> {
             enforced,
             claimants,
             walk,
+            grants,
             policy,
             has,
             wants,
@@ -491,7 +523,7 @@ impl<'a> Explained<'a> {
 
     /// What the options of now mean.
     fn now(&self) -> Meaning {
-        let policy = self.policy.map(|assigned| &assigned.policy);
+        let policy = self.policy.as_ref().map(|assigned| &assigned.policy);
         // What an existing connection has is not from a policy that is not in force.
         let had_its_way = self.enforced.is_in_force || self.subject.found.is_none();
         let enforced = policy.filter(|policy| policy.is_enforced() && had_its_way);
@@ -504,7 +536,7 @@ impl<'a> Explained<'a> {
 
     /// What the policy's wishes mean.
     fn then(&self) -> Meaning {
-        let policy = self.policy.map(|assigned| &assigned.policy);
+        let policy = self.policy.as_ref().map(|assigned| &assigned.policy);
         let asked = Asked::default();
         Meaning::of(&self.wants, &asked, policy, &self.subject.environment)
     }
@@ -519,6 +551,7 @@ impl<'a> Explained<'a> {
         self.enforced.is_in_force
             && self
                 .policy
+                .as_ref()
                 .is_some_and(|assigned| assigned.policy.for_kernel().holds())
     }
 
@@ -526,6 +559,7 @@ impl<'a> Explained<'a> {
     fn holds(&self) -> Options {
         let enforced = self
             .policy
+            .as_ref()
             .is_none_or(|assigned| assigned.policy.sets_anything());
         if self.subject.found.is_some() || !enforced {
             self.has
@@ -566,7 +600,14 @@ impl<'a> Explained<'a> {
                 writeln!(text, "    policy {}{by} {verdict}", assigned.name)?;
             }
         }
-        match self.policy {
+        for grant in &self.grants {
+            writeln!(
+                text,
+                "\nuid {} asked for a policy for the command in cgroup {}",
+                grant.uid, grant.cgroup.path
+            )?;
+        }
+        match &self.policy {
             None => text.push_str("\nno policy claims it: it is left alone\n"),
             Some(assigned) => {
                 let [keepalive, idle, interval, probes, user_timeout, give_up] =
@@ -605,7 +646,7 @@ impl<'a> Explained<'a> {
             };
             writeln!(text, "    bounds        hold {when}")?;
         }
-        let gives_up = self.policy.is_some_and(|assigned| {
+        let gives_up = self.policy.as_ref().is_some_and(|assigned| {
             assigned.policy.give_up != 0 && assigned.policy.sets_anything()
         });
         if gives_up && self.subject.environment.rto_max == 0 {
@@ -661,11 +702,16 @@ impl<'a> Explained<'a> {
                 .map(|(netns, _)| netns.name.as_str()),
             agent: self.enforced.agent,
             walk: walk.collect(),
-            policy: self.policy.map(|assigned| assigned.name.as_str()),
+            policy: self.policy.as_ref().map(|assigned| assigned.name.as_str()),
+            granted_to_uid: self.grants.last().map(|grant| grant.uid),
             written: self
                 .policy
+                .as_ref()
                 .and_then(|assigned| self.enforced.written(assigned)),
-            enforced: self.policy.map(|assigned| assigned.policy.is_enforced()),
+            enforced: self
+                .policy
+                .as_ref()
+                .map(|assigned| assigned.policy.is_enforced()),
             bounds_held: self.is_held(),
             holds: MeaningRecord::new(&self.now()),
             wants: MeaningRecord::new(&self.then()),
@@ -789,6 +835,8 @@ struct Record<'a> {
     agent: Option<u32>,
     walk: Vec<VisitedRecord<'a>>,
     policy: Option<&'a str>,
+    /// Who asked for it, where a user did.
+    granted_to_uid: Option<u32>,
     written: Option<String>,
     enforced: Option<bool>,
     /// Whether bounds hold whenever the application sets an option; null without a

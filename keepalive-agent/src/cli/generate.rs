@@ -22,7 +22,7 @@ const NAME: &str = "keepalive-agent";
 const DATE: &str = env!("KEEPALIVE_DATE");
 
 /// What an agent reads and writes, as the man pages list it.
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 5] = [
     (
         "/etc/keepalive/keepalive.toml",
         "The config, where --config names no other; see keepalive.toml(5).",
@@ -34,6 +34,10 @@ const FILES: [(&str, &str); 4] = [
     (
         "/run/keepalive",
         "What a running agent tells other commands.",
+    ),
+    (
+        "/run/keepalive-exec",
+        "Where users ask a running agent, if its config lets them.",
     ),
     (
         "/sys/fs/bpf/keepalive",

@@ -24,6 +24,7 @@ use crate::{
         SetRecord, State, Sweep,
     },
     duration,
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::preflight,
 };
@@ -99,6 +100,14 @@ struct Known {
     sweep: Sweep,
     reload: Option<Reload>,
     parts: BTreeMap<String, Part>,
+    exec: Vec<Exec>,
+}
+
+/// A command for which a user was given a policy.
+#[derive(Serialize)]
+struct Exec {
+    uid: u32,
+    cgroup: CgroupPath,
 }
 
 pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
@@ -213,7 +222,17 @@ fn known(record: &SetRecord, state: State) -> Result<Known> {
         sweep: state.sweep,
         reload: state.reload,
         parts: state.parts,
+        exec: record.grants().into_iter().map(Exec::from).collect(),
     })
+}
+
+impl From<Grant> for Exec {
+    fn from(grant: Grant) -> Self {
+        Self {
+            uid: grant.uid,
+            cgroup: grant.cgroup.path,
+        }
+    }
 }
 
 impl Set {
@@ -307,6 +326,9 @@ fn describe(set: &Set, text: &mut String) {
             "part",
             &format!("{name} {status}{}", reason.collect::<String>()),
         );
+    }
+    for Exec { uid, cgroup } in &known.exec {
+        line("exec", &format!("of uid {uid}: {cgroup}"));
     }
     let _ = writeln!(text, "\n{}", report::done_text(&known.policies));
     for refused in &known.refusals {

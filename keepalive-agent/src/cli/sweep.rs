@@ -8,7 +8,7 @@ use tracing::warn;
 
 use super::{PARTIAL, Target, follow, output, report};
 use crate::{
-    daemon::target,
+    daemon::{building::allowed, target},
     datapath::{Blueprint, InForce, LoadedSet},
     kernel::{layout::Kernel, preflight},
     sweep::SweepJob,
@@ -41,7 +41,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     }
     let (hierarchy, root) = target.root()?;
     let claimants = target::claimants(&read.config, &root)?;
-    let (assignment, warnings) = target::assign(&claimants, &hierarchy)?;
+    let (mut assignment, warnings) = target::assign(&claimants, &hierarchy)?;
     for warning in &warnings {
         warn!("{warning}");
     }
@@ -50,8 +50,12 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let in_force = in_force.and_then(|found| found.record.ok());
     let before = match &in_force {
         Some(set) => {
-            let claimants = target::claimants(&set.description.config, &root)?;
-            Some(target::assign(&claimants, &hierarchy)?.0)
+            let config = &set.description.config;
+            let claimants = target::claimants(config, &root)?;
+            let mut before = target::assign(&claimants, &hierarchy)?.0;
+            before.grants = allowed(config, &set.grants());
+            assignment.grants = allowed(&read.config, &set.grants());
+            Some(before)
         }
         None => None,
     };

@@ -91,6 +91,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
             cgroup: root.clone(),
             policies: vec![0],
         }],
+        grants: Vec::new(),
     };
     Ok(LoadedSet::build(Blueprint {
         kernel,
@@ -98,6 +99,7 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
         config: &Config {
             default: Some(POLICY),
             policies: Vec::new(),
+            self_service: None,
         },
         origin: &Origin::default(),
         assignment: &assignment,

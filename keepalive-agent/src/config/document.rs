@@ -18,11 +18,12 @@ use super::{
     CgroupPattern,
     keys::{self, WISHES},
     preset::Preset,
+    self_service::{self, Limits},
     text::{At, Findings},
     timer::{AtLeast, Default, TABLE_KEYS, Timer, Written},
 };
 use crate::{
-    assignment::{DEFAULT, UNCLAIMED},
+    assignment::{DEFAULT, GRANTED, UNCLAIMED},
     identity::{Attribute, NamePattern},
     names::is_printable,
     rules::{Ports, Remote},
@@ -33,6 +34,7 @@ use crate::{
 pub(super) struct Document {
     pub(super) default: Option<Table>,
     pub(super) policies: Vec<Table>,
+    pub(super) self_service: Option<self_service::Table>,
 }
 
 /// A key that is written.
@@ -110,8 +112,11 @@ impl<'a, 'i> Section<'a, 'i> {
 impl Reader<'_, '_> {
     fn document(&mut self, table: &DeTable<'_>) -> Document {
         let top = Section { name: "", table };
-        self.unknown_keys(top, &["default", "policy"]);
-        let mut document = Document::default();
+        self.unknown_keys(top, &["default", "policy", "self-service"]);
+        let mut document = Document {
+            self_service: self.self_service(top),
+            ..Document::default()
+        };
         if let Some(value) = top.get("default") {
             if let DeValue::Table(table) = value.get_ref() {
                 let section = Section {
@@ -144,6 +149,77 @@ impl Reader<'_, '_> {
             document.policies.push(policy);
         }
         document
+    }
+
+    fn self_service(&mut self, top: Section<'_, '_>) -> Option<self_service::Table> {
+        const NAME: &str = "self-service";
+        let value = top.get(NAME)?;
+        let DeValue::Table(table) = value.get_ref() else {
+            self.error(&value.span(), NAME, "must be a table: write [self-service]");
+            return None;
+        };
+        let section = Section { name: NAME, table };
+        let timers = Timer::ALL.map(Timer::key);
+        let numbers = [self_service::COMMANDS, self_service::COMMANDS_PER_USER];
+        self.unknown_keys(section, &[&timers[..], &numbers].concat());
+        Some(self_service::Table {
+            commands: self.entry(section, self_service::COMMANDS, Self::commands),
+            commands_per_user: self.entry(section, self_service::COMMANDS_PER_USER, Self::commands),
+            limits: Timer::ALL.map(|timer| {
+                self.entry(section, timer.key(), |reader, section, key| {
+                    reader.limits(section, key, timer)
+                })
+            }),
+        })
+    }
+
+    fn commands(&mut self, section: Section<'_, '_>, key: &str) -> Option<u32> {
+        const MOST: u32 = self_service::MOST_COMMANDS;
+        let number = match section.get(key)?.get_ref() {
+            DeValue::Integer(number) => u32::from_str_radix(number.as_str(), number.radix()).ok(),
+            _ => None,
+        };
+        let number = number.filter(|number| (1..=MOST).contains(number));
+        if number.is_none() {
+            self.wrong_value(section, key, &format!("must be a number, 1 to {MOST}"));
+        }
+        number
+    }
+
+    fn limits(&mut self, section: Section<'_, '_>, key: &str, timer: Timer) -> Option<Limits> {
+        const KEYS: [&str; 2] = ["at-least", "at-most"];
+        let value = section.get(key)?;
+        let table = match value.get_ref() {
+            DeValue::Table(table) if !table.is_empty() => table,
+            _ => {
+                let message =
+                    "must be a table of at-least, at-most or both: what users may ask for";
+                self.wrong_value(section, key, message);
+                return None;
+            }
+        };
+        let name = section.path(key);
+        let bounds = Section { name: &name, table };
+        let before = self.findings.count_of_errors();
+        self.unknown_keys(bounds, &KEYS);
+        let [at_least, at_most] = KEYS.map(|key| self.bound(bounds, key, timer));
+        if self.findings.count_of_errors() > before {
+            return None;
+        }
+        let limits = Limits {
+            at_least: at_least.unwrap_or(0),
+            at_most: at_most.unwrap_or(u32::MAX),
+        };
+        if limits.at_least > limits.at_most {
+            let message = format!(
+                "at-least {} is above at-most {}",
+                timer.show(limits.at_least),
+                timer.show(limits.at_most)
+            );
+            self.wrong_at(&value.span(), &name, &message);
+            return None;
+        }
+        Some(limits)
     }
 
     fn policy_tables<'a, 'i>(
@@ -554,6 +630,9 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
         return Err(
             "is the name of the policy for unclaimed sockets: write it as [default]".to_owned(),
         );
+    }
+    if name == GRANTED {
+        return Err("is what reports call the policies that users asked for".to_owned());
     }
     if name == UNCLAIMED {
         return Err("is what reports call the connections that no policy claims".to_owned());

@@ -14,6 +14,7 @@ use super::{
     document::{Document, Entry, Table},
     origin::{ConfigOrigins, Origin, Origins, TimerOrigin},
     preset::{PROBES, Preset},
+    self_service,
     text::{At, Findings},
     timer::Timer,
 };
@@ -63,7 +64,12 @@ pub(super) fn merge(
         default: default_origins,
         policies: origins,
     };
-    (Config { default, policies }, origins)
+    let config = Config {
+        default,
+        policies,
+        self_service: layers.self_service.map(|table| table.complete()),
+    };
+    (config, origins)
 }
 
 /// What the texts so far say.
@@ -72,10 +78,17 @@ struct Layers {
     default: Option<Table>,
     policies: Vec<Table>,
     by_name: HashMap<String, usize>,
+    self_service: Option<self_service::Table>,
 }
 
 impl Layers {
     fn add(&mut self, document: Document) {
+        if let Some(later) = document.self_service {
+            match &mut self.self_service {
+                Some(table) => table.override_with(later),
+                None => self.self_service = Some(later),
+            }
+        }
         if let Some(later) = document.default {
             match &mut self.default {
                 Some(table) => table.override_with(later),

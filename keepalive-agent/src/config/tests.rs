@@ -96,7 +96,7 @@ interval = { at-most = "10s", at-least = "40000s", at-laest = "5s" }
     assert_eq!(
         errors(text),
         [
-            "2: typo: unknown key; known here: default, policy",
+            "2: typo: unknown key; known here: default, policy, self-service",
             "5: policy.idle = \"0s\": out of range: 1s to 32767s (9h 6m 7s)",
             "7: policy.cgroup = \"system.slice/web\": a cgroup path starts with `/`, \
              the root of the cgroup v2 hierarchy; did you mean \"/system.slice/web\"?",
@@ -120,13 +120,13 @@ fn the_report_counts_and_names_the_file() {
     assert_eq!(
         report("a = 1"),
         "1 error in the config, so none of it is used\n  \
-         k.toml:1: a: unknown key; known here: default, policy"
+         k.toml:1: a: unknown key; known here: default, policy, self-service"
     );
     assert_eq!(
         report("a = 1\nb = 1\n"),
         "2 errors in the config, so none of it is used\n  \
-         k.toml:1: a: unknown key; known here: default, policy\n  \
-         k.toml:2: b: unknown key; known here: default, policy"
+         k.toml:1: a: unknown key; known here: default, policy, self-service\n  \
+         k.toml:2: b: unknown key; known here: default, policy, self-service"
     );
 }
 
@@ -136,7 +136,7 @@ fn unknown_keys_are_errors_at_each_level() {
         "keepalive, idle, interval, probes, user-timeout, give-up, enforce, ignore, path";
     assert_eq!(
         errors("[defualt]\nidle = \"60s\"\n"),
-        ["1: defualt: unknown key; known here: default, policy"]
+        ["1: defualt: unknown key; known here: default, policy, self-service"]
     );
     for key in [
         "kepalive",
@@ -978,6 +978,8 @@ fn the_example_is_right_and_mentions_every_key() {
         "ignore =",
         "path =",
         "enforce =",
+        "commands =",
+        "commands-per-user =",
     ] {
         let used = |line: &str| !line.starts_with('#') && line.contains(key);
         assert!(EXAMPLE.lines().any(used), "{key}");
@@ -1009,7 +1011,8 @@ const PIECES: &[&str] = &[
     "interval = ", "probes = ", "user-timeout = ", "keepalive = ", "name = ", "cgroup = ",
     "exactly = ", "at-least = ", "at-most = ", "/a/../b", "/[", "**", "{a,", "remote = ", "port = ",
     "enforce = ", "ignore = ", "give-up = ", "local-port = ", "path = ", "\"aws-nat\"", "\"9s\"", "\"10s\"", "\"!10.0.0.0/8\"", "\"10.0.0.0/33\"",
-    "443", "\"8000-8999\"", "65536", "false",
+    "443", "\"8000-8999\"", "65536", "false", "[self-service]\n", "commands = ",
+    "commands-per-user = ",
 ];
 
 /// Another full example: every way to write a table, several lines.

@@ -7,6 +7,7 @@ use keepalive_common::policy::{
     MAX_PROBES, MAX_SECONDS, MAX_USER_TIMEOUT, MIN_PROBES, MIN_SECONDS, MIN_USER_TIMEOUT, Policy,
     Range, SysctlTimer,
 };
+use serde::{Deserialize, Serialize};
 use toml::de::DeValue;
 
 use crate::duration;
@@ -164,7 +165,8 @@ pub(super) struct Written {
 }
 
 /// What an application gets that set nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub(super) enum Default {
     /// This value.
     Value(u32),
@@ -174,6 +176,32 @@ pub(super) enum Default {
     Sysctl,
     /// What follows from the other timers; of the user-timeout only.
     Derive,
+}
+
+impl Default {
+    /// Writes it into a policy in the place of the default there.
+    pub(super) fn fill(self, timer: Timer, policy: &mut Policy) {
+        timer.range_of(policy).default = match self {
+            Self::Value(value) => value,
+            Self::Leave | Self::Sysctl | Self::Derive => 0,
+        };
+        if let Some(sysctl) = timer.sysctl() {
+            *policy = policy.with_sysctl(sysctl, self == Self::Sysctl);
+        }
+        if timer == Timer::UserTimeout {
+            *policy = policy.with_derived_user_timeout(self == Self::Derive);
+        }
+    }
+
+    /// The word for it, where it is none of a value.
+    pub(super) const fn word(self) -> &'static str {
+        match self {
+            Self::Value(_) => "a value",
+            Self::Leave => "leave",
+            Self::Sysctl => "sysctl",
+            Self::Derive => "derive",
+        }
+    }
 }
 
 /// A lower bound.
@@ -208,28 +236,17 @@ impl Written {
     /// completed from: that gives the default where none is written, and nothing
     /// else. Bounds belong to the table they are written in.
     pub(super) fn complete(self, timer: Timer, policy: &mut Policy) {
-        let range = timer.range_of(policy);
         if let Some(default) = self.default {
-            range.default = match default {
-                Default::Value(value) => value,
-                Default::Leave | Default::Sysctl | Default::Derive => 0,
-            };
+            default.fill(timer, policy);
         }
+        let range = timer.range_of(policy);
         range.at_least = match self.at_least {
             Some(AtLeast::Value(value)) => value,
             Some(AtLeast::Derive) | None => 0,
         };
         range.at_most = self.at_most.unwrap_or(u32::MAX);
-        if let Some(sysctl) = timer.sysctl()
-            && let Some(default) = self.default
-        {
-            *policy = policy.with_sysctl(sysctl, default == Default::Sysctl);
-        }
         if timer == Timer::UserTimeout {
             *policy = policy.with_derived_at_least(self.at_least == Some(AtLeast::Derive));
-            if let Some(default) = self.default {
-                *policy = policy.with_derived_user_timeout(default == Default::Derive);
-            }
         }
     }
 

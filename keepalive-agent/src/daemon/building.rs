@@ -11,6 +11,7 @@ use crate::{
     assignment::{Assignment, Claimants, Warning},
     config::Config,
     datapath::{Blueprint, LoadedSet, Origin, SetRecord},
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::layout::Kernel,
 };
@@ -27,6 +28,8 @@ pub(crate) struct Job {
     pub(crate) before: Option<Config>,
     /// The set in force.
     pub(crate) previous: Option<Arc<SetRecord>>,
+    /// What users were given; what a config does not let them have is left out.
+    pub(crate) grants: Vec<Grant>,
 }
 
 /// A set that is not in force yet.
@@ -50,6 +53,16 @@ fn bounded(claimants: &Claimants, hierarchy: &Hierarchy) -> Option<Vec<(u64, Fil
     (!paths.is_empty()).then(|| paths.iter().filter_map(open).collect())
 }
 
+/// Those that users may still have.
+pub(crate) fn allowed(config: &Config, grants: &[Grant]) -> Vec<Grant> {
+    let Some(service) = &config.self_service else {
+        return Vec::new();
+    };
+    let may_have = |grant: &&Grant| service.allow(&grant.wish).is_ok();
+    let most = service.commands as usize;
+    grants.iter().filter(may_have).take(most).cloned().collect()
+}
+
 impl Job {
     /// Builds here and now.
     ///
@@ -59,11 +72,14 @@ impl Job {
     /// is left then.
     pub(crate) fn build(self) -> Result<Built> {
         let claimants = Claimants::new(&self.config, &self.root)?;
-        let (assignment, warnings) = target::assign(&claimants, &self.hierarchy)?;
+        let (mut assignment, warnings) = target::assign(&claimants, &self.hierarchy)?;
+        assignment.grants = allowed(&self.config, &self.grants);
         let before = match &self.before {
             Some(config) => {
                 let claimants = Claimants::new(config, &self.root)?;
-                Some(target::assign(&claimants, &self.hierarchy)?.0)
+                let mut before = target::assign(&claimants, &self.hierarchy)?.0;
+                before.grants = allowed(config, &self.grants);
+                Some(before)
             }
             None => None,
         };

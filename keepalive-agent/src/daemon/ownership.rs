@@ -91,7 +91,7 @@ impl Note {
 }
 
 /// The name of an agent's files, from the path of its cgroup.
-fn name(cgroup: &CgroupPath) -> String {
+pub(super) fn name(cgroup: &CgroupPath) -> String {
     // FNV-1a: paths may be longer than names can be.
     let hash = cgroup
         .as_bytes()

@@ -31,6 +31,9 @@ pub(super) const DESCRIPTION: &str = "keepalive_set";
 /// Name of the map of the state.
 pub(super) const STATE: &str = "keepalive_state";
 
+/// Name of the map of what users were given.
+pub(super) const GRANTS: &str = "keepalive_exec";
+
 /// Documents are cut into pieces of a page.
 const PIECE: usize = 4096;
 pub(super) type Piece = [u8; PIECE];
@@ -90,6 +93,9 @@ pub(super) struct MapIds {
     pub(super) followed: u32,
     pub(super) originals: u32,
     pub(super) state: u32,
+    /// None where users are given nothing.
+    #[serde(default)]
+    pub(super) grants: Option<u32>,
 }
 
 /// What is left of the set before.
@@ -307,17 +313,31 @@ impl MapHandle {
     }
 }
 
-/// A document in a map.
+/// A document in a map. One that may be written again has two copies there, of
+/// which one is whole at every moment, whenever its agent is killed.
 pub(super) struct Document {
     pieces: Array<MapData, Piece>,
     pub(super) handle: MapHandle,
 }
 
+/// How many pieces a document of so many bytes takes.
+fn pieces_of(bytes: usize) -> u32 {
+    u32::try_from((bytes + HEADER).div_ceil(PIECE)).unwrap_or(u32::MAX)
+}
+
 impl Document {
     /// Makes the map for one of this many bytes.
     pub(super) fn create(name: &'static str, bytes: usize) -> Result<Self, Error> {
+        Self::create_of(name, pieces_of(bytes))
+    }
+
+    /// Makes the map for two copies of one of this many bytes.
+    pub(super) fn create_twice(name: &'static str, bytes: usize) -> Result<Self, Error> {
+        Self::create_of(name, pieces_of(bytes).saturating_mul(2))
+    }
+
+    fn create_of(name: &'static str, pieces: u32) -> Result<Self, Error> {
         fault::point(Operation::CreateMaps).map_err(Error::call("creating a map"))?;
-        let pieces = u32::try_from((bytes + HEADER).div_ceil(PIECE)).unwrap_or(u32::MAX);
         let shape = aya_obj::Map::new_from_params(
             bpf_map_type::BPF_MAP_TYPE_ARRAY as u32,
             4,
@@ -341,10 +361,24 @@ impl Document {
 
     /// Writes the document. One that is longer than the map is an error.
     pub(super) fn write(&mut self, document: &impl Serialize) -> Result<(), Error> {
-        const WRITING: &str = "writing what the policy set says of itself";
         let text =
             serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))?;
-        let room = self.pieces.len() as usize * PIECE - HEADER;
+        self.write_at(0, self.pieces.len(), &text)
+    }
+
+    /// Writes the document anew where another process may read it, or this one may
+    /// be killed: of a map that [`Self::create_twice`] made.
+    pub(super) fn write_again(&mut self, document: &impl Serialize) -> Result<(), Error> {
+        let text =
+            serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))?;
+        let half = self.pieces.len() / 2;
+        self.write_at(half, half, &text)?;
+        self.write_at(0, half, &text)
+    }
+
+    fn write_at(&mut self, first: u32, pieces: u32, text: &[u8]) -> Result<(), Error> {
+        const WRITING: &str = "writing what the policy set says of itself";
+        let room = (pieces as usize * PIECE).saturating_sub(HEADER);
         if text.len() > room {
             return Err(Error::TooMany {
                 what: "bytes of state",
@@ -352,9 +386,9 @@ impl Document {
                 limit: u32::try_from(room).unwrap_or(u32::MAX),
             });
         }
-        let header = header(&text);
-        let bytes: Vec<u8> = header.into_iter().chain(text).collect();
-        for (index, part) in (0..).zip(bytes.chunks(PIECE)) {
+        let header = header(text);
+        let bytes: Vec<u8> = header.into_iter().chain(text.iter().copied()).collect();
+        for (index, part) in (first..).zip(bytes.chunks(PIECE)) {
             let mut piece = [0; PIECE];
             for (to, from) in piece.iter_mut().zip(part) {
                 *to = *from;
@@ -370,10 +404,11 @@ impl Document {
     /// Reads the document.
     pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
         /// A writer may be half-way through a document that changes.
-        const TRIES: u32 = 5;
+        const TRIES: usize = 10;
         let mut wrong = String::new();
-        for _ in 0..TRIES {
-            let bytes = self.bytes()?;
+        let half = self.pieces.len() / 2;
+        for first in [0, half].into_iter().cycle().take(TRIES) {
+            let bytes = self.bytes(first)?;
             let (found, text) = bytes.split_at(HEADER.min(bytes.len()));
             if found != header(text) {
                 "it is being written".clone_into(&mut wrong);
@@ -387,11 +422,11 @@ impl Document {
         Err(Error::Description(wrong))
     }
 
-    /// Header and text.
-    fn bytes(&self) -> Result<Vec<u8>, Error> {
+    /// Header and text, from a piece on.
+    fn bytes(&self, first: u32) -> Result<Vec<u8>, Error> {
         const READING: &str = "reading what the policy set says of itself";
         let mut bytes = Vec::new();
-        for index in 0..self.pieces.len() {
+        for index in first..self.pieces.len() {
             let piece = self.pieces.get(&index, 0).map_err(Error::map(READING))?;
             bytes.extend(piece);
             let length = bytes.first_chunk().copied().map_or(0, u32::from_le_bytes);

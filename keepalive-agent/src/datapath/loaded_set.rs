@@ -28,8 +28,8 @@ use super::{
     DeadPeers, Error,
     bounds::BoundsProgram,
     description::{
-        Counted, Description, Document, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE, State,
-        now,
+        Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE,
+        State, now,
     },
     fault::{self, Operation},
     map,
@@ -41,8 +41,9 @@ use super::{
 };
 use crate::{
     VERSION,
-    assignment::Assignment,
-    config::Config,
+    assignment::{Assignment, GRANTED},
+    config::{Config, SelfService},
+    grant::Grant,
     hierarchy::Cgroup,
     kernel::layout::Kernel,
     policy_set::{Mark, PolicySet, Sizes},
@@ -104,7 +105,10 @@ struct Capacity {
 const MOST: u32 = 1 << 22;
 
 impl Capacity {
-    fn of(sizes: &Sizes) -> Result<Self, Error> {
+    fn of(sizes: &Sizes, self_service: Option<&SelfService>) -> Result<Self, Error> {
+        /// Slots for what users ask for: commands may follow each other, and a slot
+        /// is not used again.
+        const SLOTS_PER_COMMAND: u32 = 4;
         /// Room for cgroups that come later costs 16 bytes each until they do.
         const CGROUPS: u32 = 1 << 15;
         const STEPS: u32 = 1 << 10;
@@ -122,7 +126,8 @@ impl Capacity {
             Ok::<_, Error>((count * 2).max(least))
         };
         Ok(Self {
-            slots: sizes.slots,
+            slots: sizes.slots
+                + self_service.map_or(0, |service| service.commands * SLOTS_PER_COMMAND),
             steps: fit("cgroups with different rules", sizes.steps as usize, STEPS)?,
             remotes: fit("networks in rules", sizes.remotes, PREFIXES)?,
             ports: fit("ranges of ports in rules", sizes.ports, PREFIXES)?,
@@ -181,7 +186,8 @@ impl LoadedSet {
             blueprint.before.map(|(_, before)| before),
             blueprint.assignment,
         )?;
-        let capacity = Capacity::of(&records.sizes())?;
+        let self_service = blueprint.config.self_service.as_ref();
+        let capacity = Capacity::of(&records.sizes(), self_service)?;
         let sizes = [
             (map::CGROUPS, capacity.cgroups),
             (map::POLICIES, capacity.slots),
@@ -222,6 +228,14 @@ impl LoadedSet {
                 };
                 (slot, whose)
             })
+            // What users ask for later.
+            .chain((records.sizes().slots..capacity.slots).map(|slot| {
+                let whose = Counted {
+                    name: GRANTED.to_owned(),
+                    enforced: true,
+                };
+                (slot, whose)
+            }))
             .collect();
         let counters = CounterMaps::new(
             object.map(map::COUNTERS)?,
@@ -313,9 +327,8 @@ impl LoadedSet {
         for map in self.record.handles() {
             syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
         }
-        syscalls::bind_map(program, &self.record.document.fd).map_err(Error::call(BINDING))?;
         self.record
-            .bind_state(program)
+            .bind_documents(program)
             .map_err(Error::call(BINDING))
     }
 
@@ -344,6 +357,22 @@ impl LoadedSet {
         self.records.add(&new);
         self.begin_generation()?;
         Ok(true)
+    }
+
+    /// Gives a user a policy for a command, over those of the assignment, by index,
+    /// that claim its cgroup.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::add_cgroup`]; or the policies above have too many rules.
+    pub fn add_grant(&mut self, grant: &Grant, policies: &[usize]) -> Result<(), Error> {
+        let path = &grant.cgroup.path;
+        self.records.set_grant(path, Some(grant.clone()));
+        let added = self.add_cgroup(&grant.cgroup, policies);
+        if added.is_err() {
+            self.records.set_grant(path, None);
+        }
+        added.map(drop)
     }
 
     /// Forgets a cgroup that is gone.
@@ -456,8 +485,19 @@ fn record(
 ) -> Result<SetRecord, Error> {
     /// One piece, which is written in one step: an agent may be killed at any time.
     const STATE_SIZE: usize = 4000;
+    /// Of what is known of one grant: the longest path is 512 bytes.
+    const GRANT_SIZE: usize = 768;
     let mut state = Document::create(STATE, STATE_SIZE)?;
     state.write(&State::default())?;
+    let grants = match &blueprint.config.self_service {
+        Some(service) => {
+            let size = service.commands as usize * GRANT_SIZE;
+            let mut grants = Document::create(GRANTS, size)?;
+            grants.write(&blueprint.assignment.grants)?;
+            Some(grants)
+        }
+        None => None,
+    };
     let [counters, swept, failures, dead_peers] = &own.handles;
     let maps = MapIds {
         counters: counters.id,
@@ -468,10 +508,12 @@ fn record(
         followed: deaths.followed_id,
         originals: originals.id,
         state: state.handle.id,
+        grants: grants.as_ref().map(|grants| grants.handle.id),
     };
     let previous = blueprint.previous.map(|set| Previous {
         maps: MapIds {
             state: set.state_id(),
+            grants: None,
             ..set.description.maps
         },
         slots: set.own.slots.clone(),
@@ -502,12 +544,22 @@ fn record(
     let size = serde_json::to_vec(&description)
         .map_err(|error| Error::Description(error.to_string()))?
         .len();
-    let mut document = Document::create(super::description::DESCRIPTION, size)?;
-    document.write(&description)?;
+    let name = super::description::DESCRIPTION;
+    let document = if blueprint.config.goes_by_names() {
+        // Names come and go, and no other set is needed for that.
+        let mut document = Document::create_twice(name, size.saturating_add(size / 2 + 4096))?;
+        document.write_again(&description)?;
+        document
+    } else {
+        let mut document = Document::create(name, size)?;
+        document.write(&description)?;
+        document
+    };
     Ok(SetRecord::new(
         description,
-        document.handle,
+        document,
         state,
+        grants,
         own,
         blueprint.previous.map(|set| set.own.clone()),
         originals,

@@ -13,23 +13,25 @@ use keepalive_common::{
     dead_peer::DeadPeers,
     slot::UNCLAIMED,
 };
+use tracing::debug;
 
 use super::{
     Error,
     description::{
-        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Preamble, Refusals,
-        SCHEMA, State, add_refusals,
+        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Origin, Preamble,
+        Refusals, SCHEMA, State, add_refusals,
     },
     syscalls,
 };
-use crate::assignment;
+use crate::{assignment, config::Config, grant::Grant};
 
 /// A policy set in the kernel: what it says of itself, and what it counts.
 pub struct SetRecord {
     /// What the set is.
     pub description: Description,
-    pub(super) document: MapHandle,
+    document: Mutex<Document>,
     state: Mutex<Document>,
+    grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
     pub(super) previous: Option<Arc<CounterMaps>>,
     pub(super) originals: MapHandle,
@@ -175,16 +177,18 @@ impl SetRecord {
     /// For a set that has just been built.
     pub(super) fn new(
         description: Description,
-        document: MapHandle,
+        document: Document,
         state: Document,
+        grants: Option<Document>,
         own: CounterMaps,
         previous: Option<Arc<CounterMaps>>,
         originals: MapHandle,
     ) -> Self {
         Self {
             description,
-            document,
+            document: Mutex::new(document),
             state: Mutex::new(state),
+            grants: grants.map(Mutex::new),
             own: Arc::new(own),
             previous,
             originals,
@@ -214,10 +218,15 @@ impl SetRecord {
             Some(previous) => Some(CounterMaps::open(&previous.maps, previous.slots.clone())?),
             None => None,
         };
+        let grants = match description.maps.grants {
+            Some(id) => Some(Mutex::new(Document::open(by_id(id)?)?)),
+            None => None,
+        };
         Ok(Some(Self {
+            grants,
             state: Mutex::new(Document::open(by_id(description.maps.state)?)?),
             originals: MapHandle::of(&by_id(description.maps.originals)?)?,
-            document: document.handle,
+            document: Mutex::new(document),
             own: Arc::new(own),
             previous: previous.map(Arc::new),
             description,
@@ -343,6 +352,33 @@ impl SetRecord {
         written
     }
 
+    /// What users were given for commands of their own. None where that cannot be
+    /// read: an agent may have been killed while it wrote.
+    #[must_use]
+    pub fn grants(&self) -> Vec<Grant> {
+        let Some(document) = &self.grants else {
+            return Vec::new();
+        };
+        let document = document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.read().unwrap_or_else(|error| {
+            debug!("what users were given: {error}");
+            Vec::new()
+        })
+    }
+
+    /// Says what users are given.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room for it, or it cannot be written.
+    pub fn set_grants(&self, grants: &[Grant]) -> Result<(), Error> {
+        let Some(document) = &self.grants else {
+            return Ok(());
+        };
+        let mut document = document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.write(&grants)
+    }
+
     /// The descriptors of the maps that a program has to keep alive for those who
     /// read this record.
     pub(super) fn handles(&self) -> Vec<&OwnedFd> {
@@ -351,10 +387,34 @@ impl SetRecord {
         own.chain(previous).map(|handle| &handle.fd).collect()
     }
 
-    /// The same for the state.
-    pub(super) fn bind_state(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        syscalls::bind_map(program, state.handle.fd.as_fd())
+    /// Says that another config is in force, which differs in nothing that stands in
+    /// the kernel but here.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room for it, or it cannot be written.
+    pub fn say_config(&self, config: &Config, origin: &Origin) -> Result<(), Error> {
+        let description = Description {
+            config: config.clone(),
+            origin: origin.clone(),
+            ..self.description.clone()
+        };
+        let mut document = self.document.lock().unwrap_or_else(PoisonError::into_inner);
+        document.write_again(&description)
+    }
+
+    /// The same for documents.
+    pub(super) fn bind_documents(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
+        let documents = [
+            Some(&self.document),
+            Some(&self.state),
+            self.grants.as_ref(),
+        ];
+        for document in documents.into_iter().flatten() {
+            let document = document.lock().unwrap_or_else(PoisonError::into_inner);
+            syscalls::bind_map(program, document.handle.fd.as_fd())?;
+        }
+        Ok(())
     }
 
     pub(super) fn state_id(&self) -> u32 {

@@ -1,14 +1,15 @@
 //! Root file: reads what only root can have put there, whoever chose its content.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{self, Read as _},
     os::fd::OwnedFd,
-    path::Path,
+    path::{Component, Path},
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat2},
+    fs::{FileType, Mode, OFlags, Stat, fstat, open, openat},
     io::Errno,
 };
 
@@ -31,8 +32,7 @@ impl RootDirectory {
     pub(super) fn open(path: &Path, owner: u32) -> io::Result<Option<Self>> {
         // The administrator may have put it elsewhere, by a symbolic link.
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::NO_MAGICLINKS;
-        let directory = match openat2(CWD, path, flags, Mode::empty(), resolve) {
+        let directory = match open(path, flags, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
             other => other?,
         };
@@ -50,9 +50,11 @@ impl RootDirectory {
     pub(super) fn read(&self, below: &Path) -> io::Result<Option<Vec<u8>>> {
         let flags =
             OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let resolve =
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let file = match openat2(&self.directory, below, flags, Mode::empty(), resolve) {
+        let Some((directory, name)) = self.beside(below)? else {
+            return Ok(None);
+        };
+        let directory = directory.as_ref().unwrap_or(&self.directory);
+        let file = match openat(directory, name, flags, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
             other => File::from(other?),
         };
@@ -65,6 +67,41 @@ impl RootDirectory {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         Ok(Some(content))
+    }
+
+    /// The directory that a file below is in, where it is another one, and its name.
+    /// Name by name: openat2(2), which could do it at once, is kept from the agent
+    /// by `RestrictSUIDSGID` of its unit.
+    fn beside<'a>(&self, below: &'a Path) -> io::Result<Option<(Option<OwnedFd>, &'a OsStr)>> {
+        let mut names = Vec::new();
+        for part in below.components() {
+            match part {
+                Component::Normal(name) => names.push(name),
+                _ => return Err(io::Error::other("not below the directory")),
+            }
+        }
+        let Some((file, above)) = names.split_last() else {
+            return Err(io::Error::other("not below the directory"));
+        };
+        let mut directory = None;
+        for name in above {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = openat(
+                directory.as_ref().unwrap_or(&self.directory),
+                *name,
+                flags,
+                Mode::empty(),
+            );
+            let opened = match opened {
+                Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+                other => other?,
+            };
+            if FileType::from_raw_mode(fstat(&opened)?.st_mode) == FileType::Symlink {
+                return Err(Errno::LOOP.into());
+            }
+            directory = Some(opened);
+        }
+        Ok(Some((directory, file)))
     }
 }
 
@@ -88,7 +125,10 @@ mod tests {
         os::unix::fs::{PermissionsExt as _, symlink},
     };
 
-    use rustix::{fs::mknodat, process::getuid};
+    use rustix::{
+        fs::{CWD, mknodat},
+        process::getuid,
+    };
 
     use super::*;
 

@@ -79,6 +79,14 @@ impl Selector {
         !self.labels.is_empty() || self.attributes.keys().any(|key| *key != Attribute::Unit)
     }
 
+    /// Whether it selects nothing but containers in pods, and by what their runtime
+    /// tells of them.
+    #[must_use]
+    pub fn is_of_pods(&self) -> bool {
+        let names = |attribute| self.attributes.contains_key(&attribute);
+        (names(Attribute::Pod) || names(Attribute::Namespace)) && !names(Attribute::Unit)
+    }
+
     /// Whether it selects a cgroup.
     #[must_use]
     pub fn selects(&self, identity: &Identity) -> bool {

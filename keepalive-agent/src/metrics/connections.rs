@@ -176,7 +176,10 @@ fn count(lister: &Lister, source: &Source) -> Result<Tally> {
     let description = &source.record.description;
     let root = &description.root.path;
     let claimants = Claimants::new(&description.config, &description.root)?;
-    let mut cgroups = Cgroups::claimed_by(Hierarchy::find().ok(), vec![claimants]);
+    let mut cgroups = Cgroups::claimed_by(
+        Hierarchy::find().ok(),
+        vec![(claimants, source.record.grants())],
+    );
     let (mut tally, missed_namespaces): (Tally, u64) =
         sockets::sum_up(lister, &mut |tally: &mut Tally, record| {
             let (cgroup, policy) = cgroups.claim(record)?;

@@ -9,6 +9,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use super::*;
 use crate::{
     assignment::{self, Assigned},
+    config::Wish,
     rules::{Ends, most_exact},
 };
 
@@ -68,10 +69,25 @@ fn questions() -> impl Iterator<Item = (&'static str, &'static str)> {
         .flat_map(|path| REMOTES.map(|remote| (path, remote)))
 }
 
+/// What users of tests ask for.
+const ASKED: u32 = 77;
+
+fn grant(path: &str) -> Grant {
+    Grant {
+        cgroup: at(path),
+        uid: 1000,
+        wish: Wish::read(&format!("[default]\nidle = '{ASKED}s'\n")).unwrap(),
+    }
+}
+
 /// The idle time that an assignment means for a socket; 0 is none.
 fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
-    let ends = ends(remote);
-    for path in CgroupPath::from(path).upward() {
+    let (own, ends) = (CgroupPath::from(path), ends(remote));
+    let is_granted = |claimed_at: &CgroupPath| {
+        let mut grants = assignment.grants.iter();
+        grants.any(|grant| grant.cgroup.contains(&own) && claimed_at.contains(&grant.cgroup.path))
+    };
+    for path in own.upward() {
         let claim = assignment
             .claims
             .iter()
@@ -85,8 +101,14 @@ fn meant(assignment: &Assignment, path: &str, remote: &str) -> u32 {
         };
         let rules = claiming().map(|assigned| &assigned.rules);
         if let Some(index) = most_exact(rules, &ends) {
+            if is_granted(&path.into()) {
+                return ASKED;
+            }
             return claiming().nth(index).unwrap().policy.idle.default;
         }
+    }
+    if is_granted(&CgroupPath::root()) {
+        return ASKED;
     }
     0
 }
@@ -117,7 +139,11 @@ fn assignments() -> impl Strategy<Value = Assignment> {
                 });
             }
         }
-        Assignment { policies, claims }
+        Assignment {
+            policies,
+            claims,
+            grants: Vec::new(),
+        }
     })
 }
 
@@ -227,6 +253,7 @@ fn one(path: &str, idle: u32, remote: Option<&str>) -> Assignment {
             cgroup: at(path),
             policies: vec![0],
         }],
+        grants: Vec::new(),
     }
 }
 
@@ -239,7 +266,7 @@ proptest! {
         let set = PolicySet::new(before.as_ref(), &now).unwrap();
         let maps = Maps::of(&set);
         prop_assert_eq!(maps.all(true), all_meant(&now));
-        let nothing = Assignment { policies: Vec::new(), claims: Vec::new() };
+        let nothing = Assignment { policies: Vec::new(), claims: Vec::new(), grants: Vec::new() };
         prop_assert_eq!(maps.all(false), all_meant(before.as_ref().unwrap_or(&nothing)));
         let sizes = set.sizes();
         prop_assert_eq!(maps.policies.len() + FIRST as usize, sizes.slots as usize);
@@ -247,6 +274,38 @@ proptest! {
         prop_assert_eq!(maps.remotes.len(), sizes.remotes);
         prop_assert_eq!(maps.ports.len(), sizes.ports);
         prop_assert_eq!(maps.cgroups.len(), sizes.cgroups);
+    }
+
+    /// What a user asks for stands over all that would hold otherwise, rules for
+    /// remote ends and ports included, and over nothing that is nearer.
+    #[test]
+    fn a_grant_stands_over_what_is_above(
+        mut now in assignments(),
+        granted in select(PATHS[1..].to_vec()),
+    ) {
+        let without = now.clone();
+        now.grants.push(grant(granted));
+        let set = PolicySet::new(None, &now).unwrap();
+        prop_assert_eq!(Maps::of(&set).all(true), all_meant(&now));
+        if PATHS.iter().filter(|path| path.starts_with(granted)).count() > 1 {
+            return Ok(());
+        }
+        // And one that comes later, and goes.
+        let mut set = PolicySet::new(None, &without).unwrap();
+        let mut maps = Maps::of(&set);
+        let mark = set.mark();
+        let cgroup = at(granted);
+        let claim = without.claims.iter().find(|claim| claim.cgroup == cgroup);
+        let policies = claim.map(|claim| claim.policies.clone()).unwrap_or_default();
+        set.set_grant(&cgroup.path, Some(grant(granted)));
+        let new = set.claim_for(&cgroup, &policies).unwrap().unwrap();
+        prop_assert!(maps.write(&set, mark, &mut usize::MAX.clone()));
+        maps.cgroups.insert(cgroup.id, new.claim);
+        set.add(&new);
+        prop_assert_eq!(maps.all(true), all_meant(&now));
+        prop_assert_eq!(set.claim_for(&cgroup, &policies).unwrap(), None);
+        set.remove(&cgroup);
+        prop_assert!(!set.has_claim_of(&cgroup));
     }
 
     /// Cgroups are made one by one, and writing what they need fails at random.
@@ -257,7 +316,7 @@ proptest! {
         now in assignments(),
         allowed in vec(option::of(0_usize..8), PATHS.len()),
     ) {
-        let none_yet = Assignment { policies: now.policies.clone(), claims: Vec::new() };
+        let none_yet = Assignment { policies: now.policies.clone(), claims: Vec::new(), grants: Vec::new() };
         let mut set = PolicySet::new(None, &none_yet).unwrap();
         let mut maps = Maps::of(&set);
         let mut known = none_yet;
@@ -302,6 +361,7 @@ fn as_many_steps_as_the_kernel_takes() {
     let mut next = Assignment {
         policies: vec![assigned(2, Some("10.0.0.0/8"))],
         claims,
+        grants: Vec::new(),
     };
     let error = PolicySet::new(None, &next).unwrap_err();
     assert!(error.to_string().contains("more than 8 cgroups"), "{error}");

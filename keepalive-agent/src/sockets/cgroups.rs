@@ -17,6 +17,7 @@ use keepalive_common::{
 use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
+    grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::{Identities, Identity},
     rules::{Ends, most_exact},
@@ -30,10 +31,53 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Cgroups {
     /// None where no cgroup v2 hierarchy is mounted.
     hierarchy: Option<Hierarchy>,
-    agents: Vec<Claimants>,
+    agents: Vec<Agent>,
     by_id: HashMap<u64, Known>,
     identities: Identities,
     walked: Option<Instant>,
+}
+
+/// What an agent enforces.
+#[derive(Debug)]
+struct Agent {
+    claimants: Claimants,
+    /// Its policies; behind them those that users were given, once they are met.
+    policies: Vec<Assigned>,
+    grants: Vec<Grant>,
+}
+
+impl Agent {
+    fn new((claimants, grants): (Claimants, Vec<Grant>)) -> Self {
+        Self {
+            policies: claimants.policies().to_vec(),
+            claimants,
+            grants,
+        }
+    }
+
+    /// What becomes of a claim where a user was given a policy over it.
+    fn granted(&mut self, grant: &Grant, claim: Option<&Claim>) -> Found {
+        let mut number_of = |assigned: Assigned| {
+            self.policies.push(assigned);
+            self.policies.len() - 1
+        };
+        let Some(claim) = claim else {
+            return Arc::new(Claim {
+                policies: vec![number_of(grant.over(None))],
+                above: None,
+            });
+        };
+        let mut policies = Vec::with_capacity(claim.policies.len());
+        for index in &claim.policies {
+            let assigned = grant.over(self.policies.get(*index));
+            self.policies.push(assigned);
+            policies.push(self.policies.len() - 1);
+        }
+        Arc::new(Claim {
+            policies,
+            above: Some(self.granted(grant, claim.above.as_deref())),
+        })
+    }
 }
 
 /// A cgroup that was found.
@@ -109,21 +153,20 @@ impl Cgroups {
         // Programs of a child cgroup run before those of its parents: of two
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.depth());
-        let agents = running
-            .iter()
-            .map(|agent| Claimants::new(&agent.config, &agent.root));
-        Ok(Self::claimed_by(
-            hierarchy,
-            agents.collect::<Result<_, _>>()?,
-        ))
+        let agents = running.into_iter().map(|agent| {
+            let claimants = Claimants::new(&agent.config, &agent.root)?;
+            anyhow::Ok((claimants, agent.grants))
+        });
+        Ok(Self::claimed_by(hierarchy, agents.collect::<Result<_>>()?))
     }
 
-    /// For these agents, those further up before those further down.
+    /// For these agents, and the users whom they gave policies, those further up
+    /// before those further down.
     #[must_use]
-    pub fn claimed_by(hierarchy: Option<Hierarchy>, agents: Vec<Claimants>) -> Self {
+    pub fn claimed_by(hierarchy: Option<Hierarchy>, agents: Vec<(Claimants, Vec<Grant>)>) -> Self {
         Self {
             hierarchy,
-            agents,
+            agents: agents.into_iter().map(Agent::new).collect(),
             by_id: HashMap::new(),
             identities: Identities::default(),
             walked: None,
@@ -192,7 +235,7 @@ impl Cgroups {
         let agents = self.agents.iter().zip(&known.claims);
         let policy = agents
             .into_iter()
-            .find_map(|(agent, found)| found.as_ref()?.policy(agent.policies(), &ends));
+            .find_map(|(agent, found)| found.as_ref()?.policy(&agent.policies, &ends));
         (Some(known), policy)
     }
 
@@ -200,12 +243,12 @@ impl Cgroups {
     fn of_root(&self, record: &SocketRecord) -> Option<&Assigned> {
         let has = record.options();
         self.agents.iter().find_map(|agent| {
-            let root = &agent.root().path;
+            let root = &agent.claimants.root().path;
             let claim = Claim {
-                policies: agent.of(root),
+                policies: agent.claimants.of(root),
                 above: None,
             };
-            let assigned = claim.policy(agent.policies(), &Ends::of(record))?;
+            let assigned = claim.policy(&agent.policies, &Ends::of(record))?;
             let fits = has != Options::default()
                 && plan(&assigned.policy, &has, &record.environment).wants == has;
             (root.depth() == 0 || fits).then_some(assigned)
@@ -216,7 +259,7 @@ impl Cgroups {
         if let Some(hierarchy) = &self.hierarchy
             && let Some(root) = hierarchy.lookup(&CgroupPath::root())?
         {
-            self.by_id = known(hierarchy.walk(&root)?, &self.agents);
+            self.by_id = known(hierarchy.walk(&root)?, &mut self.agents);
         }
         self.walked = Some(Instant::now());
         Ok(())
@@ -224,17 +267,17 @@ impl Cgroups {
 }
 
 /// Settles who claims each cgroup; parents come before their children.
-fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
+fn known(cgroups: Vec<Cgroup>, agents: &mut [Agent]) -> HashMap<u64, Known> {
     let mut by_path: HashMap<CgroupPath, Vec<Option<Found>>> = HashMap::new();
     let mut by_id = HashMap::with_capacity(cgroups.len());
     for Cgroup { path, id } in cgroups {
         let above = path.parent().and_then(|parent| by_path.get(&parent));
         let claims: Vec<_> = agents
-            .iter()
+            .iter_mut()
             .enumerate()
             .map(|(index, agent)| {
                 let above = above.and_then(|above| above[index].as_ref());
-                found(agent, &path, above)
+                found(agent, &path, id, above)
             })
             .collect();
         if !agents.is_empty() {
@@ -253,16 +296,23 @@ fn known(cgroups: Vec<Cgroup>, agents: &[Claimants]) -> HashMap<u64, Known> {
 }
 
 /// The nearest claim of a cgroup, given that of the one above.
-fn found(agent: &Claimants, path: &CgroupPath, above: Option<&Found>) -> Option<Found> {
-    let policies = agent.of(path);
-    if policies.is_empty() {
-        return above.cloned().filter(|_| agent.is_in_reach(path));
-    }
-    let claim = Claim {
-        policies,
-        above: above.cloned(),
+fn found(agent: &mut Agent, path: &CgroupPath, id: u64, above: Option<&Found>) -> Option<Found> {
+    let policies = agent.claimants.of(path);
+    let found = if policies.is_empty() {
+        let in_reach = |_: &Found| agent.claimants.is_in_reach(path);
+        above.cloned().filter(in_reach)
+    } else {
+        Some(Arc::new(Claim {
+            policies,
+            above: above.cloned(),
+        }))
     };
-    Some(Arc::new(claim))
+    let mut grants = agent.grants.iter();
+    let grant = grants.find(|grant| grant.cgroup.id == id && grant.cgroup.path == *path);
+    match grant.cloned() {
+        Some(grant) => Some(agent.granted(&grant, found.as_deref())),
+        None => found,
+    }
 }
 
 #[cfg(test)]
@@ -328,7 +378,9 @@ mod tests {
             config: Config {
                 default: None,
                 policies: policies.collect(),
+                self_service: None,
             },
+            grants: Vec::new(),
             origin: Origin::default(),
             error: None,
         }
@@ -338,7 +390,7 @@ mod tests {
         let mut cgroups = Cgroups::new(None, agents).unwrap();
         let found = hierarchy(paths);
         let ids: Vec<_> = found.iter().map(|cgroup| cgroup.id).collect();
-        cgroups.by_id = known(found, &cgroups.agents);
+        cgroups.by_id = known(found, &mut cgroups.agents);
         ids.into_iter()
             .map(|id| {
                 let (_, policy) = cgroups.get(&in_cgroup(id, ENDS.remote.unwrap())).unwrap();
@@ -403,7 +455,7 @@ mod tests {
         agent.config.policies[1].rules.remotes = vec!["192.0.2.0/24".parse().unwrap()];
         agent.config.policies[2].rules.remotes = vec!["192.0.2.1".parse().unwrap()];
         let mut cgroups = Cgroups::new(None, vec![agent]).unwrap();
-        cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &cgroups.agents);
+        cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &mut cgroups.agents);
         for (remote, expected) in [
             ("192.0.2.1:443", "exact"),
             ("192.0.2.2:443", "some"),

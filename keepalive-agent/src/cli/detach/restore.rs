@@ -29,6 +29,7 @@ use crate::{
 const NOTHING: Config = Config {
     default: None,
     policies: Vec::new(),
+    self_service: None,
 };
 
 /// What was restored on connections.
@@ -152,5 +153,6 @@ fn job(record: &Arc<SetRecord>, config: Config, before: Config) -> Result<Job> {
         origin: Origin::default(),
         before: Some(before),
         previous: Some(record.clone()),
+        grants: record.grants(),
     })
 }

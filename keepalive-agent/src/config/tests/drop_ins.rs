@@ -284,7 +284,7 @@ fn what_cannot_be_read_is_an_error_of_its_own() {
             "etc/dangling.toml: a symbolic link to nowhere, which does not exist",
             "etc/directory.toml: not a regular file",
             "etc/pipe.toml: not a regular file",
-            "etc/wrong.toml:1: a: unknown key; known here: default, policy",
+            "etc/wrong.toml:1: a: unknown key; known here: default, policy, self-service",
         ]
     );
 
