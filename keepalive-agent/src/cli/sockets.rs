@@ -321,8 +321,9 @@ impl Pass<'_> {
                 risk.timeout
             )
         });
+        let s = if total.connections == 1 { "" } else { "s" };
         format!(
-            "{} connections{at_risk}, {} protected, {} unprotected{enforced}",
+            "{} connection{s}{at_risk}, {} protected, {} unprotected{enforced}",
             total.connections, total.protected, total.unprotected,
         )
     }

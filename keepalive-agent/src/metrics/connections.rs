@@ -5,7 +5,7 @@
 //! that has paid off: however many ask, it takes a tenth of a processor at most.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -21,7 +21,7 @@ use tracing::debug;
 
 use super::Source;
 use crate::{
-    assignment::{Claimants, UNCLAIMED},
+    assignment::{Claimants, GRANTED, UNCLAIMED},
     datapath::{self, Lister},
     hierarchy::Hierarchy,
     kernel::layout::Kernel,
@@ -176,6 +176,11 @@ fn count(lister: &Lister, source: &Source) -> Result<Tally> {
     let description = &source.record.description;
     let root = &description.root.path;
     let claimants = Claimants::new(&description.config, &description.root)?;
+    let names = claimants
+        .policies()
+        .iter()
+        .map(|policy| policy.name.clone());
+    let names: HashSet<_> = names.collect();
     let mut cgroups = Cgroups::claimed_by(
         Hierarchy::find().ok(),
         vec![(claimants, source.record.grants())],
@@ -189,7 +194,12 @@ fn count(lister: &Lister, source: &Source) -> Result<Tally> {
                 None => root.depth() == 0 || policy.is_some(),
             };
             if is_governed {
-                tally.add(record, policy.map_or(UNCLAIMED, |policy| &policy.name));
+                // Users are no label: there may be many.
+                let name = policy.map_or(UNCLAIMED, |policy| match names.get(&policy.name) {
+                    Some(name) => name,
+                    None => GRANTED,
+                });
+                tally.add(record, name);
             }
             Ok(())
         })?;
