@@ -157,7 +157,8 @@ say "rebooted: protected from the first connection on"
 case $what in
     deb) inside dpkg --purge keepalive-agent ;;
     # What rpm keeps of a config that was changed is the administrator's.
-    rpm) in_rpm --erase keepalive-agent && inside rm /etc/keepalive/keepalive.toml.rpmsave ;;
+    rpm) in_rpm --erase keepalive-agent && inside rm /etc/keepalive/keepalive.toml.rpmsave &&
+        inside rmdir /etc/keepalive ;;
 esac > "$cache/$name.purging" 2>&1 || fail "purge: $(cat "$cache/$name.purging")"
 left=$(inside find / -xdev '(' -name '*keepalive-agent*' -o -path /etc/keepalive -o -path '/run/keepalive*' ')' \
     -not -path '/proc/*' -not -path '/sys/*' -not -path '/var/log/*' | grep -v '^/var/lib/systemd' || true)

@@ -45,7 +45,8 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn all(version: &str) -> Result<()> {
+/// Makes everything; the names of the .deb and the .rpm.
+fn all(version: &str) -> Result<[String; 2]> {
     let dist = build()?;
     let deb = deb(&dist, version)?;
     let rpm = rpm(&dist, version)?;
@@ -53,34 +54,34 @@ fn all(version: &str) -> Result<()> {
     let sbom = sbom(&dist, version)?;
     let files = [deb, rpm, tarball, sbom];
     checksums(&dist, &files)?;
-    for file in files {
-        let size = fs::metadata(dist.join(&file))?.len();
+    for file in &files {
+        let size = fs::metadata(dist.join(file))?.len();
         exec::say(&format!(
             "{} {} KiB",
             dist.join(file).display(),
             size / 1024
         ));
     }
-    Ok(())
+    let [deb, rpm, ..] = files;
+    Ok([deb, rpm])
 }
 
 /// Builds everything, and beside it a .deb and an .rpm of a version before this
 /// one: the same agent, for there is no release yet. Each as before and current.
 pub(crate) fn pairs() -> Result<([PathBuf; 2], [PathBuf; 2])> {
     const BEFORE: &str = "0.1.0~before";
-    all(VERSION)?;
+    let [now_deb, now_rpm] = all(VERSION)?;
     let dist = directory();
-    let of = |make: fn(&Path, &str) -> Result<String>| -> Result<[PathBuf; 2]> {
-        Ok([
-            dist.join(make(&dist, BEFORE)?),
-            dist.join(make(&dist, VERSION)?),
-        ])
-    };
-    Ok((of(deb)?, of(rpm)?))
+    let before_deb = deb(&dist, BEFORE)?;
+    let before_rpm = rpm(&dist, BEFORE)?;
+    Ok((
+        [before_deb, now_deb].map(|name| dist.join(name)),
+        [before_rpm, now_rpm].map(|name| dist.join(name)),
+    ))
 }
 
 /// Holds what was built against what it says of itself: the checksums, the SBOM,
-/// and the tarball's agent, which has to run.
+/// which has to name every crate, and the tarball's agent, which has to run.
 pub(crate) fn verify() -> Result<()> {
     let dist = directory();
     let mut sums = Command::new("sha256sum");
@@ -115,11 +116,10 @@ pub(crate) fn verify() -> Result<()> {
         .filter(|(name, _)| *name != "keepalive-agent")
         .collect();
     ensure!(!used.is_empty(), "cargo tree names no crate");
-    ensure!(
-        listed == used,
-        "the SBOM and cargo tree differ: {:?}",
-        listed.symmetric_difference(&used).collect::<Vec<_>>()
-    );
+    // It names some more: those that other members of the workspace have a
+    // dependency use.
+    let missing: Vec<_> = used.difference(&listed).collect();
+    ensure!(missing.is_empty(), "the SBOM lacks {missing:?}");
     let tarball = format!("keepalive-agent-{VERSION}-{}.tar.gz", host()?);
     let unpacked = dist.join("unpacked");
     drop(fs::remove_dir_all(&unpacked));
