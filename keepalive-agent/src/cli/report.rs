@@ -410,7 +410,7 @@ fn text_of(event: &daemon::Event<'_>) -> String {
                     "enforcement goes on in the kernel; `keepalive-agent status` shows it, \
                      `keepalive-agent detach` takes it off"
                 }
-                Leaves::AnotherAgent => "enforcement goes on with that one",
+                Leaves::AnotherAgent => "that one says what is enforced from here on",
             };
             let after = duration::show(Duration::from_secs(after.as_secs()));
             let line = wrapped(&format!("stopped by {by} after {after}; {what}"));
