@@ -1877,11 +1877,7 @@ fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>
         .logger()
         .inspect_err(|error| warn!("{error}; refused options are counted and not reported"))
         .ok()?;
-    #[expect(
-        deprecated,
-        reason = "its successor is unsafe; the logger keeps its descriptor open"
-    )]
-    let log = AsyncFd::with_interest(logger, Interest::READABLE);
+    let log = unblocked::awaited(logger, Interest::READABLE);
     log.inspect_err(|error| warn!("watching the log of the BPF program: {error}"))
         .ok()
 }

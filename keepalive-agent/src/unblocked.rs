@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     convert::Infallible,
     io::{self, Write},
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -69,6 +69,23 @@ impl Queue {
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Something with a descriptor, to be waited for. It keeps its descriptor open.
+///
+/// # Errors
+///
+/// When the descriptor cannot be waited for, as that of a file cannot.
+///
+/// # Panics
+///
+/// Outside of a runtime of tokio that drives input and output.
+pub fn awaited<T: AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the owner keeps its descriptor open"
+    )]
+    AsyncFd::with_interest(owner, interest)
 }
 
 /// Writes what is kept of both streams as it is read. Never ends, and sleeps while
@@ -177,11 +194,7 @@ impl Stream {
 
     async fn drain_once(self) -> io::Result<()> {
         let fd = self.with_fd(|fd| fd.try_clone_to_owned())?;
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe; this owns its descriptor"
-        )]
-        let fd = AsyncFd::with_interest(fd, Interest::WRITABLE)?;
+        let fd = awaited(fd, Interest::WRITABLE)?;
         loop {
             let mut writable = fd.writable().await?;
             if !self.flush_at_once() {

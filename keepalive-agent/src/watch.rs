@@ -16,7 +16,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
-    fs, io,
+    fs,
     mem::MaybeUninit,
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _, unix::fs::MetadataExt as _},
     path::{Component, Path, PathBuf},
@@ -34,6 +34,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use crate::{
     config::{Sources, is_drop_in_name},
     names::printable_path,
+    unblocked::awaited,
 };
 
 /// How long nothing may change before a change is told: an editor makes several
@@ -102,7 +103,7 @@ impl Watch {
             sources: sources.clone(),
             inotify: armed.inotify,
             watched: armed.watched,
-            timer: readable(timer).context("watching a timer")?,
+            timer: awaited(timer, Interest::READABLE).context("watching a timer")?,
             noticed: None,
             writing: HashMap::new(),
         };
@@ -233,14 +234,6 @@ impl Watch {
     }
 }
 
-#[expect(
-    deprecated,
-    reason = "its successor is unsafe; an OwnedFd keeps its descriptor open"
-)]
-fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::with_interest(descriptor, Interest::READABLE)
-}
-
 /// A set of watches.
 struct Armed {
     inotify: AsyncFd<OwnedFd>,
@@ -297,7 +290,8 @@ impl Armed {
             }
         }
         is_outdated |= Way::to(sources) != way;
-        let inotify = readable(inotify).context("watching the files of the config")?;
+        let inotify =
+            awaited(inotify, Interest::READABLE).context("watching the files of the config")?;
         Ok(Self {
             inotify,
             watched,

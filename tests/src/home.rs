@@ -92,6 +92,34 @@ impl Home {
         Ok(socket)
     }
 
+    /// An nginx that answers every request with "hello", with these addresses to
+    /// listen on and their options.
+    ///
+    /// # Errors
+    ///
+    /// It does not start.
+    pub fn nginx(&self, listens: &[&str]) -> Result<Process> {
+        let directory = self.directory.path().display();
+        let listens = listens.join("; listen ");
+        let config = format!(
+            "daemon off; user root; worker_processes 1; pid {directory}/pid;
+             error_log {directory}/errors;
+             events {{ }}
+             http {{
+                 access_log off; keepalive_timeout 600s;
+                 client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
+                 fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
+                 scgi_temp_path {directory}/scgi;
+                 server {{ listen {listens}; location / {{ return 200 \"hello\"; }} }}
+             }}"
+        );
+        let file = self.directory.path().join("nginx.conf");
+        fs::write(&file, config)?;
+        let file = file.to_str().context("a path in UTF-8")?;
+        let errors = format!("{directory}/errors");
+        self.start("nginx", &["-e", &errors, "-c", file], Signal::TERM)
+    }
+
     /// A `PostgreSQL` with these settings, on port 5432.
     ///
     /// # Errors

@@ -21,6 +21,15 @@ const SWAPPER: (&str, &str) = ("swapper.c", include_str!("../programs/swapper.c"
 /// One build at a time in this process; that others build too is no harm.
 static BUILDING: Mutex<()> = Mutex::new(());
 
+/// `go build` of a static program, whatever this machine is set up for.
+#[must_use]
+pub fn go_build() -> Command {
+    let mut command = Command::new("go");
+    command.env("CGO_ENABLED", "0").env("GO111MODULE", "off");
+    command.env("GOFLAGS", "").arg("build");
+    command
+}
+
 /// A helper program, built at its first use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Program {
@@ -140,12 +149,7 @@ impl Program {
                 "-fno-pie",
                 "-no-pie",
             ],
-            Self::Go => {
-                let mut command = Command::new("go");
-                command.env("CGO_ENABLED", "0").env("GO111MODULE", "off");
-                command.env("GOFLAGS", "").arg("build");
-                return command;
-            }
+            Self::Go => return go_build(),
         };
         let mut command = Command::new("cc");
         command

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Connection, Home, Need, Options, Place, Probe, Process, between, output, require, timer,
-    wait_until,
+    Agent, Connection, Home, Need, Options, Place, Probe, Process, between, go_build, output,
+    require, timer, wait_until,
 };
 use rustix::process::Signal;
 
@@ -27,6 +27,12 @@ fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("programs/applications")
         .join(name)
+}
+
+fn compile(command: &mut Command) -> Result<()> {
+    let built = output(command, Duration::from_mins(3))?;
+    ensure!(built.code == Some(0), "{command:?}: {}", built.stderr);
+    Ok(())
 }
 
 /// Waits until the only connection of the application for which `is_meant` holds
@@ -123,18 +129,7 @@ fn go() -> Result<()> {
     require!(Need::Program("go"), Need::Program("ss"));
     let mut clients = Clients::new()?;
     let client = clients.home.directory.path().join("client");
-    let mut compiler = Command::new("go");
-    compiler
-        .env("CGO_ENABLED", "0")
-        .env("GO111MODULE", "off")
-        .env("GOFLAGS", "");
-    compiler
-        .arg("build")
-        .arg("-o")
-        .arg(&client)
-        .arg(source("client.go"));
-    let built = output(&mut compiler, Duration::from_mins(3))?;
-    ensure!(built.code == Some(0), "go build: {}", built.stderr);
+    compile(go_build().arg("-o").arg(&client).arg(source("client.go")))?;
     let client = client.to_str().context("a path in UTF-8")?;
     // What nobody asked for is 15 s of Go's own, for idle and interval, set after
     // connect(): no less than an application's value.
@@ -163,10 +158,12 @@ fn java() -> Result<()> {
     require!(Need::Program("javac"), Need::Program("ss"));
     let mut clients = Clients::new()?;
     let classes = clients.home.directory.path().to_owned();
-    let mut compiler = Command::new("javac");
-    compiler.arg("-d").arg(&classes).arg(source("Client.java"));
-    let built = output(&mut compiler, Duration::from_mins(3))?;
-    ensure!(built.code == Some(0), "javac: {}", built.stderr);
+    compile(
+        Command::new("javac")
+            .arg("-d")
+            .arg(&classes)
+            .arg(source("Client.java")),
+    )?;
     let classes = classes.to_str().context("a path in UTF-8")?;
     let client = ["java", "-XX:TieredStopAtLevel=1", "-cp", classes, "Client"];
     clients.run(&client, &[], filled(60))?;
@@ -215,30 +212,12 @@ fn curl() -> Result<()> {
 fn nginx() -> Result<()> {
     require!(Need::Program("nginx"), Need::Program("ss"));
     let home = Home::new()?;
-    let directory = home.directory.path().display();
-    let config = format!(
-        "daemon off; user root; worker_processes 1; pid {directory}/pid;
-         error_log {directory}/errors;
-         events {{ }}
-         http {{
-             access_log off; keepalive_timeout 600s;
-             client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-             fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-             scgi_temp_path {directory}/scgi;
-             server {{
-                 listen 127.0.0.1:1000;
-                 listen 127.0.0.1:1010 so_keepalive=10s;
-                 listen 127.0.0.1:1072 so_keepalive=2h;
-                 location / {{ return 200 \"hello\"; }}
-             }}
-         }}"
-    );
-    let file = home.directory.path().join("nginx.conf");
-    fs::write(&file, config)?;
-    let file = file.to_str().context("a path in UTF-8")?;
-    let errors = format!("{directory}/errors");
     let _agent = Agent::start(&home.cgroup, BOUNDS)?;
-    let _server = home.start("nginx", &["-e", &errors, "-c", file], Signal::TERM)?;
+    let _server = home.nginx(&[
+        "127.0.0.1:1000",
+        "127.0.0.1:1010 so_keepalive=10s",
+        "127.0.0.1:1072 so_keepalive=2h",
+    ])?;
     let mut client = home.client()?;
     for (port, idle) in [(1000, 60), (1010, 30), (1072, 300)] {
         home.converse(&mut client, port, "GET / HTTP/1.1\r\nHost: test\r\n\r\n")?;

@@ -1,7 +1,6 @@
 //! Servers that people run, each with an idle client, as `ss -tno` sees the
 //! server's sockets. Each server is running before the agent comes.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -39,28 +38,7 @@ fn expect_idle(home: &Home, port: u16, idle: u64) -> Result<()> {
 fn nginx() -> Result<()> {
     require!(Need::Program("nginx"), Need::Program("ss"));
     let home = Home::new()?;
-    let directory = home.directory.path().display();
-    let config = format!(
-        "daemon off; user root; worker_processes 1; pid {directory}/pid;
-         error_log {directory}/errors;
-         events {{ }}
-         http {{
-             access_log off; keepalive_timeout 600s;
-             client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-             fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-             scgi_temp_path {directory}/scgi;
-             server {{
-                 listen 127.0.0.1:80;
-                 listen 127.0.0.1:81 so_keepalive=20m:75s:9;
-                 location / {{ return 200 \"hello\"; }}
-             }}
-         }}"
-    );
-    let file = home.directory.path().join("nginx.conf");
-    fs::write(&file, config)?;
-    let file = file.to_str().context("a path in UTF-8")?;
-    let errors = format!("{directory}/errors");
-    let _server = home.start("nginx", &["-e", &errors, "-c", file], Signal::TERM)?;
+    let _server = home.nginx(&["127.0.0.1:80", "127.0.0.1:81 so_keepalive=20m:75s:9"])?;
     let request = "GET / HTTP/1.1\r\nHost: test\r\n\r\n";
 
     let mut client = home.client()?;

@@ -19,7 +19,7 @@ use super::{PARTIAL, Whose, screen::Screen, table};
 use crate::{
     datapath::Lister,
     enforcing::enforcing,
-    hierarchy::{CgroupPath, Hierarchy},
+    hierarchy::Hierarchy,
     kernel::{layout::Kernel, preflight},
     network::Network,
     paths::{AWS_NAT, IdleTimeout},
@@ -145,9 +145,6 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
         (Some(path), Ok(hierarchy)) => Some(hierarchy.existing(path)?),
         (Some(_), Err(_)) => return Err(hierarchy.expect_err("matched just above")),
     };
-    let below = cgroup
-        .as_ref()
-        .map_or_else(CgroupPath::root, |cgroup| cgroup.path.clone());
     let risk = Risk {
         timeout: arguments.at_risk.unwrap_or_else(|| AWS_NAT.into()),
         loopback: arguments.loopback,
@@ -166,7 +163,7 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
     };
     let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
-    let lister = Lister::load(&Kernel::running()?, &below)?;
+    let lister = Lister::load(&Kernel::running()?, &filter.top())?;
     let screen = match arguments.watch {
         Some(_) => Screen::take()?,
         None => None,

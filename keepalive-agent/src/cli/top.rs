@@ -31,7 +31,7 @@ use ratatui::{
 use super::{screen, table};
 use crate::{
     datapath::Lister,
-    hierarchy::{CgroupPath, Hierarchy},
+    hierarchy::Hierarchy,
     kernel::{layout::Kernel, preflight},
     names::PrintableLines,
     paths::{AWS_NAT, IdleTimeout},
@@ -199,9 +199,6 @@ pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
         (Some(path), Ok(hierarchy)) => Some(hierarchy.existing(path)?),
         (Some(_), Err(_)) => return Err(hierarchy.expect_err("matched just above")),
     };
-    let below = cgroup
-        .as_ref()
-        .map_or_else(CgroupPath::root, |cgroup| cgroup.path.clone());
     let filter = Filter {
         cgroup,
         ..Filter::default()
@@ -210,7 +207,7 @@ pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
         timeout: arguments.path.unwrap_or_else(|| AWS_NAT.into()),
         loopback: arguments.loopback,
     };
-    let lister = Lister::load(&Kernel::running()?, &below)?;
+    let lister = Lister::load(&Kernel::running()?, &filter.top())?;
     let collector = Collector::new(hierarchy.ok(), lister, filter, risk);
     let has_colours = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let model = Model::new(arguments.by, has_colours);

@@ -80,12 +80,7 @@ impl Control {
     /// Outside of a tokio runtime.
     pub fn listen(cgroup: &CgroupPath) -> io::Result<Self> {
         let path = ownership::socket_path(cgroup);
-        // That of an agent that is gone: this one holds the lock.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
+        let listener = ownership::listen_at(&path)?;
         // One is looked at at a time; the others wait.
         let (sender, asked) = channel(1);
         let listening = tokio::spawn(listen(listener, sender)).abort_handle();

@@ -14,7 +14,10 @@ use super::{
     journal::{Entry, Journal, What},
     observed::Observations,
 };
-use crate::datapath::{self, DeadPeers, LoadedSet, SetRecord};
+use crate::{
+    datapath::{self, DeadPeers, LoadedSet, SetRecord},
+    unblocked::awaited,
+};
 
 /// From here on some may have been lost.
 const MANY: usize = 1000;
@@ -52,13 +55,7 @@ impl DeadPeerWatch {
     pub(super) fn follow_set(&mut self, set: &mut LoadedSet) {
         self.read(None);
         let readers = set.take_dead_peers();
-        let readers = readers.map(|readers| {
-            #[expect(
-                deprecated,
-                reason = "its successor is unsafe; the buffer keeps its descriptor open"
-            )]
-            AsyncFd::with_interest(readers, Interest::READABLE)
-        });
+        let readers = readers.map(|readers| awaited(readers, Interest::READABLE));
         let current = match readers {
             Some(Ok(readers)) => Some(readers),
             None => None,

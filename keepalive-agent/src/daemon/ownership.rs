@@ -23,6 +23,7 @@ use std::{
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::net::UnixListener;
 use tracing::debug;
 
 use crate::{config::Config, datapath::Owner, hierarchy::CgroupPath};
@@ -61,6 +62,24 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// Listens at a path of which whoever holds the lock disposes: a socket that is
+/// there is that of an agent that is gone.
+///
+/// # Errors
+///
+/// When the socket cannot be made.
+///
+/// # Panics
+///
+/// Outside of a tokio runtime.
+pub fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(path)
 }
 
 /// The lock of a cgroup. Dropping it lets another agent have it.

@@ -106,12 +106,7 @@ impl SelfServiceSocket {
     pub fn listen(cgroup: &CgroupPath) -> io::Result<Self> {
         directory()?;
         let path = socket_path(cgroup);
-        // That of an agent that is gone: this one holds the lock.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
+        let listener = ownership::listen_at(&path)?;
         fs::set_permissions(&path, Permissions::from_mode(0o666))?;
         let (sender, asked) = channel(1);
         let listening = tokio::spawn(listen(listener, sender)).abort_handle();

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     hierarchy::{Cgroup, Hierarchy},
     kernel::layout::{Hook, Kernel},
+    unblocked::awaited,
 };
 
 /// As many changes as are handed over at a time; more than fit into the buffer
@@ -85,11 +86,7 @@ impl Events {
         ];
         let ring: RingBuf<MapData> = object.map_as(super::map::EVENTS)?;
         let lost = object.map_as(super::map::LOST)?;
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe; the buffer keeps its descriptor open"
-        )]
-        let ring = AsyncFd::with_interest(ring, Interest::READABLE)
+        let ring = awaited(ring, Interest::READABLE)
             .context("watching for cgroups that are made and removed")?;
         catch_up();
         Ok(Self {

@@ -22,6 +22,7 @@ use aya_obj::{
     generated::{bpf_attach_type, bpf_cmd, bpf_map_type, bpf_prog_type},
 };
 use keepalive_common::layout::Layout;
+use rustix::param::page_size;
 
 use super::{
     Error, LAYOUT,
@@ -114,8 +115,8 @@ impl LoadedObject {
             }
             if map.map_type() == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
                 // The kernel takes whole pages, a power of two of them.
-                let least = page_size();
-                map.set_max_entries(map.max_entries().next_power_of_two().max(least));
+                let page = u32::try_from(page_size()).unwrap_or(u32::MAX);
+                map.set_max_entries(map.max_entries().next_power_of_two().max(page));
                 map.set_value_size(0);
             }
             if is_wanted {
@@ -263,12 +264,6 @@ impl LoadedObject {
         }
         descriptor(bpf_cmd::BPF_PROG_LOAD, &mut attr)
     }
-}
-
-fn page_size() -> u32 {
-    // SAFETY: asks for a number.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u32::try_from(size).unwrap_or(1 << 16)
 }
 
 fn unusable(error: impl Display) -> Error {

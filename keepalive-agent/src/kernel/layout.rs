@@ -57,8 +57,7 @@ impl Hook {
     }
 
     /// The type that stands for it.
-    #[must_use]
-    pub fn type_name(self) -> String {
+    fn type_name(self) -> String {
         let prefix = match self {
             Self::Tcp | Self::Files => "bpf_iter_",
             Self::CgroupMade | Self::CgroupRemoved => "btf_trace_",
@@ -66,17 +65,10 @@ impl Hook {
         format!("{prefix}{}", self.name())
     }
 
-    /// Whether that is a function; a typedef otherwise.
-    #[must_use]
-    pub const fn is_function(self) -> bool {
-        matches!(self, Self::Tcp | Self::Files)
-    }
-
     const fn kind(self) -> Kind {
-        if self.is_function() {
-            Kind::Function
-        } else {
-            Kind::Typedef
+        match self {
+            Self::Tcp | Self::Files => Kind::Function,
+            Self::CgroupMade | Self::CgroupRemoved => Kind::Typedef,
         }
     }
 }

@@ -5,7 +5,12 @@ use std::{cmp::Reverse, collections::HashSet, net::SocketAddr};
 use keepalive_common::socket::SocketRecord;
 
 use super::{Connection, cgroups::Known, forecast::Noticed};
-use crate::{hierarchy::Cgroup, identity::Wanted, network::Network, paths::IdleTimeout};
+use crate::{
+    hierarchy::{Cgroup, CgroupPath},
+    identity::Wanted,
+    network::Network,
+    paths::IdleTimeout,
+};
 
 /// What a connection must meet to be wanted; everything that is given.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +41,13 @@ pub struct Risk {
 }
 
 impl Filter {
+    /// The cgroup that has all that are wanted.
+    #[must_use]
+    pub fn top(&self) -> CgroupPath {
+        let cgroup = self.cgroup.as_ref();
+        cgroup.map_or_else(CgroupPath::root, |cgroup| cgroup.path.clone())
+    }
+
     /// What the record alone can tell.
     #[must_use]
     pub fn wants_record(&self, record: &SocketRecord) -> bool {
