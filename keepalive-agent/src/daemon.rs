@@ -586,10 +586,11 @@ impl Daemon {
             }
         };
         let continued = found.is_some();
-        let (attachment, bounds, built) = match found {
+        let (mut attachment, bounds, mut built) = match found {
             None => self.attach()?,
             Some(found) => self.take_up(found)?,
         };
+        self.watch_deaths(&mut attachment, &mut built.set);
         self.grants = allowed(&self.config, &self.grants);
         self.succeed();
         self.warn_of_new(&built.warnings);
@@ -716,6 +717,19 @@ impl Daemon {
                     "{}; bounds hold when a connection is established and after each sweep only",
                     chain(&error)
                 );
+                warn!("{error}");
+                self.part_failed(PART, error);
+            }
+        }
+    }
+
+    /// Has dead peers counted by a set that is in force.
+    fn watch_deaths(&mut self, attachment: &mut Attachment, set: &mut LoadedSet) {
+        const PART: &str = "dead peers";
+        match attachment.watch_deaths(set) {
+            Ok(()) => self.part(PART, Ok(())),
+            Err(error) => {
+                let error = format!("{}; dead peers are not counted", chain(&error));
                 warn!("{error}");
                 self.part_failed(PART, error);
             }
@@ -1348,6 +1362,10 @@ impl Daemon {
             };
             self.hold_bounds(&mut enforcement.bounds, &built.set);
             let replaced = enforcement.attachment.replace(&built.set);
+            let mut built = built;
+            if replaced.is_ok() {
+                self.watch_deaths(&mut enforcement.attachment, &mut built.set);
+            }
             self.enforcement = Some(enforcement);
             replaced?;
             Ok(built)

@@ -5,6 +5,7 @@
 mod attachment;
 mod bounds;
 mod dead_peers;
+mod death_watch;
 mod description;
 mod error;
 mod events;
@@ -46,6 +47,7 @@ mod program {
     pub(super) const LIST: &str = "list";
     pub(super) const FILES: &str = "files";
     pub(super) const SURVEY: &str = "survey";
+    pub(super) const PEER_DIED: &str = "peer_died";
     pub(super) const CGROUP_MADE: &str = "cgroup_made";
     pub(super) const CGROUP_REMOVED: &str = "cgroup_removed";
 }
@@ -61,6 +63,7 @@ mod map {
     pub(super) const SWEPT: &str = "SWEPT";
     pub(super) const FAILURES: &str = "FAILURES";
     pub(super) const DEAD_PEERS: &str = "DEAD_PEERS";
+    pub(super) const COUNTED: &str = "COUNTED";
     pub(super) const DEATHS: &str = "DEATHS";
     pub(super) const FOLLOWED: &str = "FOLLOWED";
     pub(super) const GENERATION: &str = "GENERATION";

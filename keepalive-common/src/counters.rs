@@ -36,10 +36,12 @@ pub struct Counters {
     pub seen: ByDirection,
     /// Connections on which keepalive was off and was turned on.
     pub turned_on: u64,
-    /// Connections on which keepalive was on and was turned off.
-    pub turned_off: u64,
     /// Timers that the application had left unset and that were set.
     pub filled: u64,
+    /// Options that the kernel refused; the connection goes on without them.
+    pub failed: u64,
+    /// Connections on which keepalive was on and was turned off.
+    pub turned_off: u64,
     /// Timers that the application had set and that were moved into the bounds.
     pub clamped: u64,
     /// Timers that got back what the application had set, which an earlier policy
@@ -47,8 +49,6 @@ pub struct Counters {
     pub restored: u64,
     /// Connections on which everything was already as the policy wants it.
     pub left_alone: ByDirection,
-    /// Options that the kernel refused; the connection goes on without them.
-    pub failed: u64,
     /// Connections on which keepalive and its timers were left as the application
     /// has them, because its user-timeout would have ended them early: see
     /// [`crate::plan::Plan::user_timeout_conflict`].

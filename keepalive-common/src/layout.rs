@@ -22,7 +22,8 @@ impl Field {
     };
 }
 
-/// All fields that are read, and what is needed to understand them.
+/// All fields that are read, and what is needed to understand them. What is needed
+/// for every new connection stands together, in two lines of the processor's cache.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -37,33 +38,37 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_user_timeout`, in milliseconds;
     /// 0 is unset.
     pub user_timeout: Field,
-    /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
-    /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
-    pub rto_max: Field,
+    /// Bit number of `SOCK_KEEPOPEN` in the flags: keepalive is on.
+    pub keepopen_bit: u32,
+    /// Jiffies per second.
+    pub hz: u32,
     /// `tcp_sock` → `sock.sk_cgrp_data.cgroup`.
     pub sock_cgroup: Field,
-    /// `cgroup` → `cgroup.self.parent`.
-    pub cgroup_parent: Field,
-    /// `cgroup_subsys_state.cgroup`.
-    pub css_cgroup: Field,
     /// `cgroup.kn`.
     pub cgroup_kn: Field,
     /// `kernfs_node.id`, the cgroup's id and inode number.
     pub kernfs_id: Field,
-    /// `cgroup.root`, the hierarchy.
-    pub cgroup_root: Field,
-    /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
-    pub hierarchy_id: Field,
     /// `tcp_sock` → `sock_common.skc_net.net`, the network namespace.
     pub sock_net: Field,
-    /// `net.ns.inum`, the inode number that /proc/PID/ns/net shows.
-    pub net_inode: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
     pub net_keepalive_time: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_keepalive_intvl`, in jiffies.
     pub net_keepalive_intvl: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_keepalive_probes`.
     pub net_keepalive_probes: Field,
+    /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
+    /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
+    pub rto_max: Field,
+    /// `cgroup` → `cgroup.self.parent`.
+    pub cgroup_parent: Field,
+    /// `cgroup_subsys_state.cgroup`.
+    pub css_cgroup: Field,
+    /// `cgroup.root`, the hierarchy.
+    pub cgroup_root: Field,
+    /// `cgroup_root.hierarchy_id`; 0 is the v2 hierarchy.
+    pub hierarchy_id: Field,
+    /// `net.ns.inum`, the inode number that /proc/PID/ns/net shows.
+    pub net_inode: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_retries2`.
     pub net_retries: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_rto_max_ms`; without width as
@@ -77,7 +82,8 @@ pub struct Layout {
     pub state: Field,
     /// `tcp_sock` → `sock_common.skc_family`.
     pub family: Field,
-    /// `tcp_sock` → `sock_common.skc_num`, the local port.
+    /// `tcp_sock` → `inet_sock.inet_sport`, the local port, big-endian: unlike
+    /// `sock_common.skc_num` it stays when the connection is over.
     pub local_port: Field,
     /// `tcp_sock` → `sock_common.skc_dport`, the remote port, big-endian.
     pub remote_port: Field,
@@ -128,12 +134,8 @@ pub struct Layout {
     pub super_magic: Field,
     /// `task_struct.tgid`, the process id.
     pub task_process: Field,
-    /// Bit number of `SOCK_KEEPOPEN` in the flags: keepalive is on.
-    pub keepopen_bit: u32,
     /// Bit number of `SOCK_DEAD` in the flags: no process holds the socket.
     pub dead_bit: u32,
-    /// Jiffies per second.
-    pub hz: u32,
 }
 
 impl Layout {

@@ -4,6 +4,7 @@
 //! every new connection and by the agent wherever it explains or checks one:
 //!
 //! * [`policy`]: what should hold for a socket,
+//! * [`policy_record`]: the same as it stands in the kernel,
 //! * [`plan`]: what has to be set on a socket so that it does,
 //! * [`history`]: what the application set, where a policy has written before,
 //! * [`cgroup_event`]: that a cgroup was made or removed,
@@ -35,6 +36,7 @@ pub mod history;
 pub mod layout;
 pub mod plan;
 pub mod policy;
+pub mod policy_record;
 pub mod slot;
 pub mod socket;
 pub mod sweep;

@@ -52,8 +52,8 @@ impl Options {
 
 /// [`Options`] in memory without gaps, as a global function of BPF takes them.
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct Words {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Words {
     keepalive: u32,
     idle: u32,
     interval: u32,
@@ -64,7 +64,7 @@ struct Words {
 
 impl Words {
     #[inline(always)]
-    const fn of(options: &Options) -> Self {
+    pub(crate) const fn of(options: &Options) -> Self {
         Self {
             keepalive: options.keepalive as u32,
             idle: options.idle,
@@ -76,7 +76,7 @@ impl Words {
     }
 
     #[inline(always)]
-    const fn options(&self) -> Options {
+    pub(crate) const fn options(&self) -> Options {
         Options {
             keepalive: self.keepalive != 0,
             idle: self.idle,
@@ -120,10 +120,8 @@ pub fn plan(policy: &Policy, has: &Options, environment: &Environment) -> Plan {
     }
 }
 
-/// What a policy makes of a socket on which nothing is set, as [`plan`]: most of
-/// them, for which little is left of it when the compiler knows that.
+/// What a policy makes of a socket on which nothing is set, as [`plan`].
 #[must_use]
-#[inline(always)]
 pub fn plan_unset(policy: &Policy, environment: &Environment) -> Options {
     let mut wants = Words::of(&Options::default());
     shape(policy, environment, &mut wants);
@@ -629,4 +627,4 @@ mod tests {
 #[cfg(test)]
 mod outages;
 #[cfg(test)]
-mod properties;
+pub(crate) mod properties;

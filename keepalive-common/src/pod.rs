@@ -5,7 +5,7 @@ use crate::{
     dead_peer::DeadPeers,
     history::SocketHistory,
     layout::Layout,
-    policy::Policy,
+    policy_record::PolicyRecord,
     slot::{Claim, Found, PortKey, RemoteKey, Step},
     sweep::Pass,
 };
@@ -13,7 +13,7 @@ use crate::{
 // SAFETY: each record is `repr(C)`, made of integers only and free of padding
 // (the tests of their modules hold the sizes against the fields), so any bit
 // pattern is a value and every byte of it is initialised.
-unsafe impl aya::Pod for Policy {}
+unsafe impl aya::Pod for PolicyRecord {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Counters {}
 // SAFETY: as above.

@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     policy::Policy,
+    policy_record::PolicyRecord,
     slot::{
         Claim, Ends, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Step, Tables, Target,
         resolve,
@@ -14,7 +15,6 @@ use keepalive_common::{
 };
 
 use crate::{
-    enforce::forget,
     kernel::{Cgroup, TcpSock},
     recent::after,
 };
@@ -26,7 +26,7 @@ static CGROUPS: HashMap<u64, Claim, 131_072, { BPF_F_NO_PREALLOC as usize }> = H
 
 /// Slot → policy. The agent sizes it when it loads the programs.
 #[btf_map]
-static POLICIES: Array<Policy, 1> = Array::new();
+static POLICIES: Array<PolicyRecord, 1> = Array::new();
 
 /// Number → step, where the remote end has a say. The agent sizes it.
 #[btf_map]
@@ -63,11 +63,10 @@ pub(crate) fn nearest(own: Option<Cgroup>, generation: u64) -> Claim {
 /// looked at.
 #[inline(always)]
 pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
-    let slot = match target.lead() {
+    match target.lead() {
         Lead::Slot(slot) => slot,
         Lead::Step(_) => by_remote(target, sock),
-    };
-    forget(slot)
+    }
 }
 
 /// Out of line, to keep its registers and branches out of the way of cgroups
@@ -124,12 +123,12 @@ impl Tables for Maps {
 /// policy claims them, for which a record stands in the map too.
 #[inline(always)]
 pub(crate) fn policy_or_leave(slot: u32) -> Option<&'static Policy> {
-    POLICIES.get(slot)
+    POLICIES.get(slot).map(|record| &record.policy)
 }
 
-/// The policy in a slot.
+/// The policy in a slot, with its record.
 #[inline(always)]
-pub(crate) fn policy(slot: u32) -> Option<&'static Policy> {
+pub(crate) fn policy(slot: u32) -> Option<&'static PolicyRecord> {
     if slot < FIRST {
         return None;
     }

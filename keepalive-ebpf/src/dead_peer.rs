@@ -1,17 +1,24 @@
 //! Dead peers: connections that a policy has set something on, and that end
 //! because the other end does not answer. Counted by policy, cause and silence,
 //! and told of in a record each.
+//!
+//! The kernel calls for every error that it has for an application, which is rare,
+//! instead of for every change of a connection's state, which would cost all of
+//! them. Which connections are watched is marked on the socket itself.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE,
+        BPF_SOCK_OPS_RTO_CB_FLAG, BPF_TCP_CLOSE,
     },
-    btf_maps::{Array, RingBuf},
-    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt},
+    btf_maps::{Array, RingBuf, SkStorage},
+    helpers::generated::{
+        bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt, bpf_sk_storage_get,
+    },
     macros::btf_map,
-    programs::SockOpsContext,
+    programs::{BtfTracePointContext, SockOpsContext},
 };
 use keepalive_common::dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket};
 
@@ -39,14 +46,35 @@ const RING: usize = 256 * 1024;
 #[btf_map]
 static FOLLOWED: Array<u32, 1> = Array::new();
 
-/// Has the program called for each change of the socket's state. Other programs
-/// may have asked for other callbacks. `target` is the context of sock_ops.
+/// Socket → the connection of it that has been counted ([`TcpSock::connection_number`]):
+/// the kernel may report an error more than once, and while one set takes the place
+/// of another the programs of both are called.
+#[btf_map]
+static COUNTED: SkStorage<u64> = SkStorage::new();
+
+/// The mark of a connection that is watched: the wish to be called when a segment is
+/// sent again for want of an answer. Of all that can be wished for, nothing happens
+/// less often.
+const MARK: u32 = BPF_SOCK_OPS_RTO_CB_FLAG;
+
+/// Marks a connection. Other programs may have asked for callbacks too. `target` is
+/// the context of sock_ops.
 #[inline(always)]
 pub(crate) fn watch(target: *mut c_void) {
     let ctx = SockOpsContext::new(target.cast());
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let flags = ctx.cb_flags() | MARK;
     // A connection that is not watched is a count that is missing, no more.
     let _ = ctx.set_cb_flags(flags.cast_signed());
+}
+
+/// A socket that has been connected before connects again: so far nothing is set
+/// for this connection.
+#[inline(always)]
+pub(crate) fn unwatch(ctx: &SockOpsContext) {
+    let flags = ctx.cb_flags();
+    if flags & MARK != 0 {
+        let _ = ctx.set_cb_flags((flags & !MARK).cast_signed());
+    }
 }
 
 /// The same for a connection that the sweep has met.
@@ -60,10 +88,10 @@ pub(crate) fn watch_existing(sock: TcpSock) {
     const SOL_TCP: i32 = 6;
     const TCP_BPF_SOCK_OPS_CB_FLAGS: i32 = 1008;
     let callbacks = sock.callbacks();
-    if callbacks & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
+    if callbacks & MARK != 0 {
         return;
     }
-    let mut callbacks = callbacks | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let mut callbacks = callbacks | MARK;
     // SAFETY: the socket is the kernel's own, and the value is four bytes on the
     // stack.
     unsafe {
@@ -77,18 +105,12 @@ pub(crate) fn watch_existing(sock: TcpSock) {
     }
 }
 
-/// A connection ends. Out of line, as [`crate::enforce::new_connection`] is.
-#[inline(never)]
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "a reference would be one to the stack of the caller"
-)]
-pub(crate) fn closed(ctx: SockOpsContext) {
-    let Some(sock) = TcpSock::of(&ctx) else {
-        return;
-    };
-    // Nearly all of them end without one.
-    if sock.error() != 0 {
+/// The kernel has an error for the application of a socket, of whatever kind.
+#[inline(always)]
+pub(crate) fn reported(ctx: &BtfTracePointContext) {
+    if let Some(sock) = TcpSock::reported(ctx)
+        && sock.callbacks() & MARK != 0
+    {
         ended_by_error(sock);
     }
 }
@@ -96,8 +118,8 @@ pub(crate) fn closed(ctx: SockOpsContext) {
 #[inline(never)]
 fn ended_by_error(sock: TcpSock) {
     let end = End {
-        state: sock.state(),
         has_owner: sock.has_owner(),
+        is_closed: sock.state() == BPF_TCP_CLOSE,
         errno: sock.error(),
         probes_out: sock.probes_out(),
         has_data: sock.has_data(),
@@ -112,7 +134,9 @@ fn ended_by_error(sock: TcpSock) {
 #[inline(never)]
 fn found(sock: TcpSock, end: &End, cause: Cause) {
     let slot = claim::slot(recent::target(sock.cgroup()), sock);
-    if claim::policy(slot).is_some_and(|policy| !policy.is_enforced()) {
+    // The kernel calls for the whole machine: what no policy claims may be another
+    // agent's.
+    if claim::policy(slot).is_none_or(|record| !record.policy.is_enforced()) || is_counted(sock) {
         return;
     }
     let Some(counted) = DEAD_PEERS.get_ptr(slot) else {
@@ -143,6 +167,29 @@ fn found(sock: TcpSock, end: &End, cause: Cause) {
     if DEATHS.output(record, wake_up()).is_err() {
         count(&raw const counted.events_lost);
     }
+}
+
+/// Whether this connection has been counted; from now on it has. Where there is no
+/// memory to remember that, it is counted again.
+#[inline(always)]
+fn is_counted(sock: TcpSock) -> bool {
+    let map: *const c_void = (&raw const COUNTED).cast();
+    let number = sock.connection_number();
+    // SAFETY: the map and the socket are the kernel's own.
+    let counted: *mut u64 = unsafe {
+        bpf_sk_storage_get(
+            map.cast_mut(),
+            sock.target(),
+            ptr::null_mut(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast()
+    };
+    // SAFETY: null, or eight aligned bytes, which are zero when they are new.
+    let Some(counted) = (unsafe { counted.as_mut() }) else {
+        return false;
+    };
+    core::mem::replace(counted, number) == number
 }
 
 /// Whether to wake the agent: when it wants to know at once, or when there is so

@@ -4,7 +4,9 @@ use core::{ffi::c_void, sync::atomic::AtomicU64};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock_ops,
+    },
     btf_maps::PerCpuArray,
     helpers::generated::bpf_setsockopt,
     macros::btf_map,
@@ -14,8 +16,9 @@ use keepalive_common::{
     counters::{ByDirection, Counters, Direction, SocketOption},
     environment::Environment,
     history::{application, known_by, replan},
-    plan::{Options, plan, plan_unset},
+    plan::{Options, plan},
     policy::Policy,
+    policy_record::PolicyRecord,
 };
 
 use crate::{claim, dead_peer, history, kernel::TcpSock, recent, refusal};
@@ -41,44 +44,49 @@ pub(crate) fn new_connection(ctx: SockOpsContext) {
     let Some(counters) = COUNTERS.get_ptr(slot) else {
         return;
     };
-    let Some(policy) = claim::policy(slot) else {
+    let Some(record) = claim::policy(slot) else {
         // SAFETY: only the address of the counters is used.
         let seen = unsafe { &raw const (*counters).seen };
         count_by_direction(seen, direction(ctx.as_ptr()));
         return;
     };
     // Each in a frame of its own: there is little stack.
-    if policy.holds() {
-        held(ctx.as_ptr(), sock, slot, counters, policy);
-    } else if sock.is_touched() || !policy.only_gives() || policy.give_up != 0 {
-        touched(ctx.as_ptr(), sock, slot, counters, policy);
+    if record.policy.holds() {
+        held(ctx.ops, slot);
+    } else if !sock.is_touched() && record.spares_plan(|| sock.net().is_unchanged()) {
+        unplanned(ctx.as_ptr(), slot, counters, record);
     } else {
-        untouched(ctx.as_ptr(), sock, slot, counters, policy);
+        planned(ctx.ops, slot);
     }
 }
 
-/// Most applications leave everything to the system.
-#[inline(never)]
-fn untouched(
-    target: *mut c_void,
-    sock: TcpSock,
+/// The socket of a context, its policy, and where to count for that. To find them a
+/// second time costs less than to hand them to a static function, which the verifier
+/// would go through anew for everything that it knows of them.
+#[inline(always)]
+fn found(
+    ctx: *mut bpf_sock_ops,
     slot: u32,
-    counters: *const Counters,
-    policy: &Policy,
-) {
-    let environment = if policy.depends_on_namespace() {
-        sock.environment()
-    } else {
-        Environment::UNKNOWN
-    };
+) -> Option<(*mut c_void, TcpSock, *const Counters, &'static Policy)> {
+    let ctx = SockOpsContext::new(ctx);
+    let sock = TcpSock::of(&ctx)?;
+    let counters = COUNTERS.get_ptr(slot)?;
+    let record = claim::policy(slot)?;
+    Some((ctx.as_ptr(), sock, counters, &record.policy))
+}
+
+/// Most applications leave everything to the system, and most policies give the
+/// same to all of those.
+#[inline(never)]
+fn unplanned(target: *mut c_void, slot: u32, counters: *const Counters, record: &PolicyRecord) {
     let has = Options::default();
-    let wants = forget_options(plan_unset(policy, &environment));
+    let wants = record.unset();
     let left_alone = !wants.keepalive && !wants.has_timers();
     count_seen(counters, direction(target), left_alone);
     if left_alone {
         return;
     }
-    let mut setter = Setter::new(target, slot, counters, &environment, true);
+    let mut setter = Setter::new(target, slot, counters, &Environment::UNKNOWN, true);
     setter.set(&has, &has, &wants);
     setter.count_filled();
     setter.tell();
@@ -86,16 +94,13 @@ fn untouched(
 }
 
 /// The same where the application has set something, where a policy bounds
-/// retransmission, and where it is only counted. Out of line, to keep its
-/// registers and branches out of the way of most connections.
+/// retransmission, where it is only counted, and where the namespace has a say.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn touched(
-    target: *mut c_void,
-    sock: TcpSock,
-    slot: u32,
-    counters: *const Counters,
-    policy: &Policy,
-) {
+extern "C" fn planned(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
+    let Some((target, sock, counters, policy)) = found(ctx, slot) else {
+        return 0;
+    };
     let environment = sock.environment();
     let has = sock.options(&environment);
     let plan = plan(policy, &has, &environment);
@@ -104,24 +109,29 @@ fn touched(
     let conflict = plan.user_timeout_conflict;
     count_limits(counters, policy, conflict, &environment);
     if *wants == has {
-        return;
+        return 0;
     }
     let mut setter = Setter::new(target, slot, counters, &environment, policy.is_enforced());
     setter.set(&has, &has, wants);
     setter.count();
     if !setter.enforced {
-        return;
+        return 0;
     }
     let known = forget_options(known_by(policy, &plan, &environment));
     history::keep(sock.target(), policy, &has, wants, &known);
     setter.tell();
     dead_peer::watch(target);
+    1
 }
 
 /// The same where a policy has bounds: everything that the application asked for
 /// is kept, with the policy, for [`crate::bounds`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters, policy: &Policy) {
+extern "C" fn held(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
+    let Some((target, sock, counters, policy)) = found(ctx, slot) else {
+        return 0;
+    };
     let environment = sock.environment();
     let has = forget_options(sock.options(&environment));
     // There is something already where the socket has been connected before.
@@ -137,6 +147,7 @@ fn held(target: *mut c_void, sock: TcpSock, slot: u32, counters: *const Counters
     history::hold(sock.target(), policy, &application, &wants, &environment);
     setter.tell();
     dead_peer::watch(target);
+    1
 }
 
 /// Counts what a policy could not do for a connection.

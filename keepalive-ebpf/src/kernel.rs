@@ -77,6 +77,13 @@ impl TcpSock {
         Self::try_from(unsafe { (*ctx.ops).__bindgen_anon_2.sk }.cast())
     }
 
+    /// The socket that an error is reported for, if it is a full TCP socket.
+    #[inline(always)]
+    pub(crate) fn reported(ctx: &BtfTracePointContext) -> Option<Self> {
+        let sk: *const u8 = ctx.arg(0);
+        Self::try_from(sk.cast_mut().cast())
+    }
+
     #[inline(always)]
     fn try_from(sk: *mut c_void) -> Option<Self> {
         if sk.is_null() {
@@ -123,6 +130,13 @@ impl TcpSock {
     #[inline(always)]
     pub(crate) fn has_data(self) -> bool {
         read_field!(self.0, write_seq) != read_field!(self.0, snd_una)
+    }
+
+    /// Tells the connection from earlier ones of the same socket, once nothing is
+    /// sent on it any more: the kernel begins each one at another number. Never 0.
+    #[inline(always)]
+    pub(crate) fn connection_number(self) -> u64 {
+        1 << 32 | read_field!(self.0, write_seq)
     }
 
     /// What BPF programs are called for beside the callbacks that all have.
@@ -214,7 +228,7 @@ impl TcpSock {
             family,
             local_address,
             remote_address,
-            local_port: port(read_field!(self.0, local_port)),
+            local_port: u16::from_be(port(read_field!(self.0, local_port))),
             remote_port: u16::from_be(port(read_field!(self.0, remote_port))),
         }
     }
@@ -231,7 +245,7 @@ impl TcpSock {
         Ends {
             address,
             port: u16::from_be(port(read_field!(self.0, remote_port))),
-            local_port: port(read_field!(self.0, local_port)),
+            local_port: u16::from_be(port(read_field!(self.0, local_port))),
         }
     }
 
@@ -449,12 +463,21 @@ impl Net {
         number(read_field!(self.0, net_inode))
     }
 
+    /// Whether its sysctls of keepalive are what the kernel begins with.
+    #[inline(always)]
+    pub(crate) fn is_unchanged(self) -> bool {
+        const USUAL: Environment = Environment::UNCHANGED;
+        number(read_field!(self.0, net_keepalive_time)) == USUAL.idle * layout!(hz)
+            && number(read_field!(self.0, net_keepalive_intvl)) == USUAL.interval * layout!(hz)
+            && number(read_field!(self.0, net_keepalive_probes)) == USUAL.probes
+    }
+
     /// What it decides for sockets on which nothing is set.
     #[inline(always)]
     pub(crate) fn environment(self) -> Environment {
         Environment {
-            idle: sysctl_seconds(read_field!(self.0, net_keepalive_time), 7200),
-            interval: sysctl_seconds(read_field!(self.0, net_keepalive_intvl), 75),
+            idle: seconds(read_field!(self.0, net_keepalive_time)),
+            interval: seconds(read_field!(self.0, net_keepalive_intvl)),
             probes: number(read_field!(self.0, net_keepalive_probes)),
             retries: number(read_field!(self.0, net_retries)),
             rto_max: if layout!(net_rto_max.width) == 0 {
@@ -617,7 +640,7 @@ fn port(field: u64) -> u16 {
     field as u16
 }
 
-/// Jiffies as seconds. Only setsockopt writes these fields, in whole seconds.
+/// Jiffies as seconds. Setsockopt and sysctls write these fields in whole seconds.
 #[inline(always)]
 fn seconds(jiffies: u64) -> u32 {
     if jiffies == 0 {
@@ -625,16 +648,6 @@ fn seconds(jiffies: u64) -> u32 {
         return 0;
     }
     number(jiffies) / layout!(hz).max(1)
-}
-
-/// A sysctl in jiffies as seconds. Most namespaces have what the kernel begins
-/// with, which spares the division.
-#[inline(always)]
-fn sysctl_seconds(jiffies: u64, usual: u32) -> u32 {
-    if number(jiffies) == usual * layout!(hz) {
-        return usual;
-    }
-    seconds(jiffies)
 }
 
 /// No field is wider than its values: seconds, numbers and milliseconds of at

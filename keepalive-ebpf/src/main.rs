@@ -21,7 +21,7 @@ mod sweep;
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_TCP_CLOSE,
+        BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
     macros::{btf_tracepoint, cgroup_sockopt, sock_ops},
     programs::{BtfTracePointContext, SockOpsContext, SockoptContext},
@@ -46,19 +46,29 @@ const PROCEED: u32 = 1;
 const NEXT: i32 = 0;
 
 /// Runs some nine times in the life of a connection, of which two callbacks
-/// matter: one end has connected, one end has accepted. Where something was set
-/// on an end, it runs for each change of its state too: the last one may tell of a
-/// dead peer.
+/// matter: one end has connected, one end has accepted.
 #[sock_ops]
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             enforce::new_connection(ctx);
         }
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => dead_peer::closed(ctx),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => dead_peer::unwatch(&ctx),
         _ => {}
     }
     PROCEED
+}
+
+/// Runs for every error of a socket that the kernel has for its application: some
+/// tell that the peer is dead.
+///
+/// # Minimum kernel version
+///
+/// 5.14, for the tracepoint.
+#[btf_tracepoint(function = "inet_sk_error_report")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
+fn peer_died(ctx: BtfTracePointContext) {
+    dead_peer::reported(&ctx);
 }
 
 /// Runs for every setsockopt of an application, before the kernel's own handling:

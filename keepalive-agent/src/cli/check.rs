@@ -11,6 +11,7 @@ use crate::{
     assignment::Claimants,
     config::Diagnostics,
     daemon::target,
+    datapath,
     hierarchy::Hierarchy,
     kernel::{
         self,
@@ -175,6 +176,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     const TYPES: &str = "kernel types (BTF)";
     const PROGRAM: &str = "new connections";
     const SWEEP: &str = "existing connections";
+    const DEATHS: &str = "dead peers";
     const EFFECT: &str = "options are set";
     const CGROUPS: &str = "new cgroups";
 
@@ -208,7 +210,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
     });
     let (Ok((hierarchy, root)), Ok(()), Ok(kernel)) = (root, capable, kernel) else {
-        for feature in [PROGRAM, SWEEP, EFFECT, CGROUPS] {
+        for feature in [PROGRAM, SWEEP, DEATHS, EFFECT, CGROUPS] {
             findings.push(Finding::inconclusive(feature, "not tried: see above"));
         }
         return findings;
@@ -220,11 +222,11 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     } else {
         new_cgroups(CGROUPS, trial::new_cgroup(&kernel, &hierarchy, &root))
     };
-    let set = match trial::build(&kernel, &root) {
+    let mut set = match trial::build(&kernel, &root) {
         Ok(set) => set,
         Err(error) => {
             findings.push(Finding::no(PROGRAM, format_args!("{error:#}")));
-            for feature in [SWEEP, EFFECT] {
+            for feature in [SWEEP, DEATHS, EFFECT] {
                 findings.push(Finding::inconclusive(feature, "not tried: see above"));
             }
             findings.push(cgroups);
@@ -236,6 +238,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
         Ok(()) => accepted(SWEEP, set.sweeper().verified_instructions()),
         Err(error) => Finding::no(SWEEP, format_args!("{:#}", anyhow::Error::new(error))),
     });
+    findings.push(dead_peers(DEATHS, set.try_death_watch()));
     drop(set);
     if hierarchy.is_read_only() {
         findings.push(Finding::inconclusive(EFFECT, needs_cgroup).not_needed());
@@ -279,6 +282,19 @@ fn new_cgroups(feature: &'static str, told: Result<(), trial::Failure>) -> Findi
             format_args!(
                 "they follow their nearest ancestor until the agent is sent SIGHUP: {failure}"
             ),
+        ),
+    };
+    finding.not_needed()
+}
+
+/// Whether the kernel tells of dead peers. An agent does without: they are not
+/// counted.
+fn dead_peers(feature: &'static str, told: Result<(), datapath::Error>) -> Finding {
+    let finding = match told {
+        Ok(()) => Finding::yes(feature, "are counted as they are found"),
+        Err(error) => Finding::no(
+            feature,
+            format_args!("they are not counted: {:#}", anyhow::Error::new(error)),
         ),
     };
     finding.not_needed()

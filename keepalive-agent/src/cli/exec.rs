@@ -39,7 +39,7 @@ use crate::{
         ownership,
         self_service::{self, Answer, Request},
     },
-    datapath::{Attachment, Bounds, Origin, State},
+    datapath::{Attachment, Bounds, Origin, State, chain},
     grant::PREFIX,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     kernel::{layout::Kernel, preflight},
@@ -417,7 +417,7 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attach
         previous: None,
         grants: Vec::new(),
     };
-    let set = job.build()?.set;
+    let mut set = job.build()?.set;
     // For those who ask whether anybody looks after it. Nothing was there before.
     let state = State {
         owner: Some(ownership::own()),
@@ -430,7 +430,10 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attach
     let mut bounds = Bounds::none(root.id, None);
     bounds.hold(&set)?;
     let directory = hierarchy.open(root)?;
-    let attachment = Attachment::attach(&set, directory, root.id, None)?;
+    let mut attachment = Attachment::attach(&set, directory, root.id, None)?;
+    if let Err(error) = attachment.watch_deaths(&mut set) {
+        debug!("dead peers are not counted: {}", chain(&error));
+    }
     Ok((attachment, bounds))
 }
 

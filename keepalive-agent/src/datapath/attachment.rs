@@ -15,7 +15,10 @@ use aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
 
 use crate::hierarchy::{CgroupPath, Hierarchy};
 
-use super::{Bounds, Error, LoadedSet, Owner, PinDirectory, SetRecord, program, syscalls};
+use super::{
+    Bounds, Error, LoadedSet, Owner, PinDirectory, SetRecord, death_watch::DeathWatch, program,
+    syscalls,
+};
 
 /// A policy set in force on a cgroup.
 #[derive(Debug)]
@@ -25,6 +28,7 @@ pub struct Attachment {
     program: OwnedFd,
     cgroup: u64,
     pins: Option<PinDirectory>,
+    deaths: Option<DeathWatch>,
 }
 
 /// A policy set that is in force, found in the kernel.
@@ -215,6 +219,7 @@ impl InForce {
             program: self.program,
             cgroup: self.cgroup,
             pins: pins.cloned(),
+            deaths: None,
         };
         let replaced = attachment.replace(set);
         if let (Err(_), Some((pins, cgroup))) = (&replaced, pinned) {
@@ -278,6 +283,7 @@ impl Attachment {
             program,
             cgroup,
             pins: pins.cloned(),
+            deaths: None,
         })
     }
 
@@ -300,6 +306,18 @@ impl Attachment {
                 _ => Error::call("putting the policy set in force")(error),
             }),
         }
+    }
+
+    /// Has the set that is in force told of dead peers, instead of the one before.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it, or it cannot be pinned: the one before is still
+    /// told, if there was one.
+    pub fn watch_deaths(&mut self, set: &mut LoadedSet) -> Result<(), Error> {
+        let pins = self.pins.as_ref();
+        self.deaths = Some(DeathWatch::begin(set, self.cgroup, pins)?);
+        Ok(())
     }
 
     /// Whether the program that was put there last still runs for the cgroup.

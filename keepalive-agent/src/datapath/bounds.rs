@@ -81,7 +81,9 @@ fn links_of(set: &SetRecord) -> Result<Vec<Link>, Error> {
         let Ok(program) = program.and_then(syscalls::program_info) else {
             continue;
         };
-        if program.name == program::BOUNDED && program.maps.contains(&set.originals.id) {
+        if program.name == program::BOUNDED
+            && program.maps.contains(&set.beside_sockets.originals.id)
+        {
             found.push(Link {
                 link,
                 cgroup: info.cgroup,

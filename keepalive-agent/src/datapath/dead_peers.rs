@@ -4,7 +4,7 @@
 
 use std::{
     net::SocketAddr,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     time::{Duration, SystemTime},
 };
 
@@ -47,8 +47,8 @@ pub struct DeadPeers {
     ring: RingBuf<MapData>,
     followed: Array<MapData, u32>,
     names: Vec<(u32, String)>,
-    pub(super) ring_id: u32,
-    pub(super) followed_id: u32,
+    pub(super) ring_handle: MapHandle,
+    pub(super) followed_handle: MapHandle,
 }
 
 impl DeadPeers {
@@ -57,9 +57,9 @@ impl DeadPeers {
 
     pub(super) fn new(ring: Map, followed: Map, slots: &[(u32, Counted)]) -> Result<Self, Error> {
         const USING: &str = "using the records of dead peers";
-        let [ring_id, followed_id] = [
-            MapHandle::of(data(&ring)?)?.id,
-            MapHandle::of(data(&followed)?)?.id,
+        let [ring_handle, followed_handle] = [
+            MapHandle::of(data(&ring)?)?,
+            MapHandle::of(data(&followed)?)?,
         ];
         Ok(Self {
             ring: ring.try_into().map_err(Error::map(USING))?,
@@ -68,8 +68,8 @@ impl DeadPeers {
                 .iter()
                 .map(|(slot, counted)| (*slot, counted.name.clone()))
                 .collect(),
-            ring_id,
-            followed_id,
+            ring_handle,
+            followed_handle,
         })
     }
 
@@ -85,6 +85,12 @@ impl DeadPeers {
             Map::Array(by_id(maps.followed)?),
             &record.description.slots,
         )
+    }
+
+    /// The descriptors of the maps that a program has to keep alive for those who
+    /// read the records.
+    pub(super) fn handles(&self) -> [&OwnedFd; 2] {
+        [&self.ring_handle.fd, &self.followed_handle.fd]
     }
 
     /// What there is, without waiting; never more than [`Self::BATCH`] at a time.

@@ -23,7 +23,7 @@ use crate::{config::Config, hierarchy::Cgroup};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 4;
+pub(super) const SCHEMA: u32 = 5;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";
@@ -92,6 +92,7 @@ pub(super) struct MapIds {
     pub(super) deaths: u32,
     pub(super) followed: u32,
     pub(super) originals: u32,
+    pub(super) counted: u32,
     pub(super) state: u32,
     /// None where users are given nothing.
     #[serde(default)]

@@ -1,10 +1,6 @@
 //! Lists connections and descriptors, changes none.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd as _, AsRawFd as _},
-    process,
-};
+use std::{fs::File, os::fd::AsRawFd as _, process};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::{
@@ -55,9 +51,10 @@ impl Lister {
             let root = &record.description.root.path;
             root.contains(cgroup).then(|| root.depth())
         });
+        let shared = set.map(|set| set.beside_sockets.shared());
         let maps = Maps {
             only: Some(&[map::ORIGINALS]),
-            shared: set.map(|set| (map::ORIGINALS, set.originals.fd.as_fd())),
+            shared: shared.as_ref().map_or(&[], |shared| shared),
             ..Maps::default()
         };
         let object = LoadedObject::new(kernel, maps)?;

@@ -20,6 +20,7 @@ use aya::maps::{
 use aya_log::EbpfLogger;
 use keepalive_common::{
     policy::Policy,
+    policy_record::PolicyRecord,
     slot::{Claim, Found, PortKey, RemoteKey, Step, UNCLAIMED},
     sweep::Pass,
 };
@@ -27,6 +28,7 @@ use keepalive_common::{
 use super::{
     DeadPeers, Error,
     bounds::BoundsProgram,
+    death_watch::DeathWatch,
     description::{
         Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE,
         State, now,
@@ -35,7 +37,7 @@ use super::{
     map,
     object::{LoadedObject, Maps, Purpose},
     program,
-    set_record::{CounterMaps, SetRecord, data},
+    set_record::{BesideSockets, CounterMaps, SetRecord, data},
     sweeper::Sweeper,
     syscalls,
 };
@@ -45,7 +47,7 @@ use crate::{
     config::{Config, SelfService},
     grant::Grant,
     hierarchy::Cgroup,
-    kernel::layout::Kernel,
+    kernel::layout::{Hook, Kernel},
     policy_set::{Mark, PolicySet, Sizes},
 };
 
@@ -76,7 +78,7 @@ pub struct LoadedSet {
     program: OwnedFd,
     bounds: Option<BoundsProgram>,
     cgroups: HashMap<MapData, u64, Claim>,
-    policies: Array<MapData, Policy>,
+    policies: Array<MapData, PolicyRecord>,
     steps: Array<MapData, Step>,
     remotes: LpmTrie<MapData, RemoteKey, Found>,
     ports: LpmTrie<MapData, PortKey, Found>,
@@ -84,6 +86,7 @@ pub struct LoadedSet {
     record: Arc<SetRecord>,
     sweeper: Sweeper,
     deaths: Option<DeadPeers>,
+    peer_died: Option<Result<OwnedFd, Error>>,
     /// Id of the program.
     id: u32,
     verified_instructions: Option<u32>,
@@ -201,16 +204,21 @@ impl LoadedSet {
             (map::EVENTS, 1),
         ];
         let previous = blueprint.previous;
+        // What programs keep beside sockets they keep where those of the set before do.
+        let shared = previous.map(|set| set.beside_sockets.shared());
         let object = LoadedObject::new(
             blueprint.kernel,
             Maps {
                 sizes: &sizes,
-                // Programs keep originals where those of the set before do.
-                shared: previous.map(|set| (map::ORIGINALS, set.originals.fd.as_fd())),
+                shared: shared.as_ref().map_or(&[], |shared| shared),
                 ..Maps::default()
             },
         )?;
-        let originals = MapHandle::of(data(&object.map(map::ORIGINALS)?)?)?;
+        let handle = |name| MapHandle::of(data(&object.map(name)?)?);
+        let beside_sockets = BesideSockets {
+            originals: handle(map::ORIGINALS)?,
+            counted: handle(map::COUNTED)?,
+        };
         let program = object.load(program::ESTABLISHED, Purpose::SockOps)?;
         let bounds = match blueprint.bounded.take() {
             Some(cgroups) => Some(BoundsProgram::load(&object, cgroups)?),
@@ -257,7 +265,10 @@ impl LoadedSet {
             remotes: object.map_as(map::REMOTES)?,
             ports: object.map_as(map::PORTS)?,
             generation: object.map_as(map::GENERATION)?,
-            record: Arc::new(record(&blueprint, counters, originals, &deaths)?),
+            record: Arc::new(record(&blueprint, counters, beside_sockets, &deaths)?),
+            peer_died: Some(
+                object.load(program::PEER_DIED, Purpose::Tracepoint(Hook::SocketError)),
+            ),
             sweeper: Sweeper::new(object, pass, previous.is_none()),
             deaths: Some(deaths),
             program,
@@ -277,7 +288,10 @@ impl LoadedSet {
             "writing that no policy claims a connection",
             "policies",
             limit,
-            || self.policies.set(UNCLAIMED, Policy::LEAVE, 0),
+            || {
+                self.policies
+                    .set(UNCLAIMED, PolicyRecord::of(&Policy::LEAVE), 0)
+            },
         )?;
         self.write_records(Mark::START)?;
         let limit = MOST;
@@ -297,7 +311,8 @@ impl LoadedSet {
         for (slot, counted) in self.records.policies(since) {
             let doing = format!("writing policy {} to the kernel", counted.name);
             write(&doing, "policies", limit, || {
-                self.policies.set(slot, counted.policy.for_kernel(), 0)
+                self.policies
+                    .set(slot, PolicyRecord::of(&counted.policy), 0)
             })?;
         }
         for (table, port, length, found) in self.records.ports(since) {
@@ -325,6 +340,9 @@ impl LoadedSet {
         const BINDING: &str = "binding maps to the program";
         let program = self.program.as_fd();
         for map in self.record.handles() {
+            syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
+        }
+        for map in self.deaths.iter().flat_map(DeadPeers::handles) {
             syscalls::bind_map(program, map).map_err(Error::call(BINDING))?;
         }
         self.record
@@ -455,6 +473,24 @@ impl LoadedSet {
         self.deaths.take()
     }
 
+    /// The program that is told of dead peers, once; it runs as long as it is
+    /// attached.
+    pub(super) fn take_peer_died(&mut self) -> Result<OwnedFd, Error> {
+        self.peer_died.take().ok_or(Error::Missing {
+            kind: "program",
+            name: program::PEER_DIED,
+        })?
+    }
+
+    /// Tries whether the kernel tells of dead peers.
+    ///
+    /// # Errors
+    ///
+    /// When it does not load or attach the program for it.
+    pub fn try_death_watch(&mut self) -> Result<(), Error> {
+        DeathWatch::begin(self, 0, None).map(drop)
+    }
+
     /// How many instructions the verifier went through to accept the program, of
     /// the million that it allows; none where the kernel does not tell.
     ///
@@ -480,7 +516,7 @@ impl LoadedSet {
 fn record(
     blueprint: &Blueprint<'_>,
     own: CounterMaps,
-    originals: MapHandle,
+    beside_sockets: BesideSockets,
     deaths: &DeadPeers,
 ) -> Result<SetRecord, Error> {
     /// One piece, which is written in one step: an agent may be killed at any time.
@@ -504,9 +540,10 @@ fn record(
         swept: swept.id,
         failures: failures.id,
         dead_peers: dead_peers.id,
-        deaths: deaths.ring_id,
-        followed: deaths.followed_id,
-        originals: originals.id,
+        deaths: deaths.ring_handle.id,
+        followed: deaths.followed_handle.id,
+        originals: beside_sockets.originals.id,
+        counted: beside_sockets.counted.id,
         state: state.handle.id,
         grants: grants.as_ref().map(|grants| grants.handle.id),
     };
@@ -562,7 +599,7 @@ fn record(
         grants,
         own,
         blueprint.previous.map(|set| set.own.clone()),
-        originals,
+        beside_sockets,
     ))
 }
 

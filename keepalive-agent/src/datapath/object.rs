@@ -77,8 +77,8 @@ pub(super) struct Maps<'a> {
     pub(super) only: Option<&'a [&'a str]>,
     /// How many elements some have room for.
     pub(super) sizes: &'a [(&'a str, u32)],
-    /// One that is there already and takes the place of the object's own.
-    pub(super) shared: Option<(&'a str, BorrowedFd<'a>)>,
+    /// Those that are there already and take the place of the object's own.
+    pub(super) shared: &'a [(&'a str, BorrowedFd<'a>)],
 }
 
 /// The object, with its maps in the kernel.
@@ -121,12 +121,13 @@ impl LoadedObject {
             }
             if is_wanted {
                 let creating = || Error::map(format!("creating map {name}"));
-                let data = match maps.shared {
-                    Some((shared, fd)) if shared == name => fd
+                let shared = maps.shared.iter().find(|(of, _)| *of == name);
+                let data = match shared {
+                    Some((_, fd)) => fd
                         .try_clone_to_owned()
                         .map_err(Error::call(format!("sharing map {name}")))
                         .and_then(|fd| MapData::from_fd(fd).map_err(creating()))?,
-                    _ => MapData::create(map.clone(), &name, Some(types.as_fd()))
+                    None => MapData::create(map.clone(), &name, Some(types.as_fd()))
                         .map_err(creating())?,
                 };
                 if !map.data().is_empty() {

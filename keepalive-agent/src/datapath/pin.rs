@@ -3,8 +3,8 @@
 //! One directory for each cgroup that something is attached to, named by the
 //! cgroup's id, with the link in it. A link keeps its program, and a program its
 //! maps, so this one name says whether a set is in force: it cannot be half there.
-//! Beside it are the links for bounds, which decide nothing by themselves
-//! ([`super::bounds`]).
+//! Beside it are the links for bounds and for dead peers, which decide nothing by
+//! themselves ([`super::bounds`], [`super::death_watch`]).
 
 use std::{
     fs::{self, DirBuilder},
@@ -38,6 +38,10 @@ const LINK: &str = "link";
 
 /// What the names of links for bounds begin with; the id of their cgroup follows.
 const BOUNDS: &str = "bounds-";
+
+/// What the names of links for dead peers begin with; the id of their program
+/// follows.
+const DEATHS: &str = "dead-peers-";
 
 /// A directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,6 +148,29 @@ impl PinDirectory {
         self.pin_as(&name, link, root)
     }
 
+    /// Pins the link for dead peers of the set on this cgroup.
+    pub(super) fn pin_death_watch(
+        &self,
+        link: impl AsFd,
+        cgroup: u64,
+        program: u32,
+    ) -> Result<(), Error> {
+        self.pin_as(&format!("{DEATHS}{program}"), link, cgroup)
+    }
+
+    /// Removes the pins of links for dead peers, but for that of one program.
+    pub(super) fn unpin_death_watches(&self, cgroup: u64, but: u32) -> Result<(), Error> {
+        const REMOVING: &str = "removing the pin of an earlier link for dead peers";
+        fault::point(Operation::Unpin).map_err(Error::call(REMOVING))?;
+        let pins = self.beside(cgroup, DEATHS);
+        for path in pins.map_err(Error::call(REMOVING))? {
+            if !path.ends_with(format!("{DEATHS}{but}")) {
+                fs::remove_file(&path).map_err(Error::call(REMOVING))?;
+            }
+        }
+        Ok(())
+    }
+
     fn pin_as(&self, name: &str, link: impl AsFd, cgroup: u64) -> Result<(), Error> {
         /// An agent of another cgroup may take the empty directory for what half a
         /// start left.
@@ -192,8 +219,8 @@ impl PinDirectory {
         }
     }
 
-    /// The names of the pins for bounds of a set.
-    fn bounds(&self, root: u64) -> io::Result<Vec<PathBuf>> {
+    /// The pins of a set whose names begin with this.
+    fn beside(&self, root: u64, prefix: &str) -> io::Result<Vec<PathBuf>> {
         let entries = match fs::read_dir(self.directory_of(root)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries?,
@@ -201,7 +228,7 @@ impl PinDirectory {
         let mut pins = Vec::new();
         for entry in entries {
             let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with(BOUNDS) {
+            if entry.file_name().to_string_lossy().starts_with(prefix) {
                 pins.push(entry.path());
             }
         }
@@ -214,8 +241,12 @@ impl PinDirectory {
         let directory = self.directory_of(cgroup);
         let removing = || Error::call(format!("removing the pins in {}", directory.display()));
         fault::point(Operation::Unpin).map_err(removing())?;
-        let bounds = self.bounds(cgroup).map_err(removing())?;
-        let files = [directory.join(LINK)].into_iter().chain(bounds);
+        let bounds = self.beside(cgroup, BOUNDS).map_err(removing())?;
+        let deaths = self.beside(cgroup, DEATHS).map_err(removing())?;
+        let files = [directory.join(LINK)]
+            .into_iter()
+            .chain(bounds)
+            .chain(deaths);
         let files = files.map(fs::remove_file).collect::<Vec<_>>();
         for removed in files.into_iter().chain([fs::remove_dir(&directory)]) {
             match removed {
@@ -247,7 +278,7 @@ impl PinDirectory {
                 self.unpin(cgroup)?;
                 continue;
             }
-            for path in self.bounds(cgroup).map_err(Error::call(LOOKING))? {
+            for path in self.beside(cgroup, BOUNDS).map_err(Error::call(LOOKING))? {
                 let link = syscalls::pinned(&path).and_then(syscalls::cgroup_link);
                 if link.is_ok_and(|found| found.is_some_and(|found| found.cgroup == 0)) {
                     fs::remove_file(&path).map_err(Error::call(LOOKING))?;

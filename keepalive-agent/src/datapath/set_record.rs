@@ -21,7 +21,7 @@ use super::{
         Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Origin, Preamble,
         Refusals, SCHEMA, State, add_refusals,
     },
-    syscalls,
+    map, syscalls,
 };
 use crate::{assignment, config::Config, grant::Grant};
 
@@ -34,7 +34,25 @@ pub struct SetRecord {
     grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
     pub(super) previous: Option<Arc<CounterMaps>>,
+    pub(super) beside_sockets: BesideSockets,
+}
+
+/// The maps of what programs keep beside sockets, which sets hand on.
+pub(super) struct BesideSockets {
+    /// What applications had set.
     pub(super) originals: MapHandle,
+    /// Which connections have been counted as dead.
+    pub(super) counted: MapHandle,
+}
+
+impl BesideSockets {
+    /// To be used by the programs of another set.
+    pub(super) fn shared(&self) -> [(&'static str, BorrowedFd<'_>); 2] {
+        [
+            (map::ORIGINALS, self.originals.fd.as_fd()),
+            (map::COUNTED, self.counted.fd.as_fd()),
+        ]
+    }
 }
 
 /// What policies did, and what the kernel refused.
@@ -182,7 +200,7 @@ impl SetRecord {
         grants: Option<Document>,
         own: CounterMaps,
         previous: Option<Arc<CounterMaps>>,
-        originals: MapHandle,
+        beside_sockets: BesideSockets,
     ) -> Self {
         Self {
             description,
@@ -191,7 +209,7 @@ impl SetRecord {
             grants: grants.map(Mutex::new),
             own: Arc::new(own),
             previous,
-            originals,
+            beside_sockets,
         }
     }
 
@@ -225,7 +243,10 @@ impl SetRecord {
         Ok(Some(Self {
             grants,
             state: Mutex::new(Document::open(by_id(description.maps.state)?)?),
-            originals: MapHandle::of(&by_id(description.maps.originals)?)?,
+            beside_sockets: BesideSockets {
+                originals: MapHandle::of(&by_id(description.maps.originals)?)?,
+                counted: MapHandle::of(&by_id(description.maps.counted)?)?,
+            },
             document: Mutex::new(document),
             own: Arc::new(own),
             previous: previous.map(Arc::new),
@@ -384,7 +405,8 @@ impl SetRecord {
     pub(super) fn handles(&self) -> Vec<&OwnedFd> {
         let own = self.own.handles.iter();
         let previous = self.previous.iter().flat_map(|maps| maps.handles.iter());
-        own.chain(previous).map(|handle| &handle.fd).collect()
+        let all = own.chain(previous).chain([&self.beside_sockets.counted]);
+        all.map(|handle| &handle.fd).collect()
     }
 
     /// Says that another config is in force, which differs in nothing that stands in

@@ -291,6 +291,7 @@ pub(super) fn programs_on(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io
 /// Attaches a program that was loaded for a tracepoint; it runs as long as the link
 /// is held.
 pub(super) fn attach_to_tracepoint(program: impl AsFd) -> io::Result<OwnedFd> {
+    fault::point(Operation::LinkCreate)?;
     let mut attr = empty();
     // Which one is known since it was loaded.
     attr.raw_tracepoint.prog_fd = number(program.as_fd());

@@ -35,14 +35,17 @@ pub enum Hook {
     CgroupMade,
     /// The tracepoint for cgroups that are removed.
     CgroupRemoved,
+    /// The tracepoint for errors that the kernel has for the application of a socket.
+    SocketError,
 }
 
 impl Hook {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::Tcp,
         Self::Files,
         Self::CgroupMade,
         Self::CgroupRemoved,
+        Self::SocketError,
     ];
 
     /// As libraries and the kernel's documentation call it.
@@ -53,6 +56,7 @@ impl Hook {
             Self::Files => "task_file",
             Self::CgroupMade => "cgroup_mkdir",
             Self::CgroupRemoved => "cgroup_rmdir",
+            Self::SocketError => "inet_sk_error_report",
         }
     }
 
@@ -60,7 +64,7 @@ impl Hook {
     fn type_name(self) -> String {
         let prefix = match self {
             Self::Tcp | Self::Files => "bpf_iter_",
-            Self::CgroupMade | Self::CgroupRemoved => "btf_trace_",
+            Self::CgroupMade | Self::CgroupRemoved | Self::SocketError => "btf_trace_",
         };
         format!("{prefix}{}", self.name())
     }
@@ -68,7 +72,7 @@ impl Hook {
     const fn kind(self) -> Kind {
         match self {
             Self::Tcp | Self::Files => Kind::Function,
-            Self::CgroupMade | Self::CgroupRemoved => Kind::Typedef,
+            Self::CgroupMade | Self::CgroupRemoved | Self::SocketError => Kind::Typedef,
         }
     }
 }
@@ -183,7 +187,7 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         sock_protocol: Structure::named(btf, "sock")?.number("sk_protocol")?,
         state: common("skc_state")?,
         family: common("skc_family")?,
-        local_port: common("skc_num")?,
+        local_port: tcp_sock.number("inet_conn.icsk_inet.inet_sport")?,
         remote_port: common("skc_dport")?,
         local_v4: common("skc_rcv_saddr")?,
         remote_v4: common("skc_daddr")?,

@@ -32,7 +32,7 @@ fn keepalive() -> impl Strategy<Value = Keepalive> {
 }
 
 prop_compose! {
-    pub(super) fn policies()(
+    pub(crate) fn policies()(
         keepalive in keepalive(),
         derive: bool,
         at_least: bool,
@@ -80,7 +80,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    pub(super) fn environments()(
+    pub(crate) fn environments()(
         idle in 1..=2 * MAX_SECONDS,
         interval in 1..=2 * MAX_SECONDS,
         probes in 1..=255_u32,

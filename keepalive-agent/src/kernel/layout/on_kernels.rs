@@ -23,7 +23,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 35] = [
+    let fields: [Expected; 36] = [
         ("flags", |l| l.flags, [(96, 8); 3]),
         ("state", |l| l.state, [(18, 1); 3]),
         (
@@ -131,6 +131,11 @@ fn every_field_stands_where_the_kernel_has_it() {
         ),
         ("local_v6", |l| l.local_v6, [(72, 16); 3]),
         ("remote_port", |l| l.remote_port, [(12, 2); 3]),
+        (
+            "local_port",
+            |l| l.local_port,
+            [(804, 2), (806, 2), (830, 2)],
+        ),
     ];
     for (index, (kernel, types)) in KERNELS.iter().enumerate() {
         let layout = layout(types).unwrap_or_else(|error| panic!("{kernel}: {error:#}"));
