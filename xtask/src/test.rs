@@ -24,7 +24,7 @@ use report::{Counts, Outcome, Report, Step};
 /// is a failure.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test mptcp --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
 )]
 pub(crate) struct Options {
     /// Install nothing; what is missing is skipped
