@@ -79,15 +79,15 @@ impl Table {
 
     /// The keys that are written, and where.
     pub(super) fn written(&self) -> impl Iterator<Item = (&'static str, &At)> {
-        fn at<T>(entry: &Option<Entry<T>>) -> Option<&At> {
-            entry.as_ref().map(|entry| &entry.at)
+        fn at<T>(entry: Option<&Entry<T>>) -> Option<&At> {
+            entry.map(|entry| &entry.at)
         }
         let timers = Timer::ALL.map(Timer::key).into_iter();
         timers
-            .zip(self.limits.each_ref().map(at))
+            .zip(self.limits.iter().map(|entry| at(entry.as_ref())))
             .chain([
-                (COMMANDS, at(&self.commands)),
-                (COMMANDS_PER_USER, at(&self.commands_per_user)),
+                (COMMANDS, at(self.commands.as_ref())),
+                (COMMANDS_PER_USER, at(self.commands_per_user.as_ref())),
             ])
             .filter_map(|(key, at)| Some((key, at?)))
     }
