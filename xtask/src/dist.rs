@@ -27,7 +27,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// target directory.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask dist\n  cargo xtask dist --target aarch64-unknown-linux-gnu\n\nLeaves everything in target/packages. The same commit at the same place gives the same bytes."
+    after_help = "Examples:\n  cargo xtask dist\n  cargo xtask dist --target aarch64-unknown-linux-gnu\n\nLeaves everything in target/packages."
 )]
 pub(crate) struct Options {
     /// Build for this machine instead of the one that builds; may be given more
