@@ -118,9 +118,11 @@ fn numbers<const NUMBERS: usize>(line: &str) -> Result<[f64; NUMBERS]> {
         .with_context(|| format!("the load printed {line:?} instead of {NUMBERS} numbers"))
 }
 
-/// A file that goes with what is returned.
+/// A file that goes with what is returned, where nobody else writes: the agent is
+/// woken by what changes beside its config.
 pub(crate) fn file(text: &str) -> Result<NamedTempFile> {
-    let file = NamedTempFile::new().context("cannot make a temporary file")?;
+    let file = NamedTempFile::new_in(workspace::target_dir().join("bench"))
+        .context("cannot make a temporary file")?;
     fs::write(file.path(), text)
         .with_context(|| format!("cannot write {}", file.path().display()))?;
     Ok(file)
