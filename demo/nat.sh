@@ -53,7 +53,8 @@ connect() { # NAME NETWORK
 }
 connect client 10.203.1
 connect server 10.203.2
-in_part router sysctl --quiet --write net.ipv4.ip_forward=1
+set_in_router() { in_part router sh -c 'echo "$2" > "/proc/sys/net/$1"' sh "$@"; } # NAME VALUE
+set_in_router ipv4/ip_forward 1
 in_part router nft -f - << 'RULES'
 table ip nat {
     chain out {
@@ -69,9 +70,8 @@ table ip filter {
     }
 }
 RULES
-in_part router sysctl --quiet --write \
-    net.netfilter.nf_conntrack_tcp_timeout_established=10 \
-    net.netfilter.nf_conntrack_tcp_loose=0
+set_in_router netfilter/nf_conntrack_tcp_timeout_established 10
+set_in_router netfilter/nf_conntrack_tcp_loose 0
 
 cat > "$work/server.py" << 'PYTHON'
 import socket, threading

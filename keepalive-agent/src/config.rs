@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
-pub use origin::{ConfigOrigins, Origin, Origins, Place, TimerOrigin};
+pub use origin::{ConfigOrigins, Origin, Origins, Place, SelfServiceOrigins, TimerOrigin};
 pub use self_service::{SelfService, Wish};
 pub use sources::{
     DEFAULT_FILE, Merged, PERMANENT_DIRECTORY, RUNTIME_DIRECTORY, Sources, is_drop_in_name,

@@ -75,7 +75,7 @@ impl Node {
         let mut command = agent_command();
         command.args(["policy", subcommand]);
         // No path is cut off.
-        command.env("COLUMNS", "200");
+        command.env_remove("COLUMNS");
         command.args(self.arguments()).args(arguments);
         output(&mut command, LIMIT)
     }

@@ -67,7 +67,7 @@ pub(crate) fn install(packages: &[impl AsRef<str>]) -> Result<()> {
 }
 
 /// Fetches the lists of packages, once in the life of this process.
-pub(crate) fn update() -> Result<()> {
+fn update() -> Result<()> {
     static FETCHED: AtomicBool = AtomicBool::new(false);
     if FETCHED.load(Ordering::Relaxed) {
         return Ok(());
@@ -75,37 +75,4 @@ pub(crate) fn update() -> Result<()> {
     exec::run(workspace::as_root("apt-get").arg("update"))?;
     FETCHED.store(true, Ordering::Relaxed);
     Ok(())
-}
-
-/// Whether the lists of packages name `package`.
-pub(crate) fn known(package: &str) -> bool {
-    exec::output(
-        Command::new("apt-cache")
-            .args(["policy", package])
-            .env("LC_ALL", "C"),
-    )
-    .is_ok_and(|policy| has_candidate(&policy))
-}
-
-fn has_candidate(policy: &str) -> bool {
-    policy
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("Candidate: "))
-        .any(|candidate| candidate != "(none)")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_package_without_candidate_is_not_known() {
-        assert!(has_candidate(
-            "runc:\n  Installed: (none)\n  Candidate: 1.1.5\n"
-        ));
-        assert!(!has_candidate(
-            "nginx-light:\n  Installed: (none)\n  Candidate: (none)\n"
-        ));
-        assert!(!has_candidate(""));
-    }
 }

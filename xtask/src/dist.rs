@@ -4,16 +4,16 @@ mod config_page;
 
 use std::{
     collections::BTreeSet,
-    fs,
+    env, fs, mem,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use crate::{exec, tool, workspace};
+use crate::{build, exec, tool, workspace};
 
 /// A user's programs, and what a container image is made of.
 const MAX_BINARY: u64 = 6 << 20;
@@ -26,8 +26,15 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// What makes packages is built by `cargo install` on first use, below the
 /// target directory.
 #[derive(Args)]
-#[command(after_help = "Example:\n  cargo xtask dist\n\nLeaves everything in target/packages.")]
+#[command(
+    after_help = "Examples:\n  cargo xtask dist\n  cargo xtask dist --target aarch64-unknown-linux-gnu\n\nLeaves everything in target/packages."
+)]
 pub(crate) struct Options {
+    /// Build for this machine instead of the one that builds; may be given more
+    /// than once
+    #[arg(long, value_name = "TRIPLE")]
+    target: Vec<String>,
+
     /// Version of the packages, instead of the workspace's
     #[arg(long, value_name = "VERSION")]
     package_version: Option<String>,
@@ -38,21 +45,33 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn main(options: &Options) -> Result<()> {
-    all(options.package_version.as_deref().unwrap_or(VERSION))?;
+    let host = Target::host()?;
+    let version = options.package_version.as_deref().unwrap_or(VERSION);
+    let targets = options.target.iter().map(|triple| Target::named(triple));
+    let mut targets = targets.collect::<Result<Vec<_>>>()?;
+    if targets.is_empty() {
+        targets.push(host);
+    }
+    all(&targets, version)?;
     if options.kube {
-        static_binary(&directory(), "keepalive-kube")?;
+        for target in &targets {
+            static_binary(&directory(), "keepalive-kube", target)?;
+        }
     }
     Ok(())
 }
 
-/// Makes everything; the names of the .deb and the .rpm.
-fn all(version: &str) -> Result<[String; 2]> {
-    let dist = build()?;
-    let deb = deb(&dist, version)?;
-    let rpm = rpm(&dist, version)?;
-    let tarball = tarball(&dist, version)?;
-    let sbom = sbom(&dist, version)?;
-    let files = [deb, rpm, tarball, sbom];
+/// Makes everything; the names of the .deb and the .rpm of the last target.
+fn all(targets: &[Target], version: &str) -> Result<[String; 2]> {
+    let dist = directory();
+    let mut files = Vec::new();
+    for target in targets {
+        build(target)?;
+        files.push(tarball(&dist, version, target)?);
+        files.push(deb(&dist, version, target)?);
+        files.push(rpm(&dist, version, target)?);
+    }
+    files.push(sbom(&dist, version)?);
     checksums(&dist, &files)?;
     for file in &files {
         let size = fs::metadata(dist.join(file))?.len();
@@ -62,18 +81,55 @@ fn all(version: &str) -> Result<[String; 2]> {
             size / 1024
         ));
     }
-    let [deb, rpm, ..] = files;
-    Ok([deb, rpm])
+    let [.., deb, rpm, _] = &mut files[..] else {
+        bail!("no target");
+    };
+    Ok([deb, rpm].map(mem::take))
+}
+
+/// A machine to build for.
+struct Target {
+    triple: String,
+    /// What packages call it: .deb and .rpm.
+    arch: [&'static str; 2],
+    is_host: bool,
+}
+
+impl Target {
+    /// The one that builds, as its compiler calls it.
+    fn host() -> Result<Self> {
+        let version = exec::output(Command::new("rustc").arg("-vV"))?;
+        let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+        let host = host.context("rustc does not tell its host")?;
+        let named = Self::named(host)?;
+        Ok(Self {
+            is_host: true,
+            ..named
+        })
+    }
+
+    fn named(triple: &str) -> Result<Self> {
+        Ok(Self {
+            triple: triple.to_owned(),
+            arch: match triple.split('-').next() {
+                Some("x86_64") => ["amd64", "x86_64"],
+                Some("aarch64") => ["arm64", "aarch64"],
+                _ => bail!("{triple}: packages are made for x86_64 and aarch64"),
+            },
+            is_host: false,
+        })
+    }
 }
 
 /// Builds everything, and beside it a .deb and an .rpm of a version before this
 /// one: the same agent, for there is no release yet. Each as before and current.
 pub(crate) fn pairs() -> Result<([PathBuf; 2], [PathBuf; 2])> {
     const BEFORE: &str = "0.1.0~before";
-    let [now_deb, now_rpm] = all(VERSION)?;
+    let targets = [Target::host()?];
+    let [now_deb, now_rpm] = all(&targets, VERSION)?;
     let dist = directory();
-    let before_deb = deb(&dist, BEFORE)?;
-    let before_rpm = rpm(&dist, BEFORE)?;
+    let before_deb = deb(&dist, BEFORE, &targets[0])?;
+    let before_rpm = rpm(&dist, BEFORE, &targets[0])?;
     Ok((
         [before_deb, now_deb].map(|name| dist.join(name)),
         [before_rpm, now_rpm].map(|name| dist.join(name)),
@@ -120,7 +176,10 @@ pub(crate) fn verify() -> Result<()> {
     // dependency use.
     let missing: Vec<_> = used.difference(&listed).collect();
     ensure!(missing.is_empty(), "the SBOM lacks {missing:?}");
-    let tarball = format!("keepalive-agent-{VERSION}-{}.tar.gz", host()?);
+    let tarball = format!(
+        "keepalive-agent-{VERSION}-{}.tar.gz",
+        Target::host()?.triple
+    );
     let unpacked = dist.join("unpacked");
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir(&unpacked)?;
@@ -137,26 +196,33 @@ pub(crate) fn verify() -> Result<()> {
     Ok(())
 }
 
-/// Builds the static binary, and man pages and completions with it. Tells the
-/// directory.
-fn build() -> Result<PathBuf> {
+/// Builds the static binary, and man pages and completions with it.
+fn build(target: &Target) -> Result<()> {
     let dist = directory();
     fs::create_dir_all(&dist).with_context(|| format!("cannot create {}", dist.display()))?;
-    let agent = static_binary(&dist, "keepalive-agent")?;
+    let agent = static_binary(&dist, "keepalive-agent", target)?;
     let size = fs::metadata(&agent)?.len();
     ensure!(
         size <= MAX_BINARY,
         "{} has {size} bytes, more than {MAX_BINARY}",
         agent.display()
     );
-    exec::run(Command::new(&agent).arg("generate").arg(&dist))?;
+    let runs_here = if target.is_host {
+        agent
+    } else {
+        build::build()?;
+        workspace::agent()
+    };
+    exec::run(Command::new(runs_here).arg("generate").arg(&dist))?;
     let docs = workspace::root().join("docs/config.md");
     let docs =
         fs::read_to_string(&docs).with_context(|| format!("cannot read {}", docs.display()))?;
     let page = dist.join("man/keepalive.toml.5");
-    fs::write(&page, config_page::render(&docs, &commit_date(), VERSION))
-        .with_context(|| format!("cannot write {}", page.display()))?;
-    Ok(dist)
+    fs::write(
+        &page,
+        config_page::render(&docs, &committed("%cs"), VERSION),
+    )
+    .with_context(|| format!("cannot write {}", page.display()))
 }
 
 /// Where all of it goes. The place is fixed: the manifest names it.
@@ -165,19 +231,24 @@ pub(crate) fn directory() -> PathBuf {
 }
 
 /// Builds a package's binary into `dist`. Tells where it is.
-fn static_binary(dist: &Path, package: &str) -> Result<PathBuf> {
-    let target = host()?;
-    exec::run(
-        workspace::cargo()
-            .args(["build", "--profile", "dist", "-p", package])
-            // Named, so that the flags are not those of build scripts too.
-            .args(["--target", &target])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-    )?;
+fn static_binary(dist: &Path, package: &str, target: &Target) -> Result<PathBuf> {
+    let mut cargo = workspace::cargo();
+    cargo
+        .args(["build", "--profile", "dist", "-p", package])
+        // Named, so that the flags are not those of build scripts too.
+        .args(["--target", &target.triple])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    let variable = target.triple.to_uppercase().replace('-', "_");
+    let linker = format!("CARGO_TARGET_{variable}_LINKER");
+    if !target.is_host && env::var_os(&linker).is_none() {
+        // As Debian and Fedora call the compilers for other machines.
+        cargo.env(linker, format!("{}-linux-gnu-gcc", target.arch[1]));
+    }
+    exec::run(&mut cargo)?;
     let binary = dist.join(package);
     let built = workspace::target_dir()
-        .join(target)
+        .join(&target.triple)
         .join("dist")
         .join(package);
     fs::copy(&built, &binary).with_context(|| format!("cannot copy {}", built.display()))?;
@@ -187,28 +258,24 @@ fn static_binary(dist: &Path, package: &str) -> Result<PathBuf> {
 }
 
 /// The .deb's name in `dist`.
-fn deb(dist: &Path, version: &str) -> Result<String> {
-    let name = format!("keepalive-agent_{version}.deb");
-    let mut cargo = tool::cargo_with("cargo-deb", "3.8.0")?;
+fn deb(dist: &Path, version: &str, target: &Target) -> Result<String> {
+    let name = format!("keepalive-agent_{version}_{}.deb", target.arch[0]);
+    let mut cargo = packager("cargo-deb", "3.8.0")?;
     cargo
         .args(["deb", "-p", "keepalive-agent", "--no-build", "--no-strip"])
+        .args(["--target", &target.triple])
         .args(["--deb-version", version, "-o"])
         .arg(dist.join(&name));
     exec::run(&mut cargo)?;
     Ok(name)
 }
 
-fn rpm(dist: &Path, version: &str) -> Result<String> {
-    let name = format!("keepalive-agent-{version}.rpm");
-    let mut cargo = tool::cargo_with("cargo-generate-rpm", "0.21.1")?;
+fn rpm(dist: &Path, version: &str, target: &Target) -> Result<String> {
+    let name = format!("keepalive-agent-{version}.{}.rpm", target.arch[1]);
+    let mut cargo = packager("cargo-generate-rpm", "0.21.1")?;
     cargo
-        .args([
-            "generate-rpm",
-            "-p",
-            "keepalive-agent",
-            "--auto-req",
-            "disabled",
-        ])
+        .args(["generate-rpm", "-p", "keepalive-agent"])
+        .args(["--auto-req", "disabled", "--arch", target.arch[1]])
         .args(["--set-metadata", &format!("version = \"{version}\""), "-o"])
         .arg(dist.join(&name));
     exec::run(&mut cargo)?;
@@ -217,8 +284,8 @@ fn rpm(dist: &Path, version: &str) -> Result<String> {
 
 /// The binary, its documents and what packages install, with nothing of the
 /// machine that made it.
-fn tarball(dist: &Path, version: &str) -> Result<String> {
-    let name = format!("keepalive-agent-{version}-{}.tar.gz", host()?);
+fn tarball(dist: &Path, version: &str, target: &Target) -> Result<String> {
+    let name = format!("keepalive-agent-{version}-{}.tar.gz", target.triple);
     exec::run(
         workspace::at_root(&mut Command::new("tar"))
             .args([
@@ -230,7 +297,7 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
             ])
             .args([
                 "--numeric-owner",
-                &format!("--mtime={}", commit_date()),
+                &format!("--mtime=@{}", committed("%ct")),
                 "--file",
             ])
             .arg(dist.join(&name))
@@ -262,7 +329,7 @@ fn tarball(dist: &Path, version: &str) -> Result<String> {
 fn sbom(dist: &Path, version: &str) -> Result<String> {
     let name = format!("keepalive-agent-{version}.cdx.json");
     let stem = "target-packages-sbom";
-    let mut cargo = tool::cargo_with("cargo-cyclonedx", "0.5.9")?;
+    let mut cargo = packager("cargo-cyclonedx", "0.5.9")?;
     cargo
         .args(["cyclonedx", "--format", "json", "--no-build-deps"])
         .args(["--manifest-path", "keepalive-agent/Cargo.toml"])
@@ -293,18 +360,18 @@ fn checksums(dist: &Path, files: &[String]) -> Result<()> {
     fs::write(dist.join("SHA256SUMS"), sums).context("cannot write SHA256SUMS")
 }
 
-/// The triple of this machine, as its compiler calls it.
-fn host() -> Result<String> {
-    let version = exec::output(Command::new("rustc").arg("-vV"))?;
-    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(str::to_owned)
-        .context("rustc does not tell its host")
+/// What makes packages; it writes the time of the commit, not that of the build.
+fn packager(name: &str, version: &str) -> Result<Command> {
+    let mut cargo = tool::cargo_with(name, version)?;
+    cargo.env("SOURCE_DATE_EPOCH", committed("%ct"));
+    Ok(cargo)
 }
 
-/// `YYYY-MM-DD` of the commit; empty outside a git checkout.
-fn commit_date() -> String {
+/// The time of the commit in one of git's formats; the epoch outside of a checkout.
+fn committed(format: &str) -> String {
     let mut git = Command::new("git");
-    git.args(["log", "-1", "--format=%cs"])
+    git.args(["log", "-1", &format!("--format={format}")])
         .current_dir(workspace::root());
-    exec::output(&mut git).map_or(String::new(), |date| date.trim().to_owned())
+    let epoch = if format == "%ct" { "0" } else { "1970-01-01" };
+    exec::output(&mut git).map_or_else(|_| epoch.to_owned(), |time| time.trim().to_owned())
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every check there is, and a summary.
 
 mod programs;
-mod report;
+pub(crate) mod report;
 
 use std::{
     fs, io,
@@ -24,7 +24,7 @@ use report::{Counts, Outcome, Report, Step};
 /// is a failure.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test families --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
+    after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-live\n  cargo xtask test nginx\n  cargo xtask test --vm\n  cargo xtask test mptcp --vm 6.1 7\n  cargo xtask test --packages bookworm sid\n\nThe live tests use this machine's kernel and need root."
 )]
 pub(crate) struct Options {
     /// Install nothing; what is missing is skipped
@@ -65,7 +65,10 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     let filter = options.filter.as_deref();
     let mut report = Report::default();
     if let Some(kernels) = &options.vm {
-        virtual_machines(kernels, filter, options.write_types, &mut report);
+        if let Err(error) = vm::test(kernels, filter, options.write_types, &mut report) {
+            exec::say_error(&error);
+            report.add(Step::failed("vm", &format!("{error:#}")));
+        }
         return report.finish();
     }
     if let Some(suites) = &options.packages {
@@ -231,35 +234,6 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
         &fs::read_to_string(&file).unwrap_or_default(),
     ));
     live
-}
-
-/// The live tests on other kernels, a step for each.
-fn virtual_machines(
-    kernels: &[vm::kernels::Series],
-    filter: Option<&str>,
-    writes_types: bool,
-    report: &mut Report,
-) {
-    match vm::test(kernels, filter, writes_types) {
-        Ok(summaries) => {
-            for summary in summaries {
-                report.add(Step {
-                    name: summary.step,
-                    outcome: match summary.failed {
-                        0 => Outcome::Ok,
-                        _ => Outcome::Failed,
-                    },
-                    counts: Counts::of(summary.passed, summary.failed, summary.left_out),
-                    took: summary.took,
-                    note: format!(", Linux {}", summary.version),
-                });
-            }
-        }
-        Err(error) => {
-            exec::say_error(&error);
-            report.add(Step::failed("vm", &format!("{error:#}")));
-        }
-    }
 }
 
 fn run_tests(command: &mut Command, counts: &mut Counts) -> Result<()> {

@@ -10,7 +10,9 @@ use crate::{exec, workspace};
 pub(crate) fn cargo_with(name: &str, version: &str) -> Result<Command> {
     let root = workspace::target_dir().join("tools");
     let bin = root.join("bin");
-    let installed = exec::output(Command::new(bin.join(name)).arg("--version"));
+    // As cargo starts it: not each answers without its name.
+    let subcommand = name.trim_start_matches("cargo-");
+    let installed = exec::output(Command::new(bin.join(name)).args([subcommand, "--version"]));
     if !installed.is_ok_and(|text| text.contains(version)) {
         exec::say(&format!(
             "building {name} {version} below {}",

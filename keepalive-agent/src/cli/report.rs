@@ -514,7 +514,7 @@ fn changed_text(record: Option<&SetRecord>) -> String {
 
 /// Lines that fit the terminal.
 fn wrapped(text: &str) -> String {
-    table::on_terminal(text, 0).join("\n") + "\n"
+    table::wrap(text, table::width()).join("\n") + "\n"
 }
 
 /// What was done, to new connections and, where there were any, to existing ones.

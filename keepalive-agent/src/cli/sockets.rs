@@ -524,11 +524,11 @@ impl Widths {
             widths: columns.iter().map(full).collect(),
             left_out: Vec::new(),
         };
-        if arguments.wide {
-            return in_full(&all);
-        }
         if !arguments.columns.is_empty() {
             return in_full(&arguments.columns);
+        }
+        if arguments.wide || available == table::UNBOUNDED {
+            return in_full(&all);
         }
         let has_rows = self.widest.iter().any(|width| *width > 0);
         let widths = all.map(|column| {

@@ -263,8 +263,9 @@ fn text(status: &Status) -> String {
 
 fn describe(set: &Set, text: &mut String) {
     const INDENT: usize = 11;
+    let available = table::width().saturating_sub(INDENT);
     let mut line = |what: &str, value: &str| {
-        for (index, value) in table::on_terminal(value, INDENT).iter().enumerate() {
+        for (index, value) in table::wrap(value, available).iter().enumerate() {
             let what = if index == 0 { what } else { "" };
             // Memory can always be written to.
             let _ = writeln!(text, "{what:<INDENT$}{value}");

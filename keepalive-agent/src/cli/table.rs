@@ -1,11 +1,14 @@
-//! Tables and paragraphs that fit the terminal.
+//! Tables and paragraphs that fit the terminal; elsewhere nothing is cut off.
 
-use std::{env, io};
+use std::{
+    env,
+    io::{self, IsTerminal as _},
+};
 
 use rustix::termios::{Winsize, tcgetwinsize};
 use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
-/// Where there is no terminal to ask: what every one has.
+/// Of a terminal that does not know its size: what every one has.
 const DEFAULT_WIDTH: usize = 80;
 
 /// Between two columns.
@@ -25,23 +28,28 @@ pub(super) fn terminal() -> Option<(usize, usize)> {
     (ws_col > 0 && ws_row > 0).then_some((ws_col.into(), ws_row.into()))
 }
 
-/// How wide lines may be: as the terminal, as `COLUMNS` says where there is none,
-/// or 80.
+/// The width of what is written for somebody who does not look at a terminal: it
+/// can be searched, and nothing is lost.
+pub(super) const UNBOUNDED: usize = usize::MAX;
+
+/// How wide lines may be: as the terminal, or [`UNBOUNDED`] where there is none,
+/// unless `COLUMNS` says otherwise.
 pub(super) fn width() -> usize {
-    terminal()
-        .map(|(columns, _)| columns)
-        .or_else(|| env::var("COLUMNS").ok()?.parse().ok())
-        .filter(|columns| *columns > 0)
-        .unwrap_or(DEFAULT_WIDTH)
+    width_from(
+        terminal().map(|(columns, _)| columns),
+        env::var("COLUMNS").ok().as_deref(),
+        io::stdout().is_terminal(),
+    )
 }
 
-/// A text in lines that fit the terminal beside an indent; whole where it is none,
-/// so that it can be searched.
-pub(super) fn on_terminal(text: &str, indent: usize) -> Vec<String> {
-    match terminal() {
-        Some((columns, _)) => wrap(text, columns.saturating_sub(indent)),
-        None => vec![text.to_owned()],
-    }
+fn width_from(terminal: Option<usize>, columns: Option<&str>, is_terminal: bool) -> usize {
+    let otherwise = if is_terminal {
+        DEFAULT_WIDTH
+    } else {
+        UNBOUNDED
+    };
+    let columns = || columns?.parse().ok().filter(|columns| *columns > 0);
+    terminal.or_else(columns).unwrap_or(otherwise)
 }
 
 /// How many places of a terminal a text takes.
@@ -172,6 +180,31 @@ mod tests {
     fn rows(rows: &[&[&str]]) -> Vec<Vec<String>> {
         let row = |row: &&[&str]| row.iter().map(|cell| (*cell).to_owned()).collect();
         rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn only_a_terminal_bounds_lines_or_somebody_who_says_so() {
+        for (terminal, columns, is_terminal, expected) in [
+            (Some(100), Some("60"), true, 100),
+            (None, Some("60"), true, 60),
+            (None, None, true, DEFAULT_WIDTH),
+            (None, Some("0"), true, DEFAULT_WIDTH),
+            (None, Some("60"), false, 60),
+            (None, Some("many"), false, UNBOUNDED),
+            (None, None, false, UNBOUNDED),
+        ] {
+            assert_eq!(width_from(terminal, columns, is_terminal), expected);
+        }
+    }
+
+    #[test]
+    fn without_a_bound_nothing_is_broken() {
+        let long = "one two/three-four ".repeat(40);
+        let long = long.trim_end();
+        let table = lay_out(&["A"; 9], &[vec![long.to_owned(); 9]], UNBOUNDED);
+        assert_eq!(table.lines().count(), 2);
+        assert_eq!(table.matches(long).count(), 9);
+        assert_eq!(wrap(long, UNBOUNDED), [long]);
     }
 
     #[test]

@@ -163,6 +163,7 @@ impl Reader<'_, '_> {
         let numbers = [self_service::COMMANDS, self_service::COMMANDS_PER_USER];
         self.unknown_keys(section, &[&timers[..], &numbers].concat());
         Some(self_service::Table {
+            at: self.at(&value.span()),
             commands: self.entry(section, self_service::COMMANDS, Self::commands),
             commands_per_user: self.entry(section, self_service::COMMANDS_PER_USER, Self::commands),
             limits: Timer::ALL.map(|timer| {

@@ -12,7 +12,7 @@ use keepalive_common::{
 use super::{
     Config, NamedPolicy,
     document::{Document, Entry, Table},
-    origin::{ConfigOrigins, Origin, Origins, TimerOrigin},
+    origin::{ConfigOrigins, Origin, Origins, SelfServiceOrigins, TimerOrigin},
     preset::{PROBES, Preset},
     self_service,
     text::{At, Findings},
@@ -60,14 +60,23 @@ pub(super) fn merge(
         origins.push(origin);
     }
     let (default, default_origins) = default.unzip();
+    let self_service = layers.self_service.as_ref();
     let origins = ConfigOrigins {
         default: default_origins,
         policies: origins,
+        self_service: self_service.map(|table| {
+            let place = |at: &At| completing.findings.place(at);
+            let keys = table.written().map(|(key, at)| (key, place(at)));
+            SelfServiceOrigins {
+                table: place(&table.at),
+                keys: keys.collect(),
+            }
+        }),
     };
     let config = Config {
         default,
         policies,
-        self_service: layers.self_service.map(|table| table.complete()),
+        self_service: self_service.map(self_service::Table::complete),
     };
     (config, origins)
 }

@@ -81,6 +81,17 @@ pub struct ConfigOrigins {
     pub default: Option<Origins>,
     /// Those of the named policies.
     pub policies: Vec<Origins>,
+    /// Those of what users may ask for, where they may.
+    pub self_service: Option<SelfServiceOrigins>,
+}
+
+/// Where `[self-service]` came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SelfServiceOrigins {
+    /// Where it is named first.
+    pub table: Place,
+    /// The keys that are written, and where.
+    pub keys: BTreeMap<&'static str, Place>,
 }
 
 impl Origins {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     document::{self, Entry},
-    text::{Findings, Text},
+    text::{At, Findings, Text},
     timer::{Default as Given, Timer},
 };
 
@@ -46,17 +46,20 @@ impl Limits {
 }
 
 /// The table as written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Table {
+    pub(super) at: At,
     pub(super) commands: Option<Entry<u32>>,
     pub(super) commands_per_user: Option<Entry<u32>>,
     pub(super) limits: [Option<Entry<Limits>>; 4],
 }
 
 impl Table {
-    /// Each key that the later table mentions is taken from there.
+    /// Each key that the later table mentions is taken from there. The table
+    /// keeps its own place.
     pub(super) fn override_with(&mut self, later: Self) {
         let Self {
+            at: _,
             commands,
             commands_per_user,
             limits,
@@ -72,6 +75,21 @@ impl Table {
                 *own = later;
             }
         }
+    }
+
+    /// The keys that are written, and where.
+    pub(super) fn written(&self) -> impl Iterator<Item = (&'static str, &At)> {
+        fn at<T>(entry: Option<&Entry<T>>) -> Option<&At> {
+            entry.map(|entry| &entry.at)
+        }
+        let timers = Timer::ALL.map(Timer::key).into_iter();
+        timers
+            .zip(self.limits.iter().map(|entry| at(entry.as_ref())))
+            .chain([
+                (COMMANDS, at(self.commands.as_ref())),
+                (COMMANDS_PER_USER, at(self.commands_per_user.as_ref())),
+            ])
+            .filter_map(|(key, at)| Some((key, at?)))
     }
 
     /// What it comes to, with what is built in.
@@ -171,6 +189,31 @@ impl Wish {
 }
 
 impl SelfService {
+    /// Each key and what it comes to, as people read it.
+    #[must_use]
+    pub fn values(&self) -> [(&'static str, String); 6] {
+        let [idle, interval, probes, user_timeout] = Timer::ALL.map(|timer| {
+            let Limits { at_least, at_most } = self.limits[timer as usize];
+            let value = match (at_least, at_most) {
+                (0, u32::MAX) => "any".to_owned(),
+                (least, u32::MAX) => format!("at least {}", timer.show(least)),
+                (0, most) => format!("at most {}", timer.show(most)),
+                (least, most) => format!("{} to {}", timer.show(least), timer.show(most)),
+            };
+            (timer.key(), value)
+        });
+        let commands = (COMMANDS, self.commands.to_string());
+        let commands_per_user = (COMMANDS_PER_USER, self.commands_per_user.to_string());
+        [
+            idle,
+            interval,
+            probes,
+            user_timeout,
+            commands,
+            commands_per_user,
+        ]
+    }
+
     /// Whether users may ask for this.
     ///
     /// # Errors
@@ -262,6 +305,27 @@ mod tests {
                 "{wrong}"
             );
         }
+    }
+
+    #[test]
+    fn values_read_at_a_glance() {
+        let service = service(
+            "[self-service]\nidle = { at-least = '10s', at-most = '90s' }\n\
+             probes = { at-least = 3 }\nuser-timeout = { at-most = '1500ms' }\n\
+             commands-per-user = 4\n",
+        );
+        let values = service.values();
+        assert_eq!(
+            values.each_ref().map(|(key, value)| (*key, value.as_str())),
+            [
+                ("idle", "10s to 1m 30s"),
+                ("interval", "any"),
+                ("probes", "at least 3"),
+                ("user-timeout", "at most 1s 500ms"),
+                ("commands", "64"),
+                ("commands-per-user", "4"),
+            ]
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ffi::c_char,
     fmt::Display,
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
@@ -256,7 +257,8 @@ impl LoadedObject {
         // Cut off where there is no room; it ends with a NUL.
         let room = fields.prog_name.len().saturating_sub(1);
         for (to, from) in fields.prog_name.iter_mut().take(room).zip(name.bytes()) {
-            *to = from.cast_signed();
+            // A C `char`: signed or not by the machine.
+            *to = c_char::from_ne_bytes([from]);
         }
         if !log.is_empty() {
             fields.log_level = 1;

@@ -234,7 +234,7 @@ pub(super) fn program_info(program: impl AsFd) -> io::Result<ProgramInfo> {
     let name = found
         .name
         .iter()
-        .map(|byte| byte.cast_unsigned())
+        .map(|byte| u8::from_ne_bytes(byte.to_ne_bytes()))
         .take_while(|byte| *byte != 0);
     Ok(ProgramInfo {
         id: found.id,

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use super::{
     Bench,
-    place::Netns,
+    place::{self, Netns},
     report::{Goal, Table},
     stats::{Summary, ratios},
     sweep::{Crowd, time},
@@ -27,9 +27,7 @@ pub(crate) fn namespaces(bench: &mut Bench) -> Result<()> {
         "ms",
         &[],
     );
-    let config = bench
-        .place
-        .file("namespaces.toml", "[default]\nidle = \"2h\"\n")?;
+    let config = place::file("[default]\nidle = \"2h\"\n")?;
     for _ in 0..bench.rounds.clamp(1, 5) {
         for count in [1, MANY] {
             let place = &bench.place;

@@ -15,8 +15,9 @@ use aya::{
     Ebpf,
     programs::{CgroupAttachMode, SockOps},
 };
+use tempfile::NamedTempFile;
 
-use super::place::{Cgroup, Netns, Place, Process, TemporaryFile};
+use super::place::{self, Cgroup, Netns, Place, Process};
 use crate::workspace;
 
 /// What holds for everything, as floor and libkeepalive have it too.
@@ -350,7 +351,7 @@ impl Used {
 /// A running agent that governs one cgroup.
 pub(crate) struct Agent {
     pub(crate) process: Process,
-    pub(crate) config: TemporaryFile,
+    pub(crate) config: NamedTempFile,
     /// From its start until it enforced, in nanoseconds.
     pub(crate) started_in: f64,
 }
@@ -362,7 +363,7 @@ impl Agent {
         cgroup: &Cgroup,
         config: &str,
     ) -> Result<Self> {
-        let config = place.file("keepalive.toml", config)?;
+        let config = place::file(config)?;
         let start = Instant::now();
         let mut process = place.start(
             place

@@ -20,6 +20,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use tempfile::NamedTempFile;
 
 use crate::{exec, workspace};
 
@@ -28,7 +29,6 @@ const PREFIX: &str = "keepalive-bench-";
 /// The stay of the benchmark on this machine.
 pub(crate) struct Place {
     load: PathBuf,
-    directory: PathBuf,
     mount: PathBuf,
     stop: Arc<AtomicBool>,
     made: Cell<u32>,
@@ -61,7 +61,6 @@ impl Place {
         }
         Ok(Self {
             load,
-            directory,
             mount,
             stop,
             made: Cell::new(0),
@@ -77,17 +76,9 @@ impl Place {
     /// A cgroup below the root of the hierarchy.
     pub(crate) fn cgroup(&self) -> Result<Cgroup> {
         self.go_on()?;
-        let name = format!("{PREFIX}{}-{}", std::process::id(), self.next());
+        let number = self.made.replace(self.made.get() + 1);
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
         Cgroup::make(&self.mount, "", &name)
-    }
-
-    /// A file of this run.
-    pub(crate) fn file(&self, name: &str, text: &str) -> Result<TemporaryFile> {
-        let path = self
-            .directory
-            .join(format!("{}-{}-{name}", std::process::id(), self.next()));
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(TemporaryFile(path))
     }
 
     /// The load program; see the head of its source.
@@ -114,10 +105,6 @@ impl Place {
         self.go_on()?;
         Process::start(command)
     }
-
-    fn next(&self) -> u32 {
-        self.made.replace(self.made.get() + 1)
-    }
 }
 
 fn numbers<const NUMBERS: usize>(line: &str) -> Result<[f64; NUMBERS]> {
@@ -131,20 +118,14 @@ fn numbers<const NUMBERS: usize>(line: &str) -> Result<[f64; NUMBERS]> {
         .with_context(|| format!("the load printed {line:?} instead of {NUMBERS} numbers"))
 }
 
-/// A file that goes with this value.
-pub(crate) struct TemporaryFile(PathBuf);
-
-impl TemporaryFile {
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        // What stays in the build directory harms nobody.
-        let _ = fs::remove_file(&self.0);
-    }
+/// A file that goes with what is returned, where nobody else writes: the agent is
+/// woken by what changes beside its config.
+pub(crate) fn file(text: &str) -> Result<NamedTempFile> {
+    let file = NamedTempFile::new_in(workspace::target_dir().join("bench"))
+        .context("cannot make a temporary file")?;
+    fs::write(file.path(), text)
+        .with_context(|| format!("cannot write {}", file.path().display()))?;
+    Ok(file)
 }
 
 /// A cgroup; what runs in it and what is below it go with it.

@@ -3,11 +3,12 @@
 use std::{process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
+use tempfile::NamedTempFile;
 
 use super::{
     Bench, churn,
     peer::{NOTHING, OURS, OWN, Peer},
-    place::{Netns, Place, Process, TemporaryFile},
+    place::{self, Netns, Place, Process},
     report::Table,
 };
 use crate::exec;
@@ -54,7 +55,7 @@ pub(crate) fn server(bench: &mut Bench) -> Result<()> {
 struct Server {
     port: u16,
     _nginx: Process,
-    _files: [TemporaryFile; 2],
+    _files: [NamedTempFile; 2],
     peer: Peer,
 }
 
@@ -66,17 +67,14 @@ impl Server {
             ""
         };
         // nginx removes it when it ends, so it must be a file of our own.
-        let pid = place.file("nginx.pid", "")?;
-        let config = place.file(
-            "nginx.conf",
-            &format!(
-                "daemon off; master_process off; pid {}; error_log /dev/null;\n\
+        let pid = place::file("")?;
+        let config = place::file(&format!(
+            "daemon off; master_process off; pid {}; error_log /dev/null;\n\
                  events {{ worker_connections 1024; }}\n\
                  http {{ access_log off; server {{ listen 127.0.0.1:{port}{options};\n\
                  location / {{ return 200 ok; }} }} }}\n",
-                pid.path().display()
-            ),
-        )?;
+            pid.path().display()
+        ))?;
         let mut command = place.load("guard");
         command
             .arg(peer.door())

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::{
     Bench,
-    place::{Cgroup, Netns, Place, Process},
+    place::{self, Cgroup, Netns, Place, Process},
     report::{Goal, Table},
     stats::{Summary, ratios},
 };
@@ -49,10 +49,7 @@ pub(crate) fn sweep(bench: &mut Bench) -> Result<()> {
     } else {
         &[1_000, 10_000, 50_000, LARGE]
     };
-    let configs = [
-        bench.place.file("sweep.toml", POLICIES[0])?,
-        bench.place.file("sweep.toml", POLICIES[1])?,
-    ];
+    let configs = [place::file(POLICIES[0])?, place::file(POLICIES[1])?];
     for &size in sizes {
         for _ in 0..bench.rounds.clamp(1, 5) {
             let place = &bench.place;

@@ -5,45 +5,44 @@ use std::{env, fs, path::Path};
 
 use crate::{apt, exec};
 
-/// A program or file the live tests use.
+/// A program or file that the live tests use, and the package that has it.
 struct Need {
     /// The name of a program, or a path where `*` is any one directory.
     file: &'static str,
-    /// The packages that have it, best first.
-    packages: &'static [&'static str],
+    package: &'static str,
 }
 
 const NEEDS: &[Need] = &[
-    need("bpftool", &["bpftool"]),
-    need("curl", &["curl"]),
-    need("dockerd", &["docker.io"]),
-    need("gcc", &["gcc"]),
-    need("go", &["golang-go"]),
-    need("haproxy", &["haproxy"]),
-    need("ip", &["iproute2"]),
-    need("javac", &["default-jdk-headless"]),
-    need("nft", &["nftables"]),
-    need("nginx", &["nginx-light", "nginx"]),
-    need("node", &["nodejs"]),
-    need("prometheus", &["prometheus"]),
-    need("promtool", &["prometheus"]),
-    need("python3", &["python3"]),
-    need("redis-server", &["redis-server"]),
-    need("runc", &["runc"]),
-    need("tcpdump", &["tcpdump"]),
-    need("tmux", &["tmux"]),
-    need("/usr/lib/postgresql/*/bin/postgres", &["postgresql"]),
+    need("bpftool", "bpftool"),
+    need("curl", "curl"),
+    need("dockerd", "docker.io"),
+    need("gcc", "gcc"),
+    need("go", "golang-go"),
+    need("haproxy", "haproxy"),
+    need("ip", "iproute2"),
+    need("javac", "default-jdk-headless"),
+    need("nft", "nftables"),
+    need("nginx", "nginx"),
+    need("node", "nodejs"),
+    need("prometheus", "prometheus"),
+    need("promtool", "prometheus"),
+    need("python3", "python3"),
+    need("redis-server", "redis-server"),
+    need("runc", "runc"),
+    need("tcpdump", "tcpdump"),
+    need("tmux", "tmux"),
+    need("/usr/lib/postgresql/*/bin/postgres", "postgresql"),
     need(
         "/usr/lib/python3/dist-packages/grpc/__init__.py",
-        &["python3-grpcio"],
+        "python3-grpcio",
     ),
     // Static programs are what LD_PRELOAD cannot reach.
-    need("/usr/lib/*/libc.a", &["libc6-dev"]),
-    need("/usr/lib/libkeepalive.so", &["libkeepalive0"]),
+    need("/usr/lib/*/libc.a", "libc6-dev"),
+    need("/usr/lib/libkeepalive.so", "libkeepalive0"),
 ];
 
-const fn need(file: &'static str, packages: &'static [&'static str]) -> Need {
-    Need { file, packages }
+const fn need(file: &'static str, package: &'static str) -> Need {
+    Need { file, package }
 }
 
 impl Need {
@@ -61,13 +60,6 @@ impl Need {
             .chain(["/usr/sbin".into(), "/sbin".into()])
             .any(|dir| dir.join(self.file).exists())
     }
-
-    fn package(&self) -> Option<&'static str> {
-        self.packages
-            .iter()
-            .copied()
-            .find(|package| apt::known(package))
-    }
 }
 
 /// Installs the packages of what is missing, and names what remains missing.
@@ -82,8 +74,15 @@ pub(super) fn install_missing() {
             "installing for the live tests: {}",
             names(&missing)
         ));
-        if let Err(error) = install(&missing) {
-            exec::warn(&format!("{error:#}"));
+        let packages: Vec<_> = missing.iter().map(|need| need.package).collect();
+        // One package that cannot be installed must not cost all the others.
+        if let Err(error) = apt::install(&packages) {
+            exec::warn(&format!("{error:#}; trying one by one"));
+            for package in packages {
+                if let Err(error) = apt::install(&[package]) {
+                    exec::warn(&format!("{error:#}"));
+                }
+            }
         }
     }
     let missing = self::missing();
@@ -102,30 +101,4 @@ fn missing() -> Vec<&'static Need> {
 fn names(needs: &[&Need]) -> String {
     let files = needs.iter().map(|need| need.file).collect::<Vec<_>>();
     files.join(", ")
-}
-
-fn install(needs: &[&Need]) -> anyhow::Result<()> {
-    // Which package has a program is asked of fresh lists.
-    apt::update()?;
-    let packages = needs
-        .iter()
-        .filter_map(|need| need.package())
-        .collect::<Vec<_>>();
-    if packages.is_empty() {
-        return Ok(());
-    }
-    let Err(error) = apt::install(&packages) else {
-        return Ok(());
-    };
-    if packages.len() == 1 {
-        return Err(error);
-    }
-    // One package that cannot be installed must not cost all the others.
-    exec::warn(&format!("{error:#}; trying one by one"));
-    for package in packages {
-        if let Err(error) = apt::install(&[package]) {
-            exec::warn(&format!("{error:#}"));
-        }
-    }
-    Ok(())
 }

@@ -6,24 +6,24 @@ use crate::exec;
 
 /// All steps, in the order they ran.
 #[derive(Default)]
-pub(super) struct Report {
+pub(crate) struct Report {
     steps: Vec<Step>,
     /// `test: reason`, for each live test that found something missing.
-    pub(super) skips: Vec<String>,
+    pub(crate) skips: Vec<String>,
 }
 
 /// One line of the summary.
-pub(super) struct Step {
-    pub(super) name: &'static str,
-    pub(super) outcome: Outcome,
-    pub(super) counts: Counts,
-    pub(super) took: Duration,
+pub(crate) struct Step {
+    pub(crate) name: &'static str,
+    pub(crate) outcome: Outcome,
+    pub(crate) counts: Counts,
+    pub(crate) took: Duration,
     /// Why it was skipped, or what mends it.
-    pub(super) note: String,
+    pub(crate) note: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     Ok,
     Failed,
     Skipped,
@@ -31,7 +31,7 @@ pub(super) enum Outcome {
 
 /// Tests, summed from what cargo prints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub(crate) struct Counts {
     /// How many test programs reported; none of them, and the step has no tests.
     programs: usize,
     passed: usize,
@@ -41,21 +41,21 @@ pub(super) struct Counts {
 
 impl Report {
     /// Adds a step and tells whether it went well.
-    pub(super) fn add(&mut self, step: Step) -> bool {
+    pub(crate) fn add(&mut self, step: Step) -> bool {
         let ok = step.outcome == Outcome::Ok;
         self.steps.push(step);
         ok
     }
 
     /// Whether no test at all ran, though nothing failed.
-    pub(super) fn ran_no_test(&self) -> bool {
+    pub(crate) fn ran_no_test(&self) -> bool {
         self.steps
             .iter()
             .all(|step| step.counts.tests() == 0 && step.outcome == Outcome::Ok)
     }
 
     /// Prints the summary.
-    pub(super) fn finish(&self) -> ExitCode {
+    pub(crate) fn finish(&self) -> ExitCode {
         println!();
         let width = self.steps.iter().map(|step| step.name.len()).max();
         for step in &self.steps {
@@ -110,11 +110,11 @@ fn in_ci() -> bool {
 }
 
 impl Step {
-    pub(super) fn skipped(name: &'static str, reason: &str) -> Self {
+    pub(crate) fn skipped(name: &'static str, reason: &str) -> Self {
         Self::without_run(name, Outcome::Skipped, reason)
     }
 
-    pub(super) fn failed(name: &'static str, reason: &str) -> Self {
+    pub(crate) fn failed(name: &'static str, reason: &str) -> Self {
         Self::without_run(name, Outcome::Failed, reason)
     }
 
@@ -129,7 +129,7 @@ impl Step {
     }
 
     /// Says what to do when the step failed.
-    pub(super) fn remedy(mut self, remedy: &str) -> Self {
+    pub(crate) fn remedy(mut self, remedy: &str) -> Self {
         if self.outcome == Outcome::Failed {
             remedy.clone_into(&mut self.note);
         }
@@ -166,7 +166,7 @@ impl Step {
 
 impl Counts {
     /// What a program other than cargo counted.
-    pub(super) fn of(passed: usize, failed: usize, ignored: usize) -> Self {
+    pub(crate) fn of(passed: usize, failed: usize, ignored: usize) -> Self {
         Self {
             programs: 1,
             passed,
@@ -181,7 +181,7 @@ impl Counts {
 
     /// Adds `test result: ok. 3 passed; 0 failed; 1 ignored; …`; any other line
     /// adds nothing.
-    pub(super) fn add_line(&mut self, line: &str) {
+    pub(crate) fn add_line(&mut self, line: &str) {
         let Some((_, result)) = line.split_once("test result: ") else {
             return;
         };
@@ -202,7 +202,7 @@ impl Counts {
 
 /// `test: reason` for each test named in the file that the live tests write, a
 /// line for each thing missing, and each test once.
-pub(super) fn skipped_tests(file: &str) -> Vec<String> {
+pub(crate) fn skipped_tests(file: &str) -> Vec<String> {
     let mut skips = Vec::<String>::new();
     for line in file.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let skip = line.strip_prefix("skipped: ").unwrap_or(line);

@@ -8,24 +8,35 @@ use tracing::warn;
 use super::{Key, Origin, Show, output};
 use crate::{
     assignment::DEFAULT,
-    config::{Config, ConfigOrigins, NamedPolicy, Origins},
+    config::{Config, ConfigOrigins, NamedPolicy, Origins, SelfService, SelfServiceOrigins},
     enforcing::enforcing,
     identity::Selector,
 };
 
-/// A policy for machines.
+/// A table of the config for machines.
 #[derive(Serialize)]
 struct Record<'a> {
     /// Who enforces it, with `--agent`.
     #[serde(skip_serializing_if = "Option::is_none")]
     by: Option<&'a str>,
-    policy: &'a str,
+    #[serde(flatten)]
+    table: Table<'a>,
     /// Where it is named first.
-    from: Option<&'a Origin>,
+    from: Option<Origin>,
     values: Vec<Row>,
 }
 
-/// A value of a policy.
+/// What values are of.
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Table<'a> {
+    /// The policy of this name.
+    Policy(&'a str),
+    /// What users may ask for.
+    SelfService(bool),
+}
+
+/// A value of a table.
 #[derive(Serialize)]
 struct Row {
     key: &'static str,
@@ -79,30 +90,19 @@ fn print(
     origins: Option<&ConfigOrigins>,
     json: bool,
 ) -> Result<()> {
-    let default = config.default.as_ref().map(|policy| {
-        let origins = origins.and_then(|origins| origins.default.as_ref());
-        (DEFAULT, values(policy, origins), origins)
-    });
-    let named = config.policies.iter().enumerate().map(|(index, named)| {
-        let origins = origins.and_then(|origins| origins.policies.get(index));
-        let mut all = claims(named, origins);
-        all.extend(values(&named.policy, origins));
-        (named.name.as_str(), all, origins)
-    });
-    let policies = default.into_iter().chain(named);
+    let tables = tables(by, config, origins);
     if json {
-        for (policy, values, origins) in policies {
-            output::json(&Record {
-                by,
-                policy,
-                from: origins.map(|origins| &origins.table),
-                values,
-            })?;
+        for record in tables {
+            output::json(&record)?;
         }
         return Ok(());
     }
-    let rows = policies.flat_map(|(name, values, _)| {
-        values.into_iter().map(move |value| {
+    let rows = tables.flat_map(|record| {
+        let name = match record.table {
+            Table::Policy(name) => name,
+            Table::SelfService(_) => "[self-service]",
+        };
+        record.values.into_iter().map(move |value| {
             let default = value.default_from.map(|from| format!(", default {from}"));
             let from = value
                 .from
@@ -120,6 +120,58 @@ fn print(
         output::text("\nno [default]: connections that no policy claims are left alone\n")?;
     }
     Ok(())
+}
+
+/// The tables of a config, in the order in which they are shown.
+fn tables<'a>(
+    by: Option<&'a str>,
+    config: &'a Config,
+    origins: Option<&'a ConfigOrigins>,
+) -> impl Iterator<Item = Record<'a>> {
+    let policy = move |name, values, origins: Option<&Origins>| Record {
+        by,
+        table: Table::Policy(name),
+        from: origins.map(|origins| origins.table.clone()),
+        values,
+    };
+    let default = config.default.as_ref().map(|wishes| {
+        let origins = origins.and_then(|origins| origins.default.as_ref());
+        policy(DEFAULT, values(wishes, origins), origins)
+    });
+    let named = config
+        .policies
+        .iter()
+        .enumerate()
+        .map(move |(index, named)| {
+            let origins = origins.and_then(|origins| origins.policies.get(index));
+            let mut all = claims(named, origins);
+            all.extend(values(&named.policy, origins));
+            policy(&named.name, all, origins)
+        });
+    let self_service = config.self_service.as_ref().map(|service| {
+        let origins = origins.and_then(|origins| origins.self_service.as_ref());
+        Record {
+            by,
+            table: Table::SelfService(true),
+            from: origins.map(|origins| Origin::Written(origins.table.clone())),
+            values: allowed(service, origins),
+        }
+    });
+    default.into_iter().chain(named).chain(self_service)
+}
+
+/// What users may ask for.
+fn allowed(service: &SelfService, origins: Option<&SelfServiceOrigins>) -> Vec<Row> {
+    let row = |(key, value)| Row {
+        key,
+        value,
+        from: origins.map(|origins| match origins.keys.get(key) {
+            Some(place) => Origin::Written(place.clone()),
+            None => Origin::BuiltIn,
+        }),
+        default_from: None,
+    };
+    service.values().map(row).into()
 }
 
 /// What a policy is for.
@@ -194,4 +246,72 @@ fn values(policy: &Policy, origins: Option<&Origins>) -> Vec<Row> {
         });
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::config::read_files;
+
+    fn shown(text: &str) -> (String, Vec<Value>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let merged = read_files(Some(file.path()), &[]).unwrap();
+        let records = tables(None, &merged.config, Some(&merged.origins));
+        let values = records.map(|record| serde_json::to_value(record).unwrap());
+        (path_of(file.path()), values.collect())
+    }
+
+    fn path_of(path: &Path) -> String {
+        path.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn what_users_may_ask_for_is_shown_with_its_lines() {
+        let (file, records) = shown(
+            "[default]\n\n[self-service]\nidle = { at-least = '10s' }\n\
+             commands-per-user = 4\n",
+        );
+        let [default, service] = &records[..] else {
+            panic!("{records:?}")
+        };
+        assert_eq!(default["policy"], "default");
+        assert!(default.get("self_service").is_none());
+        assert!(service.get("policy").is_none());
+        assert_eq!(service["self_service"], true);
+        let place = |line: Option<u32>| {
+            let file = line.map(|_| &file);
+            json!({ "file": file, "line": line, "preset": null })
+        };
+        assert_eq!(service["from"], place(Some(3)));
+        let values = service["values"].as_array().unwrap();
+        let found: Vec<_> = values
+            .iter()
+            .map(|row| (row["key"].as_str().unwrap(), &row["value"], &row["from"]))
+            .collect();
+        let row = |key, value: &'static str, line| (key, json!(value), place(line));
+        let expected = [
+            row("idle", "at least 10s", Some(4)),
+            row("interval", "any", None),
+            row("probes", "any", None),
+            row("user-timeout", "any", None),
+            row("commands", "64", None),
+            row("commands-per-user", "4", Some(5)),
+        ];
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|(key, value, from)| (*key, value, from))
+            .collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn without_the_table_nothing_is_said_of_users() {
+        let (_, records) = shown("[default]\n");
+        assert_eq!(records.len(), 1);
+    }
 }
