@@ -274,6 +274,13 @@ mod tests {
     };
 
     #[test]
+    fn names_are_those_of_the_documentation() {
+        let names = Cause::ALL.map(Cause::name);
+        let documented = ["probes", "user-timeout", "retransmission", "reset"];
+        assert_eq!(names, documented);
+    }
+
+    #[test]
     fn the_cause_follows_from_what_the_kernel_went_by() {
         let with_data = End {
             has_data: true,
