@@ -855,6 +855,19 @@ mod tests {
     }
 
     #[test]
+    fn keepalive_is_the_policys_where_all_timers_are() {
+        let ten = Range::default_only(10);
+        for (interval, probes) in [(ten, Range::LEAVE), (Range::LEAVE, ten), (ten, ten)] {
+            let mut before = policy(ten);
+            (before.interval, before.probes) = (interval, probes);
+            let here = Environment::UNCHANGED;
+            let has = given(&before, &here);
+            let found = application(&has, &Originals::NONE, Some(&before), &here);
+            assert_eq!(found, Options::default(), "{has:?}");
+        }
+    }
+
+    #[test]
     fn nothing_is_kept_where_nothing_has_to_be() {
         let nothing = Options::default();
         assert!(Originals::of(&nothing, &nothing, &nothing).is_empty());

@@ -50,6 +50,8 @@ end() { # PID...
     done
 }
 cleanup() {
+    trap "" INT TERM
+    set +e
     [ -z "${containerd:-}" ] || ctr --address $work/containerd.sock -n k8s.io tasks ls -q 2> /dev/null |
         while read -r task; do ctr --address $work/containerd.sock -n k8s.io tasks kill -s KILL "$task" || true; done
     # The newest first: the kubelet before its API.

@@ -13,6 +13,7 @@ import os
 import ssl
 import sys
 import time
+from collections import deque
 
 NODE, COUNT, AGENT, COMPANION, GROUP = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 AT_ONCE = 8
@@ -21,6 +22,8 @@ POLICIES = "/apis/keepalive.internal/v1alpha1/namespaces/shop/keepalivepolicies"
 # Seconds after a change in which a pod may have either value.
 CHANGING = 5
 CHANGED_EVERY = 20
+# Seconds that a pod is kept after it has ended.
+KEPT = 10
 
 connection = http.client.HTTPSConnection("127.0.0.1", 6443, context=ssl._create_unverified_context())
 
@@ -71,7 +74,7 @@ for tier in ("db", "cache", "web"):
     policy(tier, tier, TIERS[tier])
 time.sleep(5)
 web, web_before, changed_at, changes = 70, 70, 0.0, 0
-running, results, either, wrong = {}, 0, 0, []
+running, results, either, wrong, ended = {}, 0, 0, [], deque()
 made = 0
 begun = time.time()
 before = state()
@@ -91,6 +94,9 @@ while made < COUNT or running:
         pod = ask("POST", NAMESPACE, {"metadata": {"name": name, "labels": labels}, "spec": spec})
         running[name] = (tier, time.time(), pod["metadata"]["uid"], web, web_before, changed_at)
         made += 1
+    # As whoever made it does, some time after the kubelet has cleaned up.
+    while ended and now - ended[0][0] > KEPT:
+        ask("DELETE", f"{NAMESPACE}/{ended.popleft()[1]}")
     time.sleep(0.25)
     for pod in ask("GET", NAMESPACE)["items"]:
         name, phase = pod["metadata"]["name"], pod["status"].get("phase")
@@ -111,7 +117,7 @@ while made < COUNT or running:
         if len(lines) != 2 or len(idles) != 1 or not idles <= expected:
             wrong.append((name, tier, sorted(map(str, idles)), sorted(expected), phase))
         results += 1
-        ask("DELETE", f"{NAMESPACE}/{name}?gracePeriodSeconds=0")
+        ended.append((now, name))
         if results % 100 == 0:
             print(f"{results} pods, {len(wrong)} wrong, {time.time() - begun:.0f} s", flush=True)
 took = time.time() - begun
