@@ -1217,7 +1217,16 @@ impl Daemon {
             debug!("{}", chain(&error));
             return false;
         }
-        debug!("other names in the config, for which nothing else changes");
+        for (before, now) in self.config.policies.iter().zip(&config.policies) {
+            if before.selector.words() != now.selector.words() {
+                self.journal.note(What::names_changed(
+                    &now.name,
+                    Why::FilesChanged.words(),
+                    &before.selector,
+                    &now.selector,
+                ));
+            }
+        }
         self.config = config.clone();
         self.origin = origin.clone();
         self.claimants = claimants;
@@ -1228,6 +1237,7 @@ impl Daemon {
             at: seconds_since_1970(),
             error: None,
         });
+        self.state.totals.reloads += 1;
         true
     }
 

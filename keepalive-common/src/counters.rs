@@ -256,6 +256,22 @@ mod tests {
     }
 
     #[test]
+    fn names_are_those_of_the_documentation_and_the_kernel() {
+        let names = Direction::ALL.map(Direction::name);
+        assert_eq!(names, ["connecting", "accepting"]);
+        let names = SocketOption::ALL.map(SocketOption::name);
+        let kernels = [
+            "SO_KEEPALIVE",
+            "TCP_KEEPIDLE",
+            "TCP_KEEPINTVL",
+            "TCP_KEEPCNT",
+            "TCP_USER_TIMEOUT",
+            "TCP_RTO_MAX_MS",
+        ];
+        assert_eq!(names, kernels);
+    }
+
+    #[test]
     fn directions_stand_at_their_number() {
         for (number, direction) in Direction::ALL.into_iter().enumerate() {
             assert_eq!(direction as usize, number);

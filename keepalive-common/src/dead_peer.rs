@@ -278,6 +278,13 @@ mod tests {
     };
 
     #[test]
+    fn names_are_those_of_the_documentation() {
+        let names = Cause::ALL.map(Cause::name);
+        let documented = ["probes", "user-timeout", "retransmission", "reset"];
+        assert_eq!(names, documented);
+    }
+
+    #[test]
     #[expect(clippy::too_many_lines, reason = "a table")]
     fn the_cause_follows_from_what_the_kernel_went_by() {
         let with_data = End {

@@ -823,6 +823,218 @@ mod tests {
     }
 
     #[test]
+    fn keepalive_is_the_applications_whichever_timers_it_set() {
+        let timers = |idle, interval, probes| Options {
+            keepalive: true,
+            idle,
+            interval,
+            probes,
+            ..Options::default()
+        };
+        for has in [
+            timers(0, 0, 0),
+            timers(5, 0, 0),
+            timers(0, 5, 0),
+            timers(0, 0, 5),
+            timers(5, 5, 0),
+            timers(5, 0, 5),
+            timers(0, 5, 5),
+        ] {
+            let mut socket = Socket::new(0);
+            socket.has = has;
+            // Turned off by a policy, and then left to it again.
+            for policy in [Keepalive::On, Keepalive::Off, Keepalive::Leave] {
+                socket.sweep(Policy::BUILT_IN.with_keepalive(policy));
+            }
+            assert!(socket.has.keepalive, "{has:?}");
+            // Where the record is lost, its timers say so still.
+            let before = Policy::BUILT_IN;
+            let found = application(&has, &Originals::NONE, Some(&before), &socket.environment);
+            assert_eq!(found, has);
+        }
+    }
+
+    #[test]
+    fn keepalive_is_the_policys_where_all_timers_are() {
+        let ten = Range::default_only(10);
+        for (interval, probes) in [(ten, Range::LEAVE), (Range::LEAVE, ten), (ten, ten)] {
+            let mut before = policy(ten);
+            (before.interval, before.probes) = (interval, probes);
+            let here = Environment::UNCHANGED;
+            let has = given(&before, &here);
+            let found = application(&has, &Originals::NONE, Some(&before), &here);
+            assert_eq!(found, Options::default(), "{has:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_where_nothing_has_to_be() {
+        let nothing = Options::default();
+        assert!(Originals::of(&nothing, &nothing, &nothing).is_empty());
+        let on = Options {
+            keepalive: true,
+            ..nothing
+        };
+        let with_timer = Options { idle: 5, ..nothing };
+        assert!(Originals::of(&nothing, &on, &on).is_empty());
+        assert!(!Originals::of(&on, &on, &on).is_empty());
+        assert!(Originals::of(&with_timer, &with_timer, &on).keepalive != 0);
+        let same = Originals::of(&with_timer, &with_timer, &with_timer);
+        assert!(same.is_empty(), "{same:?}");
+    }
+
+    #[test]
+    fn a_derived_user_timeout_is_known_without_a_record() {
+        let derived = Policy::BUILT_IN.with_derived_user_timeout(true);
+        let here = Environment::UNCHANGED;
+        let asked = Options {
+            idle: 100,
+            ..Options::default()
+        };
+        let has = plan(&derived, &asked, &here).wants;
+        assert_eq!(has.user_timeout, 160_000);
+        let found = application(&has, &Originals::NONE, Some(&derived), &here);
+        assert_eq!((found.idle, found.user_timeout), (100, 0));
+    }
+
+    /// A connection on which nothing was set, held to a policy.
+    fn held_to(policy: Policy) -> SocketHistory {
+        let environment = Environment::UNCHANGED;
+        let wants = plan(&policy, &Options::default(), &environment).wants;
+        SocketHistory {
+            originals: Originals::all(&Options::default(), &wants, false),
+            held_to: policy,
+            environment,
+        }
+    }
+
+    #[test]
+    fn a_wish_is_bounded_and_kept() {
+        let mut bounded = Policy::BUILT_IN;
+        bounded.idle = Range {
+            default: 60,
+            at_least: 30,
+            at_most: 300,
+        };
+        let mut socket = held_to(bounded);
+        let mut had = 60;
+        assert_eq!(
+            socket.originals.asked(&socket.originals.written()).idle,
+            Some(0)
+        );
+        // The last one is read from the socket and written back.
+        for (value, wants, asked) in [
+            (60, 60, 60),
+            (10, 30, 10),
+            (100, 100, 100),
+            (7200, 300, 7200),
+            (300, 300, 7200),
+        ] {
+            let answer = socket.set(SocketOption::Idle, value).unwrap();
+            assert_eq!((answer.had.idle, answer.wants.idle), (had, wants));
+            assert_eq!(socket.originals.asked(&answer.wants).idle, Some(asked));
+            assert_eq!(socket.originals.written(), answer.wants);
+            had = wants;
+        }
+        // What was set past the record is not known to it.
+        let elsewhere = Options {
+            idle: 77,
+            ..socket.originals.written()
+        };
+        assert_eq!(socket.originals.asked(&elsewhere).idle, None);
+    }
+
+    #[test]
+    fn every_timer_is_the_one_that_is_set() {
+        let mut socket = held_to(Policy::BUILT_IN);
+        let mut expected = socket.originals.written();
+        for (option, value) in [
+            (SocketOption::Idle, 11),
+            (SocketOption::Interval, 12),
+            (SocketOption::Probes, 13),
+            (SocketOption::UserTimeout, 500_000),
+        ] {
+            match option {
+                SocketOption::Idle => expected.idle = value,
+                SocketOption::Interval => expected.interval = value,
+                SocketOption::Probes => expected.probes = value,
+                _ => expected.user_timeout = value,
+            }
+            assert_eq!(socket.set(option, value).unwrap().wants, expected);
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_changes_nothing() {
+        let most = |option| match option {
+            SocketOption::Keepalive => (0, u32::MAX),
+            SocketOption::Idle | SocketOption::Interval => (1, MAX_SECONDS),
+            SocketOption::Probes => (1, MAX_PROBES),
+            _ => (0, MAX_USER_TIMEOUT),
+        };
+        for option in SocketOption::ALL {
+            if option == SocketOption::RtoMax {
+                continue;
+            }
+            let (least, most) = most(option);
+            for value in [least, most] {
+                assert!(held_to(Policy::BUILT_IN).set(option, value).is_some());
+            }
+            let outside = [least.checked_sub(1), most.checked_add(1)];
+            for value in outside.into_iter().flatten() {
+                let mut socket = held_to(Policy::BUILT_IN);
+                assert_eq!(socket.set(option, value), None, "{option:?} {value}");
+                assert_eq!(socket, held_to(Policy::BUILT_IN));
+            }
+        }
+        let mut socket = held_to(Policy::BUILT_IN);
+        assert_eq!(socket.set(SocketOption::RtoMax, 5_000), None);
+    }
+
+    #[test]
+    fn the_last_word_on_keepalive_is_the_applications_unless_it_is_bounded() {
+        let asked = |socket: &SocketHistory| {
+            let has = socket.originals.written();
+            socket.originals.asked(&has).keepalive
+        };
+        let mut socket = held_to(Policy::BUILT_IN);
+        assert_eq!(
+            (asked(&socket), socket.originals.asked_later()),
+            (None, false)
+        );
+        for (value, is_on) in [(0, false), (1, true), (0, false), (7, true)] {
+            let answer = socket.set(SocketOption::Keepalive, value).unwrap();
+            assert_eq!(
+                (answer.had.keepalive, answer.wants.keepalive),
+                (!is_on, is_on)
+            );
+            assert_eq!(asked(&socket), Some(is_on));
+            assert!(socket.originals.asked_later());
+        }
+        let mut bounded = held_to(Policy::BUILT_IN.with_keepalive(Keepalive::Always));
+        let answer = bounded.set(SocketOption::Keepalive, 0).unwrap();
+        assert!(answer.wants.keepalive);
+        // It is known what it would have.
+        assert_eq!(asked(&bounded), Some(false));
+        let on = Options {
+            keepalive: true,
+            ..Options::default()
+        };
+        let before = Originals::all(&on, &on, false);
+        assert_eq!(before.asked(&on).keepalive, Some(true));
+        assert_eq!(
+            Originals::NONE.asked(&on),
+            Asked {
+                keepalive: None,
+                idle: None,
+                interval: None,
+                probes: None,
+                user_timeout: None,
+            }
+        );
+    }
+
+    #[test]
     fn a_bound_on_retransmission_goes_again() {
         let mut bounded = Policy::BUILT_IN;
         bounded.give_up = 30_000;

@@ -297,6 +297,59 @@ mod tests {
     }
 
     #[test]
+    fn every_option_is_the_one_that_setsockopt_sets() {
+        let options = Options {
+            keepalive: true,
+            idle: 2,
+            interval: 3,
+            probes: 4,
+            user_timeout: 5,
+            rto_max: 6,
+        };
+        let values = SocketOption::ALL.map(|option| options.get(option));
+        assert_eq!(values, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(NOTHING_SET.get(SocketOption::Keepalive), 0);
+    }
+
+    #[test]
+    fn a_timer_is_set_whichever_it_is() {
+        let of = |set: u32| Options {
+            keepalive: true,
+            idle: set & 1,
+            interval: set >> 1 & 1,
+            probes: set >> 2 & 1,
+            user_timeout: set >> 3 & 1,
+            rto_max: set >> 4 & 1,
+        };
+        for set in 0..1 << 5 {
+            assert_eq!(of(set).has_timers(), set != 0, "{:?}", of(set));
+        }
+    }
+
+    #[test]
+    fn what_the_application_left_of_its_timers_stays_where_its_user_timeout_conflicts() {
+        let set = Options {
+            keepalive: true,
+            idle: 60,
+            interval: 10,
+            probes: 6,
+            user_timeout: 20_000,
+            rto_max: 0,
+        };
+        for has in [
+            Options { idle: 0, ..set },
+            Options { interval: 0, ..set },
+            Options { probes: 0, ..set },
+        ] {
+            let plan = plan(&Policy::BUILT_IN, &has, &HERE);
+            assert!(plan.user_timeout_conflict);
+            assert_eq!(plan.wants, has);
+        }
+        // Nothing would change, so there is nothing to give way.
+        assert!(!plan(&Policy::BUILT_IN, &set, &HERE).user_timeout_conflict);
+    }
+
+    #[test]
     fn the_built_in_policy_turns_keepalive_on_and_fills_the_timers() {
         assert_eq!(
             wants(&Policy::BUILT_IN, &NOTHING_SET),

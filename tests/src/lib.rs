@@ -42,7 +42,7 @@ pub use netns::Netns;
 pub use options::{Options, Sockopt};
 pub use pins::Pins;
 pub use probe::{CallError, GoProbe, Kind, Neighbour, Probe, Side, Socket, errno};
-pub use process::{Output, Place, Process, output, wait_until};
+pub use process::{Dialogue, Output, Place, Process, output, wait_until};
 pub use programs::{Program, go_build, libkeepalive};
 pub use random::Random;
 pub use skip::{Need, missing, postgres, skip, soak_or};

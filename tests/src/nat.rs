@@ -1,8 +1,10 @@
+use std::net::{IpAddr, Ipv4Addr};
+
 use anyhow::Result;
 
 use crate::Netns;
 
-const SERVER: &str = "10.98.0.2";
+const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 98, 0, 2));
 
 /// A server, a NAT on the way to it that forgets connections without a word, and a
 /// client, each in a network namespace of its own.
@@ -32,7 +34,8 @@ impl ForgetfulNat {
             server.path().display()
         );
         nat.run("ip", &peer)?;
-        for (netns, address, device) in [(&nat, "10.98.0.1", "eth1"), (&server, SERVER, "eth0")] {
+        let nats = IpAddr::from([10, 98, 0, 1]);
+        for (netns, address, device) in [(&nat, nats, "eth1"), (&server, SERVER, "eth0")] {
             netns.run("ip", &format!("addr add {address}/24 dev {device}"))?;
             netns.run("ip", &format!("link set {device} up"))?;
         }
@@ -58,6 +61,12 @@ impl ForgetfulNat {
             server,
             _nat: nat,
         })
+    }
+
+    /// Where the server is reached.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        SERVER
     }
 
     /// An address for the server to listen on, with any port.

@@ -1,5 +1,5 @@
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
@@ -148,6 +148,45 @@ impl Drop for Process {
         }
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+}
+
+/// A program that is spoken to line by line.
+#[derive(Debug)]
+pub struct Dialogue {
+    process: Process,
+    lines: Receiver<String>,
+}
+
+impl Dialogue {
+    /// Starts the command.
+    ///
+    /// # Errors
+    ///
+    /// The program cannot be started.
+    pub fn start(command: &mut Command) -> Result<Self> {
+        let mut process = Process::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let lines = lines(process.child().stdout.take());
+        Ok(Self { process, lines })
+    }
+
+    /// Sends it a line.
+    ///
+    /// # Errors
+    ///
+    /// It reads no more.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        let stdin = self.process.child().stdin.as_mut().context("no input")?;
+        writeln!(stdin, "{line}").context("it reads no more")
+    }
+
+    /// Its next line.
+    ///
+    /// # Errors
+    ///
+    /// It says nothing within the limit, or has ended.
+    pub fn hear(&self, limit: Duration) -> Result<String> {
+        self.lines.recv_timeout(limit).context("it says nothing")
     }
 }
 

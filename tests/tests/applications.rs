@@ -338,7 +338,7 @@ fn grpc() -> Result<()> {
     let script = script.to_str().context("a path in UTF-8")?;
     let mut command = Place::from((&home.cgroup, &home.netns)).command("/usr/bin/python3");
     command
-        .arg(script)
+        .args([script, "127.0.0.1:0"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     let mut server = Process::start(&mut command)?;

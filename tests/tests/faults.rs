@@ -7,7 +7,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, spawn};
@@ -20,7 +22,8 @@ use keepalive_agent::daemon::{self, Event, Reporter, target};
 use keepalive_agent::datapath::{InForce, PartStatus, State, fault};
 use keepalive_agent::hierarchy::CgroupPath;
 use keepalive_tests::{
-    Cgroup, Loaded, Need, Options, Pins, Probe, Program, bpftool, require, wait_until,
+    Cgroup, Loaded, Need, Options, Pins, Probe, Program, bpftool, detach, hierarchy, output,
+    require, wait_until,
 };
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -454,6 +457,112 @@ fn changes_that_fail() -> Result<()> {
     })?;
     node.end(Request::Detach)?;
     node.has_nothing()
+}
+
+/// What the process below is told: the place, the cgroup, the pins and the file.
+const KILLED_AT: &str = "KEEPALIVE_KILLED_AT";
+
+/// A config whose names differ, of which none is there, and which does not fit in a
+/// page.
+fn of_names(own: u32) -> String {
+    let units: Vec<_> = (0..200).map(|n| format!("'{own}-{n}.service'")).collect();
+    format!(
+        "[default]\n[[policy]]\nname = 'named'\nidle = '63s'\nunit = [{}]\n",
+        units.join(", ")
+    )
+}
+
+/// Says that it goes by other names, and is killed at that place if there is one.
+fn victim(told: &str) -> Result<()> {
+    let told: Vec<_> = told.split(':').collect();
+    let [place, cgroup, pins, file] = told[..] else {
+        bail!("{told:?}");
+    };
+    let id = hierarchy()?.join(cgroup.trim_start_matches('/'));
+    let id = fs::metadata(id)?.ino();
+    let sources = Sources::new(Some(Path::new(file)), &[]);
+    let config = || Ok::<_, anyhow::Error>(target::read(&sources, false)?.config);
+    let (sender, events) = channel();
+    let options = daemon::Options {
+        sources: sources.clone(),
+        cgroup: cgroup.into(),
+        dry_run: false,
+        pin: Some(PathBuf::from(pins)),
+        take_over: false,
+        metrics: None,
+    };
+    spawn(move || daemon::run(&options, &mut Recorder(sender)));
+    let says = |expected: &Config| -> Result<bool> {
+        let found = InForce::on(id)?.context("nothing is in force")?;
+        let record = found.record?;
+        Ok(record.state()?.settled && record.description.config == *expected)
+    };
+    ensure!(events.recv_timeout(LIMIT)? == "started");
+    let before = config()?;
+    wait_until(LIMIT, "the agent to be settled", || says(&before))?;
+    while events.try_recv().is_ok() {}
+    fault::arm_to_kill(place.parse()?);
+    fs::write(
+        file,
+        of_names(u32::from(before == config_of(&of_names(0))?)),
+    )?;
+    let after = config()?;
+    wait_until(LIMIT, "the other names to be said", || says(&after))?;
+    fault::stop();
+    ensure!(events.try_recv().is_err(), "it built another set");
+    exit(0)
+}
+
+/// Killed at any place while it says that it goes by other names: what is in force
+/// says of itself one thing or the other, and the next agent goes on from there.
+#[test]
+fn killed_while_it_says_that_it_goes_by_other_names() -> Result<()> {
+    const NAME: &str = "killed_while_it_says_that_it_goes_by_other_names";
+    if let Ok(told) = std::env::var(KILLED_AT) {
+        return victim(&told);
+    }
+    require!();
+    let _alone = alone();
+    let cgroup = Cgroup::new()?;
+    let pins = Pins::new();
+    let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+    fs::write(&file, of_names(0))?;
+    let configs = [config_of(&of_names(0))?, config_of(&of_names(1))?];
+    let mut since = None;
+    for place in 0..PLACES {
+        let mut command = Command::new(std::env::current_exe()?);
+        let (cgroup_path, pins, path) = (cgroup.path(), pins.name(), file.path().display());
+        command.args(["--exact", NAME, "--nocapture"]);
+        command.env(KILLED_AT, format!("{place}:{cgroup_path}:{pins}:{path}"));
+        let ended = output(&mut command, LIMIT)?;
+        let found = InForce::on(cgroup.id()?)?.context("nothing is in force")?;
+        let description = found.record?.description.clone();
+        ensure!(
+            configs.contains(&description.config),
+            "place {place}: {:?}",
+            description.config
+        );
+        let since = *since.get_or_insert(description.enforced_since);
+        ensure!(
+            description.enforced_since == since,
+            "place {place}: the next agent did not go on from there"
+        );
+        if ended.code == Some(0) {
+            // Two copies of two pages or more.
+            ensure!(place >= 4, "only {place} places");
+            detach(&cgroup)?;
+            return Ok(());
+        }
+        // By a signal, not by an error of its own.
+        ensure!(ended.code.is_none(), "place {place}: {ended:?}");
+    }
+    bail!("more than {PLACES} places")
+}
+
+fn config_of(text: &str) -> Result<Config> {
+    let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+    fs::write(&file, text)?;
+    Ok(target::read(&Sources::new(Some(file.path()), &[]), false)?.config)
 }
 
 /// Changes in any order, with failures anywhere.

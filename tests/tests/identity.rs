@@ -9,7 +9,7 @@ use keepalive_tests::{
     Agent, Cgroup, Docker, Need, Options, Probe, Program, agent_binary, agent_command, output,
     require, soak_or, wait_until,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -210,6 +210,19 @@ fn names_alone_need_no_other_set() -> Result<()> {
         Ok(!status()?["reload"].is_null())
     })?;
     agent.not_reloaded(Duration::from_millis(200))?;
+    let mut events = agent_command();
+    events.args(["events", "--json", "--since", "1h", "--no-follow"]);
+    events.args(["--cgroup", slice.path()]);
+    let told = output(&mut events, LIMIT)?.stdout;
+    let told = told.lines().map(serde_json::from_str::<Value>);
+    let told: Vec<_> = told.collect::<Result<_, _>>()?;
+    let mut changes = told.iter().filter(|told| told["event"] == "names_changed");
+    let change = changes.next().context("nothing is told")?;
+    assert_eq!(change["policy"], "named");
+    assert_eq!(change["why"], "its files have changed");
+    assert_eq!(change["added"], json!(["unit = later.service"]));
+    assert_eq!(change["removed"], json!([]));
+    assert_eq!(changes.next(), None);
     let later = slice.child("later.service")?;
     assert_eq!(idle(&later)?, 63);
     assert_eq!(idle(&here)?, 60);

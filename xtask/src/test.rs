@@ -88,7 +88,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     if filter.is_none() {
         report.add(lints());
         report.add(documentation());
-        if let Some(step) = dependencies() {
+        for step in [dependencies(), mutants()].into_iter().flatten() {
             report.add(step);
         }
     }
@@ -212,6 +212,40 @@ fn dependencies() -> Option<Step> {
         exec::run(workspace::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
     });
     Some(step.remedy("mend what cargo-deny names above, or deny.toml"))
+}
+
+/// Whether a test fails for every fault that can be put into what this branch, or on
+/// main the last commit, changes of keepalive-common. Where cargo-mutants is
+/// installed, as with [`dependencies`].
+fn mutants() -> Option<Step> {
+    if exec::output(workspace::cargo().args(["mutants", "--version"])).is_err() {
+        exec::say("mutants: not tried, as cargo-mutants is not installed");
+        return None;
+    }
+    let git = |words: &[&str]| {
+        let mut git = Command::new("git");
+        exec::output(git.current_dir(workspace::root()).args(words))
+    };
+    let step = step("mutants", |_| {
+        let mut base = git(&["merge-base", "HEAD", "origin/main"]).unwrap_or_default();
+        if base.trim().is_empty() || base == git(&["rev-parse", "HEAD"])? {
+            "HEAD~1".clone_into(&mut base);
+        }
+        let diff = git(&["diff", base.trim(), "--", "keepalive-common"])?;
+        let file = workspace::target_dir().join("mutants.diff");
+        fs::write(&file, diff).with_context(|| format!("cannot write {}", file.display()))?;
+        exec::run(
+            workspace::cargo()
+                .args(["mutants", "--package", "keepalive-common", "--in-diff"])
+                .arg(&file)
+                .arg("--output")
+                .arg(workspace::target_dir())
+                .args(["--cargo-test-arg=--lib", "--timeout=60"])
+                // As many are enough to notice, and a mutant takes seconds.
+                .env("PROPTEST_CASES", "300"),
+        )
+    });
+    Some(step.remedy("write a test that fails for it; see docs/development.md"))
 }
 
 /// The tests on the real kernel. Cargo builds them as the user who runs this;

@@ -170,6 +170,24 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
                 policies.join(", ")
             )
         }
+        What::NamesChanged {
+            policy,
+            why,
+            added,
+            removed,
+            more,
+        } => {
+            let mut text = format!("policy {policy}, as {why}:");
+            for (how, names) in [("now for", added), ("no more for", removed)] {
+                if !names.is_empty() {
+                    let _ = write!(text, " {how} {};", names.join(", "));
+                }
+            }
+            if *more > 0 {
+                let _ = write!(text, " {more} names more;");
+            }
+            text + " none of these is there, so no connection changes"
+        }
         What::ReloadFailed { error } => format!("a config was not taken: {error}"),
         What::Swept {
             connections,

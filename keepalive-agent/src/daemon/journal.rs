@@ -2,7 +2,7 @@
 //! agent, and handed at once to those who follow.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -18,13 +18,19 @@ use tokio::{
 };
 
 use super::{Event, Reporter};
-use crate::{assignment::Assignment, datapath::DeadPeer, hierarchy::CgroupPath};
+use crate::{
+    assignment::Assignment, datapath::DeadPeer, hierarchy::CgroupPath, identity::Selector,
+};
 
 /// As many entries are kept, and a follower may be so many behind.
 pub const KEPT: usize = 1024;
 
 /// More than this follow at no time.
 pub const MOST_FOLLOWERS: usize = 16;
+
+/// An event has no more names than that of either kind: a policy may be for very
+/// many, and as many events are kept.
+pub const MOST_NAMES: usize = 20;
 
 /// A follower that takes no line for so long is cut off.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,6 +70,21 @@ pub enum What {
         why: String,
         /// Names of the policies.
         policies: Vec<String>,
+    },
+    /// A policy is for other names than before, none of which is there: that takes
+    /// no other policy set, and no connection changes.
+    NamesChanged {
+        /// Name of the policy.
+        policy: String,
+        /// Why its names were read again.
+        why: String,
+        /// Names that it is for now, as in `pod = shop/web-0`; the first
+        /// [`MOST_NAMES`] of them.
+        added: Vec<String>,
+        /// Names that it is for no more, likewise.
+        removed: Vec<String>,
+        /// How many more of both there are.
+        more: usize,
     },
     /// A config was read and not taken.
     ReloadFailed {
@@ -117,6 +138,32 @@ pub enum What {
         /// The signal, or what else.
         by: String,
     },
+}
+
+impl What {
+    /// That a policy is for other names.
+    pub(super) fn names_changed(
+        policy: &str,
+        why: &str,
+        before: &Selector,
+        now: &Selector,
+    ) -> Self {
+        let (before, now) = (before.words(), now.words());
+        let mut more = 0;
+        let mut those = |names: &BTreeSet<String>, without: &BTreeSet<String>| {
+            let mut names: Vec<_> = names.difference(without).cloned().collect();
+            more += names.len().saturating_sub(MOST_NAMES);
+            names.truncate(MOST_NAMES);
+            names
+        };
+        Self::NamesChanged {
+            policy: policy.to_owned(),
+            why: why.to_owned(),
+            added: those(&now, &before),
+            removed: those(&before, &now),
+            more,
+        }
+    }
 }
 
 /// A connection whose peer was found dead.
@@ -349,6 +396,7 @@ fn names(assignment: &Assignment) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::{Attribute, NamePattern};
 
     fn entry(at_ms: u64) -> Entry {
         Entry {
@@ -404,6 +452,36 @@ mod tests {
             assert!(end == "\n" && !json.contains('\n'), "{json}");
             assert_eq!(serde_json::from_str::<Entry>(json).unwrap(), entry);
         }
+    }
+
+    fn pods(names: impl IntoIterator<Item = usize>) -> Selector {
+        let names = names.into_iter().map(|n| format!("shop/web-{n:03}"));
+        let patterns = names.map(|name| NamePattern::new(&name).unwrap());
+        Selector {
+            attributes: [(Attribute::Pod, patterns.collect())].into(),
+            labels: [("app".to_owned(), NamePattern::new("web").unwrap())].into(),
+        }
+    }
+
+    #[test]
+    fn other_names_are_told_and_not_more_than_can_be_read() {
+        let changed = |before, now| match What::names_changed("p", "w", &before, &now) {
+            What::NamesChanged {
+                added,
+                removed,
+                more,
+                ..
+            } => (added, removed, more),
+            other => panic!("{other:?}"),
+        };
+        let name = |n| format!("pod = shop/web-{n:03}");
+        assert_eq!(
+            changed(pods([1, 2]), pods([2, 3])),
+            (vec![name(3)], vec![name(1)], 0)
+        );
+        assert_eq!(changed(pods([1]), pods([1])), (vec![], vec![], 0));
+        let (added, removed, more) = changed(pods([0]), pods(1..=MOST_NAMES + 5));
+        assert_eq!((added.len(), removed.len(), more), (MOST_NAMES, 1, 5));
     }
 
     async fn follower(journal: &Journal) -> UnixStream {

@@ -42,7 +42,7 @@ pub(super) const fn point(_: Operation) -> io::Result<()> {
 }
 
 #[cfg(feature = "fault-injection")]
-pub use armed::{arm, point, stop};
+pub use armed::{arm, arm_to_kill, point, stop};
 
 #[cfg(feature = "fault-injection")]
 mod armed {
@@ -50,14 +50,18 @@ mod armed {
         io,
         sync::{
             Mutex, PoisonError,
-            atomic::{AtomicI64, Ordering},
+            atomic::{AtomicBool, AtomicI64, Ordering},
         },
     };
+
+    use rustix::process::{Signal, getpid, kill_process};
 
     use super::Operation;
 
     /// Calls until one fails; negative where none is to.
     static COUNTDOWN: AtomicI64 = AtomicI64::new(-1);
+    /// Whether that call ends the process, as SIGKILL does.
+    static KILLS: AtomicBool = AtomicBool::new(false);
     static FAILED: Mutex<Option<Operation>> = Mutex::new(None);
 
     /// Lets the call fail that comes after so many others, once; tells which one
@@ -65,6 +69,12 @@ mod armed {
     pub fn arm(after: Option<u32>) -> Option<Operation> {
         COUNTDOWN.store(after.map_or(-1, i64::from), Ordering::SeqCst);
         FAILED.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Kills the process at the call that comes after so many others.
+    pub fn arm_to_kill(after: u32) {
+        KILLS.store(true, Ordering::SeqCst);
+        COUNTDOWN.store(i64::from(after), Ordering::SeqCst);
     }
 
     /// Lets no call fail any more; [`arm`] still tells which one did.
@@ -80,6 +90,9 @@ mod armed {
     pub fn point(operation: Operation) -> io::Result<()> {
         if COUNTDOWN.fetch_sub(1, Ordering::SeqCst) != 0 {
             return Ok(());
+        }
+        if KILLS.load(Ordering::SeqCst) {
+            let _ = kill_process(getpid(), Signal::KILL);
         }
         *FAILED.lock().unwrap_or_else(PoisonError::into_inner) = Some(operation);
         Err(io::Error::from_raw_os_error(libc::ENOMEM))

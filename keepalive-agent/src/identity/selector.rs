@@ -1,6 +1,11 @@
 //! Selector: which units, containers and pods a policy is for.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    str::FromStr,
+};
 
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
@@ -109,6 +114,18 @@ impl Selector {
             labels.get(key).is_some_and(|value| pattern.matches(value))
         };
         !self.is_empty() && self.attributes.iter().all(attribute) && self.labels.iter().all(label)
+    }
+
+    /// All that it names, each as `pod = shop/web-0` or `label app = web`.
+    #[must_use]
+    pub fn words(&self) -> BTreeSet<String> {
+        let attributes = self.attributes.iter().flat_map(|(attribute, patterns)| {
+            let word = move |pattern| format!("{} = {pattern}", attribute.key());
+            patterns.iter().map(word)
+        });
+        let labels = self.labels.iter();
+        let labels = labels.map(|(key, pattern)| format!("label {key} = {pattern}"));
+        attributes.chain(labels).collect()
     }
 }
 

@@ -111,6 +111,15 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
+    fn the_short_way_for_what_has_nothing_set_comes_to_the_same(
+        policy in policies(),
+        here in environments(),
+    ) {
+        let long = plan(&policy, &Options::default(), &here);
+        prop_assert_eq!(plan_unset(&policy, &here), long.wants);
+    }
+
+    #[test]
     fn a_second_plan_changes_nothing(
         policy in policies(),
         has in sockets(),

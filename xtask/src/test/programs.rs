@@ -31,6 +31,7 @@ const NEEDS: &[Need] = &[
     need("runc", "runc"),
     need("tcpdump", "tcpdump"),
     need("tmux", "tmux"),
+    need("vsftpd", "vsftpd"),
     need("/usr/lib/postgresql/*/bin/postgres", "postgresql"),
     need(
         "/usr/lib/python3/dist-packages/grpc/__init__.py",
