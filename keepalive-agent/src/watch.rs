@@ -39,10 +39,11 @@ use crate::{
 
 /// How long nothing may change before a change is told: an editor makes several
 /// at once.
-const QUIET: Duration = Duration::from_millis(100);
+const QUIET: Duration = Duration::from_millis(20);
 
-/// A change is told after this time even when others keep coming.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// A change is told after this time even when others keep coming: on a node on
+/// which pods come and go all the time, the next one connects soon.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
 
 /// A timer of no time at all would be none.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);

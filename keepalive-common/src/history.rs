@@ -550,6 +550,20 @@ mod tests {
     }
 
     #[test]
+    fn equal_timers_are_timers() {
+        for (idle, interval, probes) in [(5, 5, 0), (0, 5, 5), (5, 0, 5), (5, 0, 0)] {
+            let options = Options {
+                idle,
+                interval,
+                probes,
+                ..Options::default()
+            };
+            assert!(has_keepalive_timers(&options), "{options:?}");
+        }
+        assert!(!has_keepalive_timers(&Options::default()));
+    }
+
+    #[test]
     fn what_a_policy_filled_in_follows_the_policy() {
         let (a, b) = (
             policy(Range::default_only(60)),
