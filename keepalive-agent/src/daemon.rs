@@ -1169,11 +1169,10 @@ impl Daemon {
     /// Reads the config again, and builds what it says if that is anything new or
     /// asked for. What is wrong with it is logged and changes nothing.
     fn reload(&mut self, why: Why) {
-        if self.building.is_some() || self.is_first_pass() {
-            // The sweep needs what was before the set in force.
-            if why.demands() || self.reload_waiting.is_none() {
-                self.reload_waiting = Some(why);
-            }
+        // The sweep needs what was before the set in force. Other names do not
+        // concern it, and what they are for may be there in a moment.
+        if self.building.is_some() || (self.is_first_pass() && why.demands()) {
+            self.reload_later(why);
             return;
         }
         self.reload_waiting = None;
@@ -1184,11 +1183,16 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
+                let is_adopted = why == Why::FilesChanged && self.adopt(&config, &origin);
+                if !is_adopted && self.is_first_pass() {
+                    self.reload_later(why);
+                    return;
+                }
                 self.follow_cgroups();
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                if why != Why::FilesChanged || !self.adopt(&config, &origin) {
+                if !is_adopted {
                     self.build(config, origin, Some(why));
                 }
             }
@@ -1196,11 +1200,18 @@ impl Daemon {
         }
     }
 
+    /// Remembers that the config is to be read when what is under way is over.
+    fn reload_later(&mut self, why: Why) {
+        if why.demands() || self.reload_waiting.is_none() {
+            self.reload_waiting = Some(why);
+        }
+    }
+
     /// Goes over to a config that needs no other set: it differs in names of units,
     /// containers and pods only, none of which is there. So it is when a pod is bound
     /// to a node, or gone. Whether it could.
     fn adopt(&mut self, config: &Config, origin: &Origin) -> bool {
-        if !config.differs_in_names_only(&self.config) || !self.state.settled {
+        if !config.differs_in_names_only(&self.config) {
             return false;
         }
         let Some(enforcement) = &self.enforcement else {
@@ -1230,7 +1241,10 @@ impl Daemon {
         self.config = config.clone();
         self.origin = origin.clone();
         self.claimants = claimants;
-        if let Some(ownership) = &mut self.ownership {
+        // What is being swept is finished by the sweep.
+        if self.state.settled
+            && let Some(ownership) = &mut self.ownership
+        {
             ownership.finish(&self.config);
         }
         self.state.reload = Some(Reload {
@@ -1426,6 +1440,9 @@ impl Daemon {
         let changes = std::mem::take(&mut self.changes);
         self.follow_changes(&changes, reporter);
         self.sweep();
+        if self.reload_waiting == Some(Why::FilesChanged) {
+            self.reload(Why::FilesChanged);
+        }
         None
     }
 
