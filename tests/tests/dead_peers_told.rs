@@ -3,14 +3,15 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Crowd, Need, Netns, Probe, Process, Program, Socket, agent_binary,
-    agent_command, errno, output, require, wait_until,
+    Agent, Cgroup, Crowd, Need, Netns, Pins, Probe, Process, Program, Socket, agent_binary,
+    agent_command, detach, errno, output, require, wait_until,
 };
 use rustix::io::Errno;
 use rustix::process::Signal;
@@ -211,6 +212,44 @@ fn of_existing_connections_and_over_a_reload() -> Result<()> {
     agent.reload(&format!("{POLICY}user-timeout = \"1h\"\n"))?;
     agent.reload(POLICY)?;
     assert_eq!(counted(&cgroup, "default")?["probes"], 2);
+    Ok(())
+}
+
+/// Found while no agent ran, and told by the next one. Each set has a link of its own,
+/// of which one is left; and none when enforcement is taken off.
+#[test]
+fn without_an_agent() -> Result<()> {
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let pins = Pins::new();
+    let (near, far) = Netns::pair()?;
+    let mut theirs = Probe::start(Program::Static, &far)?;
+    let mut agent = Agent::start_pinned(&cgroup, POLICY, &pins, &[])?;
+    agent.swept()?;
+    let (mut ours, socket, _) = cut_off((&cgroup, &near), &mut theirs)?;
+    agent.reload(&format!("{POLICY}user-timeout = \"1h\"\n"))?;
+    agent.reload(POLICY)?;
+    agent.kill()?;
+    far.run("ip", "link set eth0 down")?;
+    assert_eq!(error_of(&mut ours, socket)?, Errno::TIMEDOUT);
+    assert_eq!(counted(&cgroup, "default")?["probes"], 1);
+
+    let mut agent = Agent::start_pinned(&cgroup, POLICY, &pins, &[])?;
+    agent.swept()?;
+    assert_eq!(counted(&cgroup, "default")?["probes"], 1);
+    let events = told(&cgroup)?;
+    let dead = |event: &&Value| event["event"] == "dead_peer";
+    assert_eq!(events.iter().filter(dead).count(), 1, "{events:?}");
+    let links = || -> Result<usize> {
+        let names = pins.all()?;
+        let names = names.iter().filter_map(|pin| pin.file_name()?.to_str());
+        Ok(names.filter(|name| name.starts_with("dead-peers-")).count())
+    };
+    assert_eq!(links()?, 1);
+    agent.stop()?;
+    assert_eq!(links()?, 1);
+    detach(&cgroup)?;
+    assert!(!Path::new(pins.name()).exists());
     Ok(())
 }
 

@@ -43,7 +43,7 @@ fn follows(pins: Option<&Pins>) -> Result<()> {
         assert_eq!(found.set["cgroup_id"], again.id()?, "{}", found.report);
         if let Some(pins) = pins {
             assert!(pins.link(&again)?.exists());
-            assert_eq!(pins.all()?.len(), 2, "{:?}", pins.all()?);
+            assert_eq!(pins.all()?.len(), 3, "{:?}", pins.all()?);
         }
         service = Some(again);
     }
