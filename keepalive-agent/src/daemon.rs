@@ -257,7 +257,7 @@ enum Wake {
     Sweep(Option<Progress>),
     EarlierSweepOver,
     Successor(Option<Request>),
-    Cgroups(Result<Vec<Change>>),
+    Cgroups(Result<Vec<Change>, datapath::Error>),
     SweepDue,
     RetryDue,
     WatchdogDue,
@@ -528,7 +528,7 @@ impl Daemon {
                 self.part(PART, Ok(()));
             }
             Err(error) => {
-                let error = format!("{error:#}; {UNTIL_RELOAD}");
+                let error = format!("{}; {UNTIL_RELOAD}", chain(&error));
                 warn!("{error}");
                 self.part_failed(PART, error);
             }
@@ -1601,11 +1601,15 @@ impl Daemon {
         }
     }
 
-    fn on_cgroups_changed(&mut self, changes: Result<Vec<Change>>, reporter: &mut dyn Reporter) {
+    fn on_cgroups_changed(
+        &mut self,
+        changes: Result<Vec<Change>, datapath::Error>,
+        reporter: &mut dyn Reporter,
+    ) {
         let changes = match changes {
             Ok(changes) => changes,
             Err(error) => {
-                let error = format!("{error:#}; {UNTIL_RELOAD}");
+                let error = format!("{}; {UNTIL_RELOAD}", chain(&error));
                 warn!("{error}");
                 self.events = None;
                 self.part_failed("new cgroups", error);

@@ -330,7 +330,12 @@ fn connections_are_those_that_ss_sees() -> Result<()> {
     let reloads = ["succeeded", "failed"]
         .map(|outcome| format!("keepalive_reloads_total{{outcome=\"{outcome}\"}}"));
     let reloads = reloads.each_ref().map(String::as_str);
-    assert_eq!(samples(socket, &reloads)?, [Some(0), Some(1)]);
+    // The agent may have seen the change by itself before it was asked to look.
+    let reloads = samples(socket, &reloads)?;
+    assert!(
+        reloads[0] == Some(0) && matches!(reloads[1], Some(1 | 2)),
+        "{reloads:?}"
+    );
     Ok(())
 }
 

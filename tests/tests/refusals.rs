@@ -41,9 +41,10 @@ fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
     anyhow::bail!("no map {name} in {program}")
 }
 
-/// Writes an idle time behind the agent's back that no config could hold.
+/// Writes an idle time behind the agent's back that no config could hold, into what
+/// the policy gives to a socket on which nothing is set.
 fn spoil_idle(cgroup: &Cgroup) -> Result<()> {
-    const UNITS_BEFORE_IDLE: usize = 2;
+    const UNITS_BEFORE_IDLE: usize = 1;
     let id = map(cgroup, "POLICIES")?;
     let slots = bpftool(&["map", "dump", "id", &id])?;
     let slot = slots.as_array().context("an empty map")?.get(SLOT);

@@ -91,6 +91,23 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         why: String,
     },
+    /// What an iterator wrote ended within a record.
+    #[error("the listing ended within a record")]
+    CutOff,
+    /// Open files cannot be gone through.
+    #[error("{0}")]
+    NoFiles(String),
+    /// Not all processes are seen, or under other ids than in /proc.
+    #[error(
+        "the kernel does not show this process under its own id among those that hold namespaces"
+    )]
+    OtherProcesses,
+    /// The kernel names cgroups by paths that are not the ones seen here.
+    #[error(
+        "this process sees only a part of the cgroup hierarchy, and the kernel names cgroups by \
+         their paths in the whole: run it in the host's cgroup namespace"
+    )]
+    PartOfHierarchy,
     /// The kernel's types.
     #[error("looking at the kernel's types: {0}")]
     Kernel(String),

@@ -2,7 +2,6 @@
 
 use std::os::fd::OwnedFd;
 
-use anyhow::{Context as _, Result, ensure};
 use aya::{
     maps::{Array, MapData, RingBuf},
     programs::loaded_links,
@@ -65,12 +64,10 @@ impl Events {
     /// # Minimum kernel version
     ///
     /// 5.8, for ring buffers.
-    pub fn load(kernel: &Kernel, hierarchy: &Hierarchy) -> Result<Self> {
-        ensure!(
-            hierarchy.is_whole(),
-            "this process sees only a part of the cgroup hierarchy, and the kernel names cgroups \
-             by their paths in the whole: run it in the host's cgroup namespace"
-        );
+    pub fn load(kernel: &Kernel, hierarchy: &Hierarchy) -> Result<Self, Error> {
+        if !hierarchy.is_whole() {
+            return Err(Error::PartOfHierarchy);
+        }
         // What the object has beside these programs goes away with it.
         let object = LoadedObject::new(
             kernel,
@@ -86,8 +83,9 @@ impl Events {
         ];
         let ring: RingBuf<MapData> = object.map_as(super::map::EVENTS)?;
         let lost = object.map_as(super::map::LOST)?;
-        let ring = awaited(ring, Interest::READABLE)
-            .context("watching for cgroups that are made and removed")?;
+        let ring = awaited(ring, Interest::READABLE).map_err(Error::call(
+            "watching for cgroups that are made and removed",
+        ))?;
         catch_up();
         Ok(Self {
             ring,
@@ -104,13 +102,13 @@ impl Events {
     /// # Errors
     ///
     /// When the kernel cannot be asked any more.
-    pub async fn next(&mut self) -> Result<Vec<Change>> {
+    pub async fn next(&mut self) -> Result<Vec<Change>, Error> {
         loop {
             let mut guard = self
                 .ring
                 .readable_mut()
                 .await
-                .context("waiting for cgroups that are made and removed")?;
+                .map_err(Error::call("waiting for cgroups that are made and removed"))?;
             let Drained {
                 mut changes,
                 records,
@@ -121,7 +119,10 @@ impl Events {
             }
             // Asked for after the records were read: where there was no room
             // for one, there were others to be read.
-            let lost = self.lost.get(&0, 0).context("counting what was lost")?;
+            let lost = self
+                .lost
+                .get(&0, 0)
+                .map_err(Error::map("counting what was lost"))?;
             if lost != self.known {
                 debug!(
                     records = lost - self.known,

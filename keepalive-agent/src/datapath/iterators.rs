@@ -6,7 +6,6 @@ use std::{
     os::fd::{AsRawFd as _, OwnedFd},
 };
 
-use anyhow::{Result, ensure};
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
 use super::{
@@ -64,11 +63,11 @@ impl Iterator {
 /// # Errors
 ///
 /// When the kernel breaks off, or `written` fails.
-pub(super) fn read(
+pub(super) fn read<E: From<Error>>(
     mut file: File,
     buffer: &mut [u8],
-    mut written: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
+    mut written: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     loop {
         match file.read(buffer) {
             Ok(0) => return Ok(()),
@@ -89,17 +88,17 @@ pub(super) fn read(
 /// # Errors
 ///
 /// When the kernel breaks off, or `each` fails.
-pub(super) fn read_records<T: bytemuck::AnyBitPattern>(
+pub(super) fn read_records<T: bytemuck::AnyBitPattern, E: From<Error>>(
     file: File,
-    mut each: impl FnMut(&T) -> Result<()>,
-) -> Result<u64> {
+    mut each: impl FnMut(&T) -> Result<(), E>,
+) -> Result<u64, E> {
     // The kernel's own buffer has eight pages, whatever their size; a smaller one
     // here only takes more reads.
     let mut buffer = vec![0; 64 * 1024];
     // A read may end within a record.
     let mut pending = Vec::new();
     let mut count = 0;
-    read(file, &mut buffer, |bytes| {
+    read::<E>(file, &mut buffer, |bytes| {
         pending.extend_from_slice(bytes);
         let mut records = pending.chunks_exact(size_of::<T>());
         for record in &mut records {
@@ -110,6 +109,9 @@ pub(super) fn read_records<T: bytemuck::AnyBitPattern>(
         pending.drain(..pending.len() - left);
         Ok(())
     })?;
-    ensure!(pending.is_empty(), "the listing ended within a record");
-    Ok(count)
+    if pending.is_empty() {
+        Ok(count)
+    } else {
+        Err(Error::CutOff.into())
+    }
 }

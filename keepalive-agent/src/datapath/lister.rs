@@ -2,7 +2,6 @@
 
 use std::{fs::File, os::fd::AsRawFd as _, process};
 
-use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::{
     descriptor::{DescriptorRecord, HeldRecord, Kind},
     socket::SocketRecord,
@@ -43,7 +42,7 @@ impl Lister {
     /// # Minimum kernel version
     ///
     /// 5.9, for TCP iterators.
-    pub fn load(kernel: &Kernel, cgroup: &CgroupPath) -> Result<Self> {
+    pub fn load(kernel: &Kernel, cgroup: &CgroupPath) -> Result<Self, Error> {
         // Without permission to look, values tell who set them, as far as they do.
         let sets = in_force().unwrap_or_default();
         let records = sets.iter().filter_map(|set| set.record.as_ref().ok());
@@ -78,7 +77,10 @@ impl Lister {
     /// # Errors
     ///
     /// When the listing breaks off, or `each` fails.
-    pub fn list(&self, each: &mut dyn FnMut(&SocketRecord) -> Result<()>) -> Result<u64> {
+    pub fn list<E: From<Error>>(
+        &self,
+        each: &mut dyn FnMut(&SocketRecord) -> Result<(), E>,
+    ) -> Result<u64, E> {
         read_records(self.sockets.open()?, each)
     }
 
@@ -96,10 +98,10 @@ impl Lister {
     /// # Minimum kernel version
     ///
     /// 5.11, for bpf_sock_from_file.
-    pub fn descriptors(&self, each: impl FnMut(&HeldRecord)) -> Result<()> {
+    pub fn descriptors(&self, each: impl FnMut(&HeldRecord)) -> Result<(), Error> {
         match &self.files {
             Ok(files) => read_descriptors(files.open()?, each),
-            Err(error) => bail!("{}", chain(error)),
+            Err(error) => Err(Error::NoFiles(chain(error))),
         }
     }
 }
@@ -132,21 +134,23 @@ impl OfDescriptor for HeldRecord {
 pub(super) fn read_descriptors<T: OfDescriptor>(
     iterator: File,
     mut each: impl FnMut(&T),
-) -> Result<()> {
-    let own = File::open(netns::OWN)
-        .with_context(|| format!("opening {}: is /proc mounted?", netns::OWN))?;
+) -> Result<(), Error> {
+    let own = File::open(netns::OWN).map_err(Error::call(format!(
+        "opening {}: is /proc mounted?",
+        netns::OWN
+    )))?;
     let number = own.as_raw_fd().cast_unsigned();
     let mut finds_own = false;
-    read_records(iterator, |record: &T| {
+    read_records::<_, Error>(iterator, |record: &T| {
         let found = record.descriptor();
         finds_own |= Kind::from_number(found.kind) == Some(Kind::Namespace)
             && (found.process, found.descriptor) == (process::id(), number);
         each(record);
         Ok(())
     })?;
-    ensure!(
-        finds_own,
-        "the kernel does not show this process under its own id among those that hold namespaces"
-    );
-    Ok(())
+    if finds_own {
+        Ok(())
+    } else {
+        Err(Error::OtherProcesses)
+    }
 }

@@ -22,7 +22,7 @@ use tracing::debug;
 
 use super::holders::{Holder, Holders, Key};
 use crate::{
-    datapath::Lister,
+    datapath::{Lister, chain},
     netns::{self, Census, Namespace},
 };
 
@@ -99,7 +99,7 @@ pub fn sum_up<T: Default + Send>(
             (namespaces, others)
         }
         Err(error) => {
-            debug!("{error:#}; each network namespace is entered");
+            debug!("{}; each network namespace is entered", chain(&error));
             (sum, seen) = Default::default();
             let namespaces = netns::all()?;
             let others = namespaces.iter().map(|_| Ok(true)).collect();
