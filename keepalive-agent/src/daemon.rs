@@ -32,7 +32,7 @@ use crate::{
     config::{Config, SelfService, Sources},
     datapath::{
         self, Attachment, Bounds, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
-        PinDirectory, Refusals, Reload, SetRecord, State,
+        PinDirectory, Refusals, Reload, SetRecord, State, chain,
     },
     grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
@@ -1380,13 +1380,12 @@ impl Daemon {
         reporter: &mut dyn Reporter,
     ) -> Option<(&'static str, Leaves)> {
         self.building = None;
-        let replaced = built.and_then(|built| {
+        let replaced = built.and_then(|mut built| {
             let Some(mut enforcement) = self.enforcement.take() else {
                 bail!("the cgroup went away meanwhile");
             };
             self.hold_bounds(&mut enforcement.bounds, &built.set);
             let replaced = enforcement.attachment.replace(&built.set);
-            let mut built = built;
             if replaced.is_ok() {
                 self.watch_deaths(&mut enforcement.attachment, &mut built.set);
             }
@@ -1953,10 +1952,6 @@ fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         debug!("telling the service manager: {error}");
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    datapath::chain(error)
 }
 
 fn seconds_since_1970() -> u64 {

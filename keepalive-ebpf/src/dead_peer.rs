@@ -6,7 +6,7 @@
 //! instead of for every change of a connection's state, which would cost all of
 //! them. Which connections are watched is marked on the socket itself.
 
-use core::{ffi::c_void, ptr};
+use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{
@@ -14,9 +14,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_RTO_CB_FLAG, BPF_TCP_CLOSE,
     },
     btf_maps::{Array, RingBuf, SkStorage},
-    helpers::generated::{
-        bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt, bpf_sk_storage_get,
-    },
+    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt},
     macros::btf_map,
     programs::{BtfTracePointContext, SockOpsContext},
 };
@@ -25,6 +23,7 @@ use keepalive_common::dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket};
 use crate::{
     claim,
     enforce::{add, count},
+    history,
     kernel::{Cgroup, TcpSock},
     list::milliseconds,
     recent,
@@ -173,23 +172,9 @@ fn found(sock: TcpSock, end: &End, cause: Cause) {
 /// memory to remember that, it is counted again.
 #[inline(always)]
 fn is_counted(sock: TcpSock) -> bool {
-    let map: *const c_void = (&raw const COUNTED).cast();
     let number = sock.connection_number();
-    // SAFETY: the map and the socket are the kernel's own.
-    let counted: *mut u64 = unsafe {
-        bpf_sk_storage_get(
-            map.cast_mut(),
-            sock.target(),
-            ptr::null_mut(),
-            BPF_SK_STORAGE_GET_F_CREATE.into(),
-        )
-        .cast()
-    };
-    // SAFETY: null, or eight aligned bytes, which are zero when they are new.
-    let Some(counted) = (unsafe { counted.as_mut() }) else {
-        return false;
-    };
-    core::mem::replace(counted, number) == number
+    history::element(&COUNTED, sock.target(), BPF_SK_STORAGE_GET_F_CREATE.into())
+        .is_some_and(|counted| core::mem::replace(counted, number) == number)
 }
 
 /// Whether to wake the agent: when it wants to know at once, or when there is so

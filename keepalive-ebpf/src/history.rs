@@ -28,7 +28,7 @@ static ORIGINALS: SkStorage<SocketHistory> = SkStorage::new();
 /// sweep finds right.
 #[inline(always)]
 pub(crate) fn of<'a>(socket: *mut c_void) -> Option<&'a mut SocketHistory> {
-    element(socket, 0)
+    element(&ORIGINALS, socket, 0)
 }
 
 /// What policies replaced on the socket so far.
@@ -75,7 +75,7 @@ pub(crate) fn keep(
     } else {
         BPF_SK_STORAGE_GET_F_CREATE
     };
-    if let Some(history) = element(socket, flags.into()) {
+    if let Some(history) = element(&ORIGINALS, socket, flags.into()) {
         history.originals = originals;
         history.held_to = *policy;
     }
@@ -92,7 +92,7 @@ pub(crate) fn hold(
     now: &Options,
     environment: &Environment,
 ) {
-    if let Some(history) = element(socket, BPF_SK_STORAGE_GET_F_CREATE.into()) {
+    if let Some(history) = element(&ORIGINALS, socket, BPF_SK_STORAGE_GET_F_CREATE.into()) {
         let asked_later = history.originals.asked_later();
         history.originals = Originals::all(application, now, asked_later);
         history.held_to = *policy;
@@ -100,14 +100,19 @@ pub(crate) fn hold(
     }
 }
 
-/// aya offers this only for a hook that is not ours.
+/// What a map keeps beside a socket; zero when it is new. aya offers this only for a
+/// hook that is not ours.
 #[inline(always)]
-fn element<'a>(socket: *mut c_void, flags: u64) -> Option<&'a mut SocketHistory> {
-    let map: *const c_void = (&raw const ORIGINALS).cast();
+pub(crate) fn element<'a, T>(
+    map: &'static SkStorage<T>,
+    socket: *mut c_void,
+    flags: u64,
+) -> Option<&'a mut T> {
+    let map: *const c_void = ptr::from_ref(map).cast();
     // SAFETY: the map and the socket are the kernel's own.
-    let element: *mut SocketHistory =
+    let element: *mut T =
         unsafe { bpf_sk_storage_get(map.cast_mut(), socket, ptr::null_mut(), flags).cast() };
-    // SAFETY: null, or a live element, which is zero when it is new; see `of` for
-    // why nobody else uses it.
+    // SAFETY: null, or a live element; see `of` for why nobody else uses one of
+    // `ORIGINALS`, and what is kept elsewhere is a number.
     unsafe { element.as_mut() }
 }

@@ -204,8 +204,7 @@ fn documentation() -> Step {
 /// takes longer than all other checks. Not the advisories: their database cannot
 /// be fetched everywhere, and a new one must not fail an old commit.
 fn dependencies() -> Option<Step> {
-    if exec::output(workspace::cargo().args(["deny", "--version"])).is_err() {
-        exec::say("dependencies: not looked at, as cargo-deny is not installed");
+    if !is_installed("deny") {
         return None;
     }
     let step = step("dependencies", |_| {
@@ -214,12 +213,20 @@ fn dependencies() -> Option<Step> {
     Some(step.remedy("mend what cargo-deny names above, or deny.toml"))
 }
 
+/// Whether cargo has a command that is not installed for a test; says so if not.
+fn is_installed(command: &str) -> bool {
+    let found = exec::output(workspace::cargo().args([command, "--version"])).is_ok();
+    if !found {
+        exec::say(&format!("cargo-{command} is not installed: left out"));
+    }
+    found
+}
+
 /// Whether a test fails for every fault that can be put into what this branch, or on
 /// main the last commit, changes of keepalive-common. Where cargo-mutants is
 /// installed, as with [`dependencies`].
 fn mutants() -> Option<Step> {
-    if exec::output(workspace::cargo().args(["mutants", "--version"])).is_err() {
-        exec::say("mutants: not tried, as cargo-mutants is not installed");
+    if !is_installed("mutants") {
         return None;
     }
     let git = |words: &[&str]| {
