@@ -159,13 +159,19 @@ impl fmt::Display for Warning {
 }
 
 impl Assignment {
-    /// The cgroups with a claim of their own that points to a policy, by its
-    /// index.
-    pub fn paths_of(&self, policy: usize) -> impl Iterator<Item = &CgroupPath> {
-        self.claims
-            .iter()
-            .filter(move |claim| claim.policies.contains(&policy))
-            .map(|claim| &claim.cgroup.path)
+    /// The cgroups with a claim of their own that points to a policy, for each of
+    /// them in the order of the policies.
+    #[must_use]
+    pub fn paths_of_each(&self) -> Vec<Vec<&CgroupPath>> {
+        let mut paths = vec![Vec::new(); self.policies.len()];
+        for claim in &self.claims {
+            for policy in &claim.policies {
+                if let Some(paths) = paths.get_mut(*policy) {
+                    paths.push(&claim.cgroup.path);
+                }
+            }
+        }
+        paths
     }
 }
 
@@ -1039,8 +1045,8 @@ mod tests {
         let claimants = Claimants::new(&config, &root).unwrap();
         let (assignment, _) = assign(&claimants, &existing);
         let claiming = |policy: usize| -> Vec<_> {
-            let paths = assignment.paths_of(policy);
-            paths.map(CgroupPath::depth).collect()
+            let paths = &assignment.paths_of_each()[policy];
+            paths.iter().map(|path| path.depth()).collect()
         };
         assert_eq!(claiming(0), [0]);
         assert_eq!(claiming(1), [2, 34, 66, 98]);

@@ -1504,7 +1504,7 @@ impl Daemon {
             return;
         }
         self.sweep_begun = Instant::now();
-        match SweepJob::start(enforcement.set.sweeper(), self.state.settled) {
+        match SweepJob::start(enforcement.set.sweeper()) {
             Ok(sweep) => {
                 self.sweep = Some(sweep);
                 self.state.sweep.under_way = true;
@@ -1519,11 +1519,24 @@ impl Daemon {
         }
     }
 
+    /// After a sweep, unless there are connections for another one.
+    fn settle(&mut self) {
+        if self.sweep_again || self.sweep_due.is_some() {
+            return;
+        }
+        if let Some(enforcement) = &mut self.enforcement
+            && let Err(error) = enforcement.set.settle()
+        {
+            debug!("{}", chain(&error));
+        }
+    }
+
     fn on_sweep_progress(&mut self, progress: Option<Progress>, reporter: &mut dyn Reporter) {
         const PART: &str = "existing connections";
         match progress {
             Some(Progress::FirstPass(Ok(swept))) => {
                 self.state.settled = true;
+                self.settle();
                 self.state.totals.sweeps += 1;
                 self.state.sweep.connections = swept.seen;
                 self.state.sweep.namespaces = swept.namespaces as u64;

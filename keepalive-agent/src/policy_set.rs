@@ -77,7 +77,8 @@ pub struct PolicySet {
     assigned: Vec<(u32, Rules)>,
     /// Policies by index → the number of their compiled rules.
     compiled: HashMap<Vec<usize>, u32>,
-    /// Path → what it claimed itself in the set before.
+    /// Path → what it claimed itself before: in the set before, until all connections
+    /// have been brought along.
     before: BTreeMap<CgroupPath, OwnClaim>,
     /// Path → what it claims itself.
     now: BTreeMap<CgroupPath, OwnClaim>,
@@ -293,11 +294,17 @@ impl PolicySet {
         if self.now.get(&made.path) == Some(&own) {
             return Ok(None);
         }
+        // What its connections have they have from what was in force for it so far.
+        let claimed = if self.has_claim_of(made) {
+            &self.before
+        } else {
+            &self.now
+        };
         Ok(Some(NewClaim {
             cgroup: made.clone(),
             claim: Claim {
                 now,
-                before: nearest(&self.before, &made.path),
+                before: nearest(claimed, &made.path),
             },
         }))
     }
@@ -313,11 +320,23 @@ impl PolicySet {
 
     /// Makes a claim that stands in the kernel part of the set.
     pub fn add(&mut self, new: &NewClaim) {
-        let own = OwnClaim {
-            id: new.cgroup.id,
-            target: new.claim.now,
-        };
-        self.now.insert(new.cgroup.path.clone(), own);
+        let id = new.cgroup.id;
+        let Claim { now, before } = new.claim;
+        for (claims, target) in [(&mut self.now, now), (&mut self.before, before)] {
+            claims.insert(new.cgroup.path.clone(), OwnClaim { id, target });
+        }
+    }
+
+    /// All connections have been brought along: no value is of an earlier claim any
+    /// more. Claims that change by that, as they are to be written.
+    pub fn settle(&mut self) -> Vec<(Cgroup, Claim)> {
+        let changed: Vec<_> = self
+            .claims()
+            .filter(|(_, claim)| claim.before != claim.now)
+            .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
+            .collect();
+        self.before.clone_from(&self.now);
+        changed
     }
 
     /// Whether a cgroup has a claim of its own.

@@ -81,18 +81,17 @@ pub struct SweepJob {
 }
 
 impl SweepJob {
-    /// Begins. `settled` says that no connection has a value of a set before.
+    /// Begins.
     ///
     /// # Errors
     ///
     /// When no thread can be started.
-    pub fn start(sweeper: &Sweeper, settled: bool) -> io::Result<Self> {
+    pub fn start(sweeper: &Sweeper) -> io::Result<Self> {
         let (sender, progress) = unbounded_channel();
         let stop = Arc::new(AtomicBool::new(false));
         let probed = Arc::new(AtomicU64::new(0));
         let passes = Passes {
             sweeper: sweeper.clone(),
-            settled,
             dry_run: false,
             stop: stop.clone(),
             probed: probed.clone(),
@@ -152,7 +151,6 @@ impl Drop for SweepJob {
 pub fn first_pass(sweeper: &Sweeper, dry_run: bool) -> Result<Swept> {
     let passes = Passes {
         sweeper: sweeper.clone(),
-        settled: false,
         dry_run,
         stop: Arc::default(),
         probed: Arc::default(),
@@ -162,7 +160,6 @@ pub fn first_pass(sweeper: &Sweeper, dry_run: bool) -> Result<Swept> {
 
 struct Passes {
     sweeper: Sweeper,
-    settled: bool,
     dry_run: bool,
     stop: Arc<AtomicBool>,
     probed: Arc<AtomicU64>,
@@ -219,7 +216,6 @@ impl Passes {
             }
             let pass = Pass {
                 counts: u32::from(counts),
-                settled: u32::from(self.settled),
                 dry_run: u32::from(self.dry_run),
                 ..Pass::default()
             };
@@ -249,7 +245,6 @@ impl Passes {
             let pass = Pass {
                 batch: BATCH,
                 class,
-                settled: u32::from(self.settled),
                 ..Pass::default()
             };
             let (namespaces, _) = self.namespaces(false).unwrap_or_else(|error| {
@@ -294,12 +289,8 @@ impl Passes {
     /// with connections, to count them. What is known of the others counts as
     /// looked at.
     fn namespaces(&self, all: bool) -> Result<(Vec<Namespace>, Swept)> {
-        let pass = Pass {
-            settled: u32::from(self.settled),
-            ..Pass::default()
-        };
         let mut swept = Swept::default();
-        let survey = match self.sweeper.survey(pass) {
+        let survey = match self.sweeper.survey(Pass::default()) {
             Ok(survey) => survey,
             Err(error) => {
                 debug!("{error:#}; every namespace is entered");

@@ -34,8 +34,6 @@ pub struct Pass {
     pub class: u32,
     /// 1 to count connections per policy, 0 where they have been counted.
     pub counts: u32,
-    /// 1 where no connection has a value of the set before any more.
-    pub settled: u32,
     /// 1 to count what would be done and do nothing.
     pub dry_run: u32,
     /// Connections that were looked at.

@@ -44,7 +44,7 @@ struct Claimed {
 fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
-    let slot_before = if pass.settled != 0 || claim.before == claim.now {
+    let slot_before = if claim.before == claim.now {
         slot
     } else {
         claim::slot(claim.before, sock)

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, output, require, skip, wait_until,
+    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, Sockopt, output, require, skip,
+    wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -245,6 +246,40 @@ fn connections_made_at_once() -> Result<()> {
         connections.get(GLOB).with_context(context)?;
     }
     Ok(())
+}
+
+/// They got what the policy above gives, which is not what the application set. From
+/// then on it is the application's, when that sets it.
+#[test]
+fn connections_made_under_the_policy_above() -> Result<()> {
+    require!();
+    let root = Cgroup::new()?;
+    let slice = root.child("slice")?;
+    let config = |interval| {
+        format!(
+            "[default]\nidle = \"70s\"\ninterval = \"{interval}s\"\n{}",
+            config(&root)
+        )
+    };
+    let mut agent = Agent::start(&root, &config(10))?;
+    agent.swept()?;
+    agent.signal(Signal::STOP)?;
+    let scope = slice.child("x-late.scope")?;
+    let mut connections = Connections::of(&scope)?;
+    connections.get(Options::on(70, 10, 6))?;
+    agent.signal(Signal::CONT)?;
+    connections.get(GLOB)?;
+    agent.swept()?;
+
+    let [own, other] = connections.sockets[..] else {
+        panic!("one connection");
+    };
+    connections.probe.set(own, Sockopt::Idle, 70)?;
+    agent.reload(&config(11))?;
+    connections.sockets = vec![other];
+    connections.get(Options::on(71, 11, 6))?;
+    connections.sockets = vec![own];
+    connections.get(Options::on(70, 11, 6))
 }
 
 /// Figures of a process: open descriptors, and kilobytes of its own memory.

@@ -233,13 +233,15 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 }
 
 fn policies(assignment: &Assignment) -> Vec<PolicyRecord<'_>> {
-    let records = (0..).zip(&assignment.policies).map(|(index, assigned)| {
+    let paths = assignment.paths_of_each();
+    let records = paths.iter().zip(&assignment.policies);
+    let records = records.map(|(paths, assigned)| {
         let [keepalive, idle, interval, probes, user_timeout, give_up] =
             output::wishes(&assigned.policy);
         PolicyRecord {
             name: &assigned.name,
             enforced: assigned.policy.is_enforced(),
-            cgroups: assignment.paths_of(index).count(),
+            cgroups: paths.len(),
             remotes: texts(&assigned.rules.remotes),
             ports: texts(&assigned.rules.ports),
             local_ports: texts(&assigned.rules.local_ports),
@@ -266,7 +268,9 @@ fn policy_table(assignment: &Assignment) -> String {
         "CGROUPS",
         "FOR",
     ];
-    let rows = (0..).zip(&assignment.policies).map(|(index, assigned)| {
+    let paths = assignment.paths_of_each();
+    let rows = paths.iter().zip(&assignment.policies);
+    let rows = rows.map(|(paths, assigned)| {
         let [keepalive, idle, interval, probes, user_timeout, give_up] =
             output::wishes(&assigned.policy);
         let remotes = texts(&assigned.rules.remotes);
@@ -289,7 +293,7 @@ fn policy_table(assignment: &Assignment) -> String {
             probes,
             user_timeout,
             give_up,
-            some_of(assignment.paths_of(index)),
+            some_of(paths.iter()),
             match ends.len() {
                 0 => "all".to_owned(),
                 _ => some_of(ends.iter()),

@@ -74,7 +74,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);
-    let job = SweepJob::start(set.sweeper(), false)?;
+    let job = SweepJob::start(set.sweeper())?;
     let is_complete = follow::follow(job, SWEEPING, |swept| report::swept(target.json, swept))?;
     output::text(report::changed(target.json, set.record()))?;
     Ok(if is_complete {

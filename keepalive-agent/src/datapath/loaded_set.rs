@@ -377,6 +377,24 @@ impl LoadedSet {
         Ok(true)
     }
 
+    /// Says that every connection has been brought along: from here on what a claim
+    /// was before is what it is.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written. What it says of connections that have been
+    /// brought along is wrong then only where an application sets just what an
+    /// earlier policy gave.
+    pub fn settle(&mut self) -> Result<(), Error> {
+        for (cgroup, claim) in self.records.settle() {
+            let doing = format!("settling the policy of cgroup {}", cgroup.path);
+            write(&doing, "cgroups", MOST, || {
+                self.cgroups.insert(cgroup.id, claim, 0)
+            })?;
+        }
+        Ok(())
+    }
+
     /// Gives a user a policy for a command, over those of the assignment, by index,
     /// that claim its cgroup.
     ///

@@ -2,7 +2,7 @@
 //! agent runs or not.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -273,11 +273,13 @@ impl SetRecord {
         let mut order: Vec<Counted> = Vec::new();
         let mut totals: BTreeMap<Counted, Done> = BTreeMap::new();
         let mut current = self.own.done()?;
+        let counted: BTreeSet<_> = current.iter().map(|(whose, _)| whose).collect();
         let in_force: Vec<_> = self
             .description
             .config_names()
-            .filter(|whose| current.iter().any(|(counted, _)| counted == whose))
+            .filter(|whose| counted.contains(whose))
             .collect();
+        let mut listed: BTreeSet<_> = in_force.iter().cloned().collect();
         order.extend(in_force.iter().cloned());
         current.extend(match &self.previous {
             Some(previous) => previous.done()?,
@@ -285,8 +287,8 @@ impl SetRecord {
         });
         current.extend(self.description.done.iter().cloned());
         for (whose, done) in current {
-            if !order.contains(&whose) && (done.established.seen(), done.existing.seen()) != (0, 0)
-            {
+            let is_empty = (done.established.seen(), done.existing.seen()) == (0, 0);
+            if !is_empty && listed.insert(whose.clone()) {
                 order.push(whose.clone());
             }
             totals.entry(whose).or_default().add(&done);

@@ -390,6 +390,27 @@ fn a_cgroup_made_again_is_another_one() {
 }
 
 #[test]
+fn a_cgroup_that_comes_later_had_the_policy_above() {
+    let mut now = one("/a", 1, None);
+    now.policies.push(assigned(2, None));
+    let mut set = PolicySet::new(Some(&one("/a", 3, None)), &now).unwrap();
+    let above = set.claim(&"/a".into());
+    let cgroup = at("/a/b");
+    let new = set.claim_for(&cgroup, &[1]).unwrap().unwrap();
+    assert_eq!(new.claim.before, above.now);
+    set.add(&new);
+    assert_eq!(set.claim(&cgroup.path), new.claim);
+    let settled = |claim: Claim| Claim {
+        before: claim.now,
+        ..claim
+    };
+    let claims = [(at("/a"), settled(above)), (cgroup, settled(new.claim))];
+    assert_eq!(set.settle(), claims);
+    assert_eq!(set.claims().collect::<Vec<_>>(), claims);
+    assert_eq!(set.settle(), []);
+}
+
+#[test]
 fn a_policy_that_stays_keeps_one_slot() {
     let same = one("/a", 1, None);
     let set = PolicySet::new(Some(&same), &same).unwrap();

@@ -127,7 +127,7 @@ pub(super) fn restore(
         wait_for_end(*pid, &path)?;
     }
     let mut ownership = Ownership::acquire(&path, PATIENCE)?;
-    let job = SweepJob::start(built.set.sweeper(), false)?;
+    let job = SweepJob::start(built.set.sweeper())?;
     let is_complete = follow::follow(job, "restoring connections", |_| String::new())?;
     let bounds = Bounds::of(built.set.record(), cgroup, pins.cloned())?;
     let done = built.set.record().restored()?;
