@@ -80,8 +80,8 @@ pub(crate) fn check() -> Result<()> {
 }
 
 /// Builds the programs that the benchmark compares with, which are not shipped.
-pub(crate) fn build_bench_object() -> Result<()> {
-    compile(&toolchain()?, "bench").map(drop)
+pub(crate) fn build_bench_object() -> Result<PathBuf> {
+    compile(&toolchain()?, "bench")
 }
 
 /// What turns Rust into a BPF object.

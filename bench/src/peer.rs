@@ -1,0 +1,335 @@
+//! What is compared: nothing, other programs, ours, and what applications do.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::Ipv4Addr,
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Ebpf,
+    programs::{CgroupAttachMode, SockOps},
+};
+use keepalive_tests::{Cgroup, Netns, output};
+
+use crate::{
+    agent::Agent,
+    load::{Load, Spot},
+    timed::LIMIT,
+};
+
+/// What holds for everything, as floor and libkeepalive have it too.
+pub(crate) const DEFAULT_POLICY: &str = "[default]\n";
+
+pub(crate) const NOTHING: &str = "nothing";
+pub(crate) const NOOP: &str = "no-op";
+pub(crate) const FLOOR: &str = "floor";
+pub(crate) const OURS: &str = "ours";
+pub(crate) const BEFORE: &str = "ours before";
+pub(crate) const PRELOAD: &str = "libkeepalive";
+const APPLICATION: &str = "application";
+
+/// One of those that are compared.
+pub(crate) struct Peer {
+    pub(crate) name: String,
+    attached: Attached,
+    sets_options: bool,
+    preload: Option<PathBuf>,
+    load: Cgroup,
+    /// Where the connecting ends are, if not beside the accepting ones.
+    connecting: Option<Cgroup>,
+    // Goes last: what is attached to it and what is below it go first.
+    root: Cgroup,
+}
+
+enum Attached {
+    Nothing,
+    Program(Ebpf, &'static str),
+    Agent(Agent),
+}
+
+impl Peer {
+    /// In cgroups of its own, the load one level below what is attached.
+    fn make(name: &str, attach: impl FnOnce(&Cgroup) -> Result<Attached>) -> Result<Self> {
+        let root = Cgroup::new()?;
+        Ok(Self {
+            name: name.to_owned(),
+            attached: attach(&root)?,
+            sets_options: false,
+            preload: None,
+            load: root.child("load")?,
+            connecting: None,
+            root,
+        })
+    }
+
+    pub(crate) fn nothing() -> Result<Self> {
+        Self::make(NOTHING, |_| Ok(Attached::Nothing))
+    }
+
+    /// One of the programs of the benchmark's object, `noop` or `floor`.
+    pub(crate) fn program(name: &str, program: &'static str) -> Result<Self> {
+        Self::make(name, |root| {
+            let object = std::env::var_os("KEEPALIVE_BENCH_OBJECT")
+                .context("KEEPALIVE_BENCH_OBJECT is not set: start with cargo xtask bench")?;
+            let mut ebpf = Ebpf::load_file(&object)
+                .with_context(|| format!("cannot load {}", object.display()))?;
+            let loaded: &mut SockOps = ebpf
+                .program_mut(program)
+                .with_context(|| format!("the object has no program {program}"))?
+                .try_into()?;
+            loaded.load()?;
+            let cgroup = fs::File::open(root.directory())?;
+            loaded.attach(cgroup, CgroupAttachMode::default())?;
+            Ok(Attached::Program(ebpf, program))
+        })
+    }
+
+    /// An agent with the config that this gives for its cgroup.
+    pub(crate) fn agent(
+        name: &str,
+        agent: &Path,
+        config: impl FnOnce(&Cgroup) -> Result<String>,
+    ) -> Result<Self> {
+        Self::make(name, |root| {
+            let config = config(root)?;
+            Ok(Attached::Agent(Agent::start(agent, root, &config)?))
+        })
+    }
+
+    /// The same, whose policy holds for everything.
+    pub(crate) fn ours(name: &str, agent: &Path) -> Result<Self> {
+        Self::agent(name, agent, |_| Ok(DEFAULT_POLICY.to_owned()))
+    }
+
+    /// The same, with the load so many levels below the attached cgroup.
+    pub(crate) fn deep(name: &str, agent: &Path, levels: usize) -> Result<Self> {
+        let mut peer = Self::ours(name, agent)?;
+        peer.load = peer.root.descendant(&vec!["level"; levels].join("/"))?;
+        Ok(peer)
+    }
+
+    /// The two ends in cgroups that put one another out of what the program
+    /// remembers of cgroups (`PLACES` in keepalive-ebpf/src/recent.rs): a walk
+    /// for every socket.
+    pub(crate) fn forgetful(name: &str, agent: &Path) -> Result<Self> {
+        const PLACES: u64 = 64;
+        let mut peer = Self::ours(name, agent)?;
+        let taken = peer.load.id()? % PLACES;
+        for number in 0.. {
+            let other = peer.root.child(format!("other{number}"))?;
+            if other.id()? % PLACES == taken {
+                peer.connecting = Some(other);
+                break;
+            }
+        }
+        Ok(peer)
+    }
+
+    /// An application that sets the options itself, on both ends.
+    pub(crate) fn application() -> Result<Self> {
+        let mut peer = Self::make(APPLICATION, |_| Ok(Attached::Nothing))?;
+        peer.sets_options = true;
+        Ok(peer)
+    }
+
+    /// Debian's libkeepalive0; none where it is not installed.
+    pub(crate) fn preload() -> Result<Option<Self>> {
+        let Some(library) = keepalive_tests::libkeepalive() else {
+            return Ok(None);
+        };
+        let mut peer = Self::make(PRELOAD, |_| Ok(Attached::Nothing))?;
+        peer.preload = Some(library);
+        Ok(Some(peer))
+    }
+
+    /// The agent, where there is one.
+    pub(crate) fn running(&self) -> Option<&Agent> {
+        match &self.attached {
+            Attached::Agent(agent) => Some(agent),
+            _ => None,
+        }
+    }
+
+    /// Nanoseconds of CPU of a connection under this peer.
+    pub(crate) fn churn(&self, churn: &Churn<'_>) -> Result<f64> {
+        let outside = |is_governed: bool, cgroup| match churn.outside {
+            Some(outside) if !is_governed => &outside.load,
+            _ => cgroup,
+        };
+        let connecting = self.connecting.as_ref().unwrap_or(&self.load);
+        let spot = |cgroup: &Cgroup, netns: &Netns| Spot {
+            cgroup: cgroup.directory().to_owned(),
+            netns: netns.path().to_owned(),
+        };
+        let load = Load {
+            threads: churn.threads,
+            count: churn.count,
+            address: churn.address,
+            sets_options: self.sets_options,
+            listeners: spot(
+                outside(churn.sides != Sides::Connecting, &self.load),
+                churn.listeners,
+            ),
+            clients: spot(
+                outside(churn.sides != Sides::Accepting, connecting),
+                churn.clients,
+            ),
+        };
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["--load", &serde_json::to_string(&load)?]);
+        if let Some(library) = &self.preload {
+            command
+                .env("LD_PRELOAD", library)
+                .env("KEEPALIVE", "on")
+                .env("KEEPIDLE", "60")
+                .env("KEEPINTVL", "10")
+                .env("KEEPCNT", "6");
+        }
+        let done = output(&mut command, LIMIT)?;
+        let cpu = done.stdout.trim().parse();
+        cpu.with_context(|| format!("the load failed: {}", done.stderr.trim()))
+    }
+
+    /// What the attached program has used so far, while the kernel counts it.
+    pub(crate) fn used(&self) -> Result<Used> {
+        match &self.attached {
+            Attached::Nothing => Ok(Used::default()),
+            Attached::Program(ebpf, name) => {
+                let program: &SockOps = ebpf
+                    .program(name)
+                    .with_context(|| format!("no program {name}"))?
+                    .try_into()?;
+                let fd = program.fd()?.as_fd().as_raw_fd();
+                let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
+                let (_, used) = Used::read(&info).context("no figures")?;
+                Ok(used)
+            }
+            Attached::Agent(agent) => Used::by_sock_ops_of(agent.id()),
+        }
+    }
+}
+
+/// Whose end of the connections is governed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sides {
+    Both,
+    Connecting,
+    Accepting,
+}
+
+/// Connections that are made and closed.
+pub(crate) struct Churn<'a> {
+    pub(crate) sides: Sides,
+    /// Whose cgroup the other side is in, unless both are governed.
+    pub(crate) outside: Option<&'a Peer>,
+    pub(crate) threads: u32,
+    /// In each thread.
+    pub(crate) count: u32,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) listeners: &'a Netns,
+    pub(crate) clients: &'a Netns,
+}
+
+impl<'a> Churn<'a> {
+    /// Over the loopback of a namespace, by one thread.
+    pub(crate) fn over_loopback(netns: &'a Netns) -> Self {
+        Self {
+            sides: Sides::Both,
+            outside: None,
+            threads: 1,
+            count: 1_500,
+            address: Ipv4Addr::LOCALHOST,
+            listeners: netns,
+            clients: netns,
+        }
+    }
+}
+
+/// Lets a namespace use all ports, and without TIME_WAIT, which would use them up.
+pub(crate) fn with_ports(netns: &Netns) -> Result<()> {
+    netns.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
+    netns.sysctl("net/ipv4/tcp_max_tw_buckets", "0")
+}
+
+/// What BPF programs used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub(crate) nanoseconds: u64,
+    pub(crate) calls: u64,
+}
+
+impl Used {
+    /// By all programs on the hook that a process holds.
+    fn by_sock_ops_of(process: u32) -> Result<Self> {
+        let mut programs = BTreeMap::new();
+        for entry in fs::read_dir(format!("/proc/{process}/fdinfo"))? {
+            // A descriptor that was closed meanwhile is none of a program.
+            let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+            programs.extend(Self::read(&info));
+        }
+        ensure!(!programs.is_empty(), "process {process} has no program");
+        Ok(programs.values().fold(Self::default(), |sum, used| Self {
+            nanoseconds: sum.nanoseconds + used.nanoseconds,
+            calls: sum.calls + used.calls,
+        }))
+    }
+
+    /// The id of a sock_ops program and what it used, from its /proc fdinfo.
+    fn read(info: &str) -> Option<(u64, Self)> {
+        /// BPF_PROG_TYPE_SOCK_OPS
+        const SOCK_OPS: u64 = 13;
+        let field = |name: &str| {
+            info.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .and_then(|value| value.trim().parse().ok())
+        };
+        let used = Self {
+            nanoseconds: field("run_time_ns")?,
+            calls: field("run_cnt")?,
+        };
+        (field("prog_type")? == SOCK_OPS).then_some((field("prog_id")?, used))
+    }
+
+    /// What was used since.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds - before.nanoseconds,
+            calls: self.calls - before.calls,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INFO: &str = "\
+pos:	0
+flags:	02000002
+prog_type:	13
+prog_jited:	1
+prog_tag:	a5cdba2bb1b0d8a8
+memlock:	12288
+prog_id:	77
+run_time_ns:	123456
+run_cnt:	900
+recursion_misses:	0
+";
+
+    #[test]
+    fn fdinfo_tells_what_a_program_used() {
+        let used = Used {
+            nanoseconds: 123_456,
+            calls: 900,
+        };
+        assert_eq!(Used::read(INFO), Some((77, used)));
+        let iterator = INFO.replace("prog_type:\t13", "prog_type:\t26");
+        assert_eq!(Used::read(&iterator), None);
+        assert_eq!(Used::read("pos:\t0\n"), None);
+    }
+}
