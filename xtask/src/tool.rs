@@ -21,7 +21,11 @@ pub(crate) fn cargo_with(name: &str, version: &str) -> Result<Command> {
     )?;
     let mut cargo = workspace::cargo();
     let path = env::var_os("PATH").unwrap_or_default();
-    let path = env::join_paths([root.join("bin")].into_iter().chain(env::split_paths(&path)))?;
+    let path = env::join_paths(
+        [root.join("bin")]
+            .into_iter()
+            .chain(env::split_paths(&path)),
+    )?;
     cargo.env("PATH", path);
     Ok(cargo)
 }
