@@ -7,9 +7,9 @@ use aya::sys::{Stats, enable_stats};
 use keepalive_tests::{Cgroup, Netns};
 
 use crate::{
-    Bench, agent, float,
+    Bench, agent,
     load::WARM_UP,
-    peer::{BEFORE, Churn, DEFAULT_POLICY, FLOOR, NOOP, OURS, Peer, Sides, Used, with_ports},
+    peer::{BEFORE, Churn, DEFAULT_POLICY, FLOOR, NOOP, OURS, Peer, Sides, with_ports},
     report::Table,
 };
 
@@ -123,8 +123,9 @@ fn compare(bench: &Bench, peers: &[Peer], churn: &Churn<'_>) -> Result<(Table, T
         bench.go_on()?;
         let before = peer.used()?;
         peer.churn(churn)?;
-        let Used { nanoseconds, calls } = peer.used()?.since(before);
-        let (time, calls) = (float(nanoseconds), float(calls));
+        let after = peer.used()?;
+        let time = after.nanoseconds - before.nanoseconds;
+        let calls = after.calls - before.calls;
         per_call.add(&peer.name, None, time / calls);
         if peer.name == NOOP {
             floor_of_calls.push(time / calls);

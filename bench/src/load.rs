@@ -7,7 +7,7 @@ use std::{
     os::fd::AsFd as _,
     path::PathBuf,
     sync::Barrier,
-    thread,
+    thread::{self, ScopedJoinHandle},
     time::Duration,
 };
 
@@ -70,7 +70,7 @@ pub(crate) fn main(load: &str) -> Result<()> {
         let (load, barrier) = (&load, &barrier);
         let start = |(cpu, listener)| scope.spawn(move || work(load, listener, cpu, barrier));
         let threads: Vec<_> = listeners.iter().enumerate().map(start).collect();
-        let results = threads.into_iter().map(|thread| thread.join());
+        let results = threads.into_iter().map(ScopedJoinHandle::join);
         results
             .map(|result| result.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))))
             .collect::<io::Result<Vec<_>>>()
@@ -100,9 +100,11 @@ fn work(load: &Load, listener: &Socket, cpu: usize, barrier: &Barrier) -> io::Re
     turn(load, listener, &address, WARM_UP)?;
     barrier.wait();
     let burst = |_| {
-        let start = cpu_time();
+        let start = clock_gettime(ClockId::ThreadCPUTime);
         turn(load, listener, &address, BURST)?;
-        Ok((cpu_time() - start).as_secs_f64() * 1e9 / f64::from(BURST))
+        let took = clock_gettime(ClockId::ThreadCPUTime) - start;
+        let took = Duration::try_from(took).map_err(io::Error::other)?;
+        Ok(took.as_secs_f64() * 1e9 / f64::from(BURST))
     };
     (0..load.count / BURST).map(burst).collect()
 }
@@ -126,13 +128,8 @@ fn turn(load: &Load, listener: &Socket, address: &SockAddr, count: u32) -> io::R
 fn set_options(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
-            .with_time(Duration::from_secs(60))
+            .with_time(Duration::from_mins(1))
             .with_interval(Duration::from_secs(10))
             .with_retries(6),
     )
-}
-
-fn cpu_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::try_from(time).unwrap_or_default()
 }

@@ -110,8 +110,9 @@ pub(crate) fn crowds(cgroup: &Cgroup, netns: &Netns, sockets: u32) -> Result<Vec
     with_ports(netns)?;
     let connections = sockets / 2;
     let mut crowds = Vec::new();
-    for (first, port) in (0..connections).step_by(PER_PROCESS as usize).zip(10_000..) {
-        let mut crowd = Crowd::start((cgroup, netns), &format!("127.0.0.1:{port}"))?;
+    // Not at the address that clients have, whose ports may be any.
+    for (first, host) in (0..connections).step_by(PER_PROCESS as usize).zip(2..) {
+        let mut crowd = Crowd::start((cgroup, netns), &format!("127.0.0.{host}:5000"))?;
         crowd.connect(PER_PROCESS.min(connections - first))?;
         crowds.push(crowd);
     }

@@ -270,7 +270,6 @@ struct Guest {
     machine: PathBuf,
     /// Where it writes.
     directory: PathBuf,
-    image: PathBuf,
 }
 
 impl Guest {
@@ -289,7 +288,6 @@ impl Guest {
             version: series.version(machine)?,
             machine: machine.to_owned(),
             directory,
-            image: series.image(machine)?,
         })
     }
 
@@ -312,7 +310,7 @@ impl Guest {
             .args(["-accel", "tcg", "-cpu", "Nehalem", "-smp", "2", "-m", "2G"])
             .args(["-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-kernel"])
-            .arg(inside(&self.image)?)
+            .arg(inside(&self.series.directory(&self.machine).join("image"))?)
             .arg("-initrd")
             .arg(inside(&initramfs)?);
         for line in &lines {
