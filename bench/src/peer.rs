@@ -12,7 +12,7 @@ use aya::{
     Ebpf,
     programs::{CgroupAttachMode, SockOps},
 };
-use keepalive_tests::{Cgroup, Loaded, Netns, bpftool, output};
+use keepalive_tests::{Cgroup, Netns, bpftool, output};
 
 use crate::{
     agent::Agent,
@@ -35,8 +35,6 @@ const APPLICATION: &str = "application";
 pub(crate) struct Peer {
     pub(crate) name: String,
     attached: Attached,
-    /// The kernel's number of the attached program.
-    program: Option<u64>,
     sets_options: bool,
     preload: Option<PathBuf>,
     load: Cgroup,
@@ -56,11 +54,9 @@ impl Peer {
     /// In cgroups of its own, the load one level below what is attached.
     fn make(name: &str, attach: impl FnOnce(&Cgroup) -> Result<Attached>) -> Result<Self> {
         let root = Cgroup::new()?;
-        let attached = attach(&root)?;
         Ok(Self {
             name: name.to_owned(),
-            program: Loaded::on(&root)?.map(|loaded| loaded.program),
-            attached,
+            attached: attach(&root)?,
             sets_options: false,
             preload: None,
             load: root.child("load")?,
@@ -199,8 +195,16 @@ impl Peer {
 
     /// What the attached program has used so far, while the kernel counts it.
     pub(crate) fn used(&self) -> Result<Used> {
-        let program = self.program.context("nothing is attached")?;
-        let shown = bpftool(&["prog", "show", "id", &program.to_string()])?;
+        let root = self.root.directory().to_string_lossy();
+        let shown = bpftool(&["cgroup", "show", &root])?;
+        let mut programs = shown.as_array().into_iter().flatten();
+        let program = programs.find(|program| {
+            // With the prefix `cgroup_` in newer ones.
+            let hook = program["attach_type"].as_str();
+            hook.is_some_and(|hook| hook.ends_with("sock_ops"))
+        });
+        let program = program.context("nothing is attached")?;
+        let shown = bpftool(&["prog", "show", "id", &program["id"].to_string()])?;
         // Left out as long as it is zero.
         let number = |name: &str| shown[name].as_f64().unwrap_or_default();
         Ok(Used {
