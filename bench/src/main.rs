@@ -4,7 +4,7 @@
 //! Absolute figures are worth little on a machine that others use too. So all
 //! cases of a table take turns, each case is a process of its own in each round,
 //! and what counts is the ratio within a round.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod agent;
 mod churn;

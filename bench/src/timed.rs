@@ -2,17 +2,16 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    mem::MaybeUninit,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use keepalive_tests::{Place, output};
-use nix::sys::{
-    resource::{UsageWho, getrusage},
-    time::TimeValLike as _,
-};
 use serde::{Deserialize, Serialize};
+
+use crate::float;
 
 /// Nothing that is measured takes longer, whatever goes wrong.
 pub(crate) const LIMIT: Duration = Duration::from_mins(10);
@@ -43,13 +42,29 @@ pub(crate) fn main(words: &[OsString]) -> Result<()> {
     let status = command.args(&words[1..]).stdout(Stdio::null()).status();
     let status = status.with_context(|| format!("cannot start {}", words[0].display()))?;
     ensure!(status.success(), "it failed: {status}");
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
-    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
-    let cost = Cost {
-        cpu: crate::float(micros.try_into()?) / 1e3,
-        // Linux tells it in KiB.
-        mebibytes: crate::float(usage.max_rss().try_into()?) / 1024.0,
-    };
-    println!("{}", serde_json::to_string(&cost)?);
+    println!("{}", serde_json::to_string(&of_children()?)?);
     Ok(())
+}
+
+/// What the children of this process took, of those that have ended.
+#[expect(
+    unsafe_code,
+    reason = "what wraps it in safety rebuilds all else for its features"
+)]
+fn of_children() -> Result<Cost> {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel writes one `rusage`, for which zeroes are valid too.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    let milliseconds = |time: libc::timeval| -> Result<f64> {
+        let (seconds, micros) = (time.tv_sec.try_into()?, time.tv_usec.try_into()?);
+        Ok(float(seconds) * 1e3 + float(micros) / 1e3)
+    };
+    Ok(Cost {
+        cpu: milliseconds(usage.ru_utime)? + milliseconds(usage.ru_stime)?,
+        // Linux tells it in KiB.
+        mebibytes: float(usage.ru_maxrss.try_into()?) / 1024.0,
+    })
 }

@@ -10,11 +10,10 @@ use crate::{bpf, build, exec, workspace};
 /// Measure what keepalive costs, beside everything else one could do
 #[derive(Args)]
 #[command(
-    disable_help_flag = true,
-    after_help = "Example:\n  sudo -E cargo xtask bench hook churn --json bench.json"
+    after_help = "Examples:\n  sudo -E cargo xtask bench hook churn --json bench.json\n  sudo -E cargo xtask bench -- --help"
 )]
 pub(crate) struct Options {
-    /// What to measure and how: see cargo xtask bench --help
+    /// What to measure and how: `-- --help` tells
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
 }

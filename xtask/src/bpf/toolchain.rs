@@ -14,6 +14,7 @@ use crate::{apt, exec, workspace};
 
 const LINKER_VERSION: &str = "0.13.0";
 
+/// Both, installed.
 pub(super) struct Toolchain {
     compiler: Compiler,
     /// As it is recorded beside the object: `bpf-linker 0.13.0, LLVM 22.1.8`.
@@ -35,8 +36,7 @@ impl Toolchain {
         })
     }
 
-    /// As it is recorded beside the object: `rustc 1.96.0 (ac68faa20 2026-05-25),
-    /// LLVM 22.1.8`.
+    /// What its compiler is recorded as.
     pub(super) fn compiler(&self) -> &str {
         &self.compiler.name
     }
@@ -52,8 +52,11 @@ impl Toolchain {
     }
 }
 
+/// One that has the source of `core`.
 struct Compiler {
     rustc: &'static str,
+    /// As it is recorded beside the object: `rustc 1.96.0 (ac68faa20 2026-05-25), LLVM
+    /// 22.1.8`.
     name: String,
 }
 
@@ -137,18 +140,19 @@ fn install_linker(llvm: &str) -> Result<(String, PathBuf)> {
         exec::say(&format!("installing {package}, for bpf-linker"));
         apt::install(&[&package]).with_context(why)?;
     }
+    let home = workspace::cargo_home().context("neither CARGO_HOME nor HOME is set")?;
     // Cargo does nothing where it installed just this one before.
     exec::run(
         workspace::cargo()
             .args(["install", "--quiet", "--locked", "bpf-linker"])
             .args(["--version", LINKER_VERSION, "--no-default-features"])
-            .args(["--features", &format!("llvm-{llvm}")])
+            .args(["--features", &format!("llvm-{llvm}"), "--root"])
+            .arg(&home)
             .env("LLVM_PREFIX", &prefix)
             .env_remove("CARGO_TARGET_DIR")
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS"),
     )?;
-    let home = workspace::cargo_home().context("neither CARGO_HOME nor HOME is set")?;
     // It is linked with LLVM's library, which may be a later one than then.
     let llvm = exec::output(Command::new(config).arg("--version"))?;
     let name = format!("bpf-linker {LINKER_VERSION}, LLVM {}", llvm.trim());
