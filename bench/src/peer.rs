@@ -115,15 +115,12 @@ impl Peer {
     /// remembers of cgroups (`PLACES` in keepalive-ebpf/src/recent.rs): a walk
     /// for every socket.
     pub(crate) fn forgetful(name: &str, agent: &Path) -> Result<Self> {
-        const PLACES: u64 = 64;
+        const PLACES: u32 = 256;
         let mut peer = Self::ours(name, agent)?;
-        let taken = peer.load.id()? % PLACES;
-        for number in 0.. {
-            let other = peer.root.child(format!("other{number}"))?;
-            if other.id()? % PLACES == taken {
-                peer.connecting = Some(other);
-                break;
-            }
+        // The kernel numbers cgroups as they are made, one after the other or, where
+        // controllers are counted too, at equal steps.
+        for number in 0..PLACES {
+            peer.connecting = Some(peer.root.child(format!("other{number}"))?);
         }
         Ok(peer)
     }

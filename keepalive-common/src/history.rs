@@ -248,7 +248,7 @@ impl Originals {
         if application.keepalive {
             !has_keepalive_timers(application) || !now.keepalive
         } else if now.keepalive {
-            !given.keepalive
+            !given.keepalive || has_keepalive_timers(application)
         } else {
             // An application that turns it on later would be taken for a policy.
             has_keepalive_timers(now) && !has_keepalive_timers(given)
@@ -587,7 +587,7 @@ mod tests {
             [free, bounded, exact, free, exact, bounded, free].map(|policy| socket.sweep(policy)),
             [7200, 300, 45, 7200, 45, 300, 7200]
         );
-        assert!(socket.originals.is_empty());
+        assert_eq!(socket.originals.idle, Replaced::default());
     }
 
     #[test]
@@ -604,7 +604,7 @@ mod tests {
             socket.originals = Originals::of(&application, &socket.has, &given);
             socket.before = Some(policies[1]);
             assert_eq!(socket.sweep(policies[2]), expected);
-            assert!(socket.originals.is_empty());
+            assert_eq!(socket.originals.idle, Replaced::default());
         }
     }
 
@@ -623,7 +623,19 @@ mod tests {
             let mut socket = Socket::new(application);
             let policies = [a, dry_a, dry_b, b, dry_a, bounded, dry_b, a];
             assert_eq!(policies.map(|policy| socket.sweep(policy)), expected);
-            assert!(socket.originals.is_empty());
+            assert_eq!(socket.originals.idle, Replaced::default());
+        }
+    }
+
+    #[test]
+    fn who_turned_keepalive_on_is_known_beside_timers_of_the_application() {
+        let policy = policy(Range::default_only(60));
+        let mut socket = Socket::new(7200);
+        for _ in 0..2 {
+            socket.sweep(policy);
+            let Socket { has, originals, .. } = &socket;
+            let application = application(has, originals, Some(&policy), &socket.environment);
+            assert!(has.keepalive && !application.keepalive, "{originals:?}");
         }
     }
 

@@ -44,10 +44,9 @@ pub struct Layout {
     pub hz: u32,
     /// `tcp_sock` → `sock.sk_cgrp_data.cgroup`.
     pub sock_cgroup: Field,
-    /// `cgroup.kn`.
-    pub cgroup_kn: Field,
-    /// `kernfs_node.id`, the cgroup's id and inode number.
-    pub kernfs_id: Field,
+    /// `cgroup` → `cgroup.self.serial_nr`, a number that no other cgroup has or
+    /// will have.
+    pub cgroup_serial: Field,
     /// `tcp_sock` → `sock_common.skc_net.net`, the network namespace.
     pub sock_net: Field,
     /// `net` → `netns_ipv4.sysctl_tcp_keepalive_time`, in jiffies.
@@ -59,6 +58,10 @@ pub struct Layout {
     /// `tcp_sock` → `inet_connection_sock.icsk_rto_max`, in jiffies; without
     /// width where the kernel knows no TCP_RTO_MAX_MS (before Linux 6.15).
     pub rto_max: Field,
+    /// `cgroup.kn`.
+    pub cgroup_kn: Field,
+    /// `kernfs_node.id`, the cgroup's id and inode number.
+    pub kernfs_id: Field,
     /// `cgroup` → `cgroup.self.parent`.
     pub cgroup_parent: Field,
     /// `cgroup_subsys_state.cgroup`.
@@ -114,8 +117,8 @@ pub struct Layout {
     pub probes_out: Field,
     /// `tcp_sock` → `sock.sk_err`: what the application is told next.
     pub error: Field,
-    /// `tcp_sock.bpf_sock_ops_cb_flags`: what BPF programs are called for.
-    pub callbacks: Field,
+    /// `tcp_sock.rcv_nxt`: the number behind the last byte that came.
+    pub rcv_nxt: Field,
     /// `tcp_sock` → `sock.sk_socket`, null for a socket that no process holds.
     pub socket: Field,
     /// `socket.file`, null for a socket that has no descriptor.
@@ -152,6 +155,7 @@ impl Layout {
             sock_cgroup: NOWHERE,
             cgroup_parent: NOWHERE,
             css_cgroup: NOWHERE,
+            cgroup_serial: NOWHERE,
             cgroup_kn: NOWHERE,
             kernfs_id: NOWHERE,
             cgroup_root: NOWHERE,
@@ -181,7 +185,7 @@ impl Layout {
             snd_una: NOWHERE,
             probes_out: NOWHERE,
             error: NOWHERE,
-            callbacks: NOWHERE,
+            rcv_nxt: NOWHERE,
             socket: NOWHERE,
             socket_file: NOWHERE,
             socket_sock: NOWHERE,
@@ -204,6 +208,6 @@ mod tests {
 
     #[test]
     fn the_record_has_no_padding() {
-        assert_eq!(size_of::<Layout>(), 48 * size_of::<Field>() + 3 * 4);
+        assert_eq!(size_of::<Layout>(), 49 * size_of::<Field>() + 3 * 4);
     }
 }

@@ -1,11 +1,7 @@
 //! Policy record: a policy as it stands in the kernel, with what it makes of most
 //! sockets.
 
-use crate::{
-    environment::Environment,
-    plan::{Options, Words, plan_unset},
-    policy::Policy,
-};
+use crate::{counters::SocketOption, environment::Environment, plan::plan_unset, policy::Policy};
 
 /// A policy, and what it gives to a socket on which nothing is set, so that new
 /// connections of most applications need no plan of their own.
@@ -14,13 +10,47 @@ use crate::{
 pub struct PolicyRecord {
     // What is needed for every new connection stands together: the policy begins
     // with its flags.
-    unset: Words,
+    settings: [Setting; MOST],
+    /// How many of them are timers.
+    timers: u32,
+    /// How many turn keepalive on: one, after the timers, or none.
+    turn_on: u32,
     holds_for: u32,
+    /// Explicit padding, always 0.
+    reserved: u32,
     /// As [`Policy::for_kernel`].
     pub policy: Policy,
 }
 
-/// What stands in `unset` holds for no socket: there is more to do than to give
+/// TCP_RTO_MAX_MS is none of them: a policy with it has a plan for each socket.
+const MOST: usize = SocketOption::ALL.len() - 1;
+
+/// An option and its value, as setsockopt takes them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    /// Level.
+    pub level: u16,
+    /// The option's number.
+    pub name: u16,
+    /// Value.
+    pub value: u32,
+}
+
+impl Setting {
+    fn of(option: SocketOption, value: u32) -> Self {
+        let (level, name) = option.level_and_number();
+        // Levels and numbers are small.
+        let short = |number: i32| u16::try_from(number).unwrap_or_default();
+        Self {
+            level: short(level),
+            name: short(name),
+            value,
+        }
+    }
+}
+
+/// What stands in `settings` holds for no socket: there is more to do than to give
 /// something, or something to count.
 const NONE: u32 = 0;
 /// It holds in every namespace.
@@ -32,6 +62,15 @@ impl PolicyRecord {
     /// That of a policy.
     #[must_use]
     pub fn of(policy: &Policy) -> Self {
+        /// The timers come first, so that SO_KEEPALIVE arms the first probe with
+        /// the new idle time, once.
+        const ORDER: [SocketOption; MOST] = [
+            SocketOption::Idle,
+            SocketOption::Interval,
+            SocketOption::Probes,
+            SocketOption::UserTimeout,
+            SocketOption::Keepalive,
+        ];
         let policy = policy.for_kernel();
         let holds_for = if !policy.only_gives() || policy.give_up != 0 {
             NONE
@@ -40,14 +79,26 @@ impl PolicyRecord {
         } else {
             ALL
         };
+        let wants = plan_unset(&policy, &Environment::UNCHANGED);
+        let mut settings = [Setting::default(); MOST];
+        let mut number = 0;
+        let given = ORDER.into_iter().filter(|option| wants.get(*option) != 0);
+        for (setting, option) in settings.iter_mut().zip(given) {
+            *setting = Setting::of(option, wants.get(option));
+            number += 1;
+        }
+        let turn_on = u32::from(wants.keepalive);
         Self {
-            unset: Words::of(&plan_unset(&policy, &Environment::UNCHANGED)),
-            policy,
+            settings,
+            timers: number - turn_on,
+            turn_on,
             holds_for,
+            reserved: 0,
+            policy,
         }
     }
 
-    /// Whether [`Self::unset`] is what the policy wants of a socket on which nothing
+    /// Whether [`Self::settings`] is what the policy wants of a socket on which nothing
     /// is set, in a namespace of which the argument tells whether its sysctls of
     /// keepalive are those of [`Environment::UNCHANGED`].
     #[must_use]
@@ -60,11 +111,28 @@ impl PolicyRecord {
         }
     }
 
-    /// What the policy wants of a socket on which nothing is set.
+    /// What the policy gives to a socket on which nothing is set, in this order.
+    #[inline(always)]
+    pub fn settings(&self) -> impl Iterator<Item = &Setting> {
+        let number = self.timers + self.turn_on;
+        let numbered = (0..).zip(&self.settings);
+        numbered
+            .take_while(move |(index, _)| *index < number)
+            .map(|(_, setting)| setting)
+    }
+
+    /// How many of [`Self::settings`] are timers.
     #[must_use]
     #[inline(always)]
-    pub const fn unset(&self) -> Options {
-        self.unset.options()
+    pub const fn timers(&self) -> u32 {
+        self.timers
+    }
+
+    /// How many of [`Self::settings`] turn keepalive on: one or none.
+    #[must_use]
+    #[inline(always)]
+    pub const fn turn_on(&self) -> u32 {
+        self.turn_on
     }
 }
 
@@ -75,7 +143,7 @@ mod tests {
     use super::*;
     use crate::{
         plan::{
-            plan,
+            Options, plan,
             properties::{environments, policies},
         },
         policy::Range,
@@ -102,21 +170,31 @@ mod tests {
     fn most_policies_spare_the_plan_of_most_sockets() {
         let built_in = PolicyRecord::of(&Policy::BUILT_IN);
         assert!(built_in.spares_plan(|| true) && !built_in.spares_plan(|| false));
-        let unset = Options {
-            keepalive: true,
-            idle: 60,
-            interval: 10,
-            probes: 6,
-            ..Options::default()
-        };
-        assert_eq!(built_in.unset(), unset);
-        assert!(PolicyRecord::of(&Policy::LEAVE).spares_plan(|| false));
+        let given: Vec<Setting> = built_in.settings().copied().collect();
+        let expected = [
+            (SocketOption::Idle, 60),
+            (SocketOption::Interval, 10),
+            (SocketOption::Probes, 6),
+            (SocketOption::Keepalive, 1),
+        ];
+        assert_eq!(
+            given,
+            expected.map(|(option, value)| Setting::of(option, value))
+        );
+        assert_eq!((built_in.timers(), built_in.turn_on()), (3, 1));
+        let leave = PolicyRecord::of(&Policy::LEAVE);
+        assert!(leave.spares_plan(|| false));
+        assert_eq!(leave.settings().count(), 0);
     }
 
     #[test]
     fn the_record_has_no_padding() {
-        let numbers = size_of::<Words>() + 4;
-        assert_eq!(size_of::<PolicyRecord>(), size_of::<Policy>() + numbers);
+        assert_eq!(size_of::<Setting>(), 2 + 2 + 4);
+        let settings = MOST * size_of::<Setting>();
+        assert_eq!(
+            size_of::<PolicyRecord>(),
+            settings + 4 * 4 + size_of::<Policy>()
+        );
     }
 
     proptest! {
@@ -142,7 +220,28 @@ mod tests {
             let record = PolicyRecord::of(&policy);
             if record.spares_plan(|| is_unchanged) {
                 let planned = plan(&policy, &Options::default(), &environment);
-                prop_assert_eq!(record.unset(), planned.wants);
+                let mut given = Options::default();
+                for setting in record.settings() {
+                    let place = match (setting.level, setting.name) {
+                        (6, 4) => &mut given.idle,
+                        (6, 5) => &mut given.interval,
+                        (6, 6) => &mut given.probes,
+                        (6, 18) => &mut given.user_timeout,
+                        (1, 9) => {
+                            // Armed with the timers before it.
+                            prop_assert!(!given.keepalive && setting.value == 1);
+                            given.keepalive = true;
+                            continue;
+                        }
+                        other => panic!("{other:?}"),
+                    };
+                    prop_assert!(*place == 0 && !given.keepalive);
+                    *place = setting.value;
+                }
+                prop_assert_eq!(given, planned.wants);
+                prop_assert_eq!(record.turn_on(), u32::from(given.keepalive));
+                let number = record.timers() + record.turn_on();
+                prop_assert_eq!(record.settings().count(), number as usize);
                 prop_assert!(!planned.user_timeout_conflict);
                 prop_assert!(policy.sets_anything() && !policy.has_bounds());
             }

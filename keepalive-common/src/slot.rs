@@ -309,39 +309,55 @@ pub trait Tables {
     fn port(&self, key: &PortKey) -> Option<Found>;
 }
 
+/// Where a target leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The slot of the policy.
+    pub slot: u32,
+    /// Whether the ports of the connection had a say, or its remote address alone.
+    pub by_port: bool,
+}
+
 /// The slot of the policy that a target leads to, for a connection with these
 /// ends.
 #[must_use]
 #[inline(always)]
-pub fn resolve(tables: &impl Tables, target: Target, ends: &Ends) -> u32 {
+pub fn resolve(tables: &impl Tables, target: Target, ends: &Ends) -> Resolved {
     /// The last look finds where the last step leads to. Not `0..=MAX_STEPS`,
     /// which is one more variable for the verifier to follow.
     const LOOKS: u32 = MAX_STEPS + 1;
     let mut target = target;
+    let mut by_port = false;
     for _ in 0..LOOKS {
         let number = match target.lead() {
-            Lead::Slot(slot) => return slot,
+            Lead::Slot(slot) => return Resolved { slot, by_port },
             Lead::Step(number) => number,
         };
         let Some(step) = tables.step(number) else {
-            return UNCLAIMED;
+            break;
         };
-        let slot = in_rules(tables, step.rules, ends);
-        if slot != UNCLAIMED {
-            return slot;
+        let found = in_rules(tables, step.rules, ends);
+        by_port |= found.by_port;
+        if found.slot != UNCLAIMED {
+            let slot = found.slot;
+            return Resolved { slot, by_port };
         }
         target = step.otherwise();
     }
-    UNCLAIMED
+    Resolved {
+        slot: UNCLAIMED,
+        by_port,
+    }
 }
 
 /// The slot that rules give a connection, [`UNCLAIMED`] where they do not name
 /// it: first the remote address decides, then the remote port, then the local
 /// one, each only where it makes a difference.
 #[inline(always)]
-fn in_rules(tables: &impl Tables, rules: u32, ends: &Ends) -> u32 {
+fn in_rules(tables: &impl Tables, rules: u32, ends: &Ends) -> Resolved {
     let key = RemoteKey::new(rules, ends.address);
     let mut found = tables.remote(&key).unwrap_or(Found::NOTHING);
+    let by_port = found.port_table().is_some() || found.local_port_table().is_some();
     if let Some(table) = found.port_table() {
         let key = PortKey::new(table, ends.port);
         found = tables.port(&key).unwrap_or(Found::NOTHING);
@@ -350,7 +366,10 @@ fn in_rules(tables: &impl Tables, rules: u32, ends: &Ends) -> u32 {
         let key = PortKey::new(table, ends.local_port);
         found = tables.port(&key).unwrap_or(Found::NOTHING);
     }
-    found.any_port()
+    Resolved {
+        slot: found.any_port(),
+        by_port,
+    }
 }
 
 /// Counts the sockets that no policy claims; holds no policy.
@@ -408,8 +427,16 @@ mod tests {
     #[test]
     fn steps_end() {
         let ends = Ends::new("192.0.2.1:80".parse().unwrap(), 0);
-        assert_eq!(resolve(&Endless, Target::step(0), &ends), UNCLAIMED);
-        assert_eq!(resolve(&Endless, Target::step(99), &ends), UNCLAIMED);
-        assert_eq!(resolve(&Endless, Target::slot(3), &ends), 3);
+        for (target, slot) in [
+            (Target::step(0), UNCLAIMED),
+            (Target::step(99), UNCLAIMED),
+            (Target::slot(3), 3),
+        ] {
+            let expected = Resolved {
+                slot,
+                by_port: false,
+            };
+            assert_eq!(resolve(&Endless, target, &ends), expected);
+        }
     }
 }

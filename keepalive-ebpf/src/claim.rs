@@ -9,14 +9,14 @@ use keepalive_common::{
     policy::Policy,
     policy_record::PolicyRecord,
     slot::{
-        Claim, Ends, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Step, Tables, Target,
-        resolve,
+        Claim, Ends, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Resolved, Step, Tables,
+        Target, resolve,
     },
 };
 
 use crate::{
     kernel::{Cgroup, TcpSock},
-    recent::after,
+    recent::{self, after},
 };
 
 /// Cgroup id → what it claims. Elements are allocated as they come, so an
@@ -76,14 +76,18 @@ pub(crate) fn slot(target: Target, sock: TcpSock) -> u32 {
 fn by_remote(target: Target, sock: TcpSock) -> u32 {
     let ends = sock.ends();
     let number = u128::from_ne_bytes(ends.address);
-    by_rules(
-        target.bits(),
-        (number >> 64) as u64,
-        number as u64,
-        ends.port,
-        ends.local_port,
-    )
+    let (high, low) = ((number >> 64) as u64, number as u64);
+    recent::by_address(target, high, low, || {
+        let found = by_rules(target.bits(), high, low, ends.port, ends.local_port);
+        Resolved {
+            slot: found & !BY_PORT,
+            by_port: found & BY_PORT != 0,
+        }
+    })
 }
+
+/// Set in what [`by_rules`] finds where ports had a say.
+const BY_PORT: u32 = 1 << 31;
 
 /// The slot that a target leads to for a connection. A global function: the
 /// verifier looks at it once, by itself, and not again with everything it knows
@@ -96,7 +100,8 @@ extern "C" fn by_rules(target: u32, high: u64, low: u64, port: u16, local_port: 
         port,
         local_port,
     };
-    resolve(&Maps, Target::from_bits(target), &ends)
+    let Resolved { slot, by_port } = resolve(&Maps, Target::from_bits(target), &ends);
+    slot | u32::from(by_port) << 31
 }
 
 /// The maps above.

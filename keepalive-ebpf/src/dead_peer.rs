@@ -4,29 +4,32 @@
 //!
 //! The kernel calls for every error that it has for an application, which is rare,
 //! instead of for every change of a connection's state, which would cost all of
-//! them. Which connections are watched is marked on the socket itself.
+//! them. Only then it is found out whether a policy had a part in the connection.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{
         BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE,
-        BPF_SOCK_OPS_RTO_CB_FLAG, BPF_TCP_CLOSE,
+        BPF_TCP_CLOSE,
     },
-    btf_maps::{Array, RingBuf, SkStorage},
-    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query, bpf_setsockopt},
+    btf_maps::{Array, PerCpuArray, RingBuf, SkStorage},
+    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query},
     macros::btf_map,
-    programs::{BtfTracePointContext, SockOpsContext},
+    programs::BtfTracePointContext,
 };
-use keepalive_common::dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket};
+use keepalive_common::{
+    dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket},
+    slot::{FIRST, UNCLAIMED},
+};
 
 use crate::{
     claim,
+    decide::{Subject, recognise},
     enforce::{add, count},
     history,
     kernel::{Cgroup, TcpSock},
     list::milliseconds,
-    recent,
 };
 
 /// Slot → its dead peers. Not per CPU: they are too rare for that to matter, and
@@ -51,64 +54,16 @@ static FOLLOWED: Array<u32, 1> = Array::new();
 #[btf_map]
 static COUNTED: SkStorage<u64> = SkStorage::new();
 
-/// The mark of a connection that is watched: the wish to be called when a segment is
-/// sent again for want of an answer. Of all that can be wished for, nothing happens
-/// less often.
-const MARK: u32 = BPF_SOCK_OPS_RTO_CB_FLAG;
-
-/// Marks a connection. Other programs may have asked for callbacks too. `target` is
-/// the context of sock_ops.
-#[inline(always)]
-pub(crate) fn watch(target: *mut c_void) {
-    let ctx = SockOpsContext::new(target.cast());
-    let flags = ctx.cb_flags() | MARK;
-    // A connection that is not watched is a count that is missing, no more.
-    let _ = ctx.set_cb_flags(flags.cast_signed());
-}
-
-/// A socket that has been connected before connects again: so far nothing is set
-/// for this connection.
-#[inline(always)]
-pub(crate) fn unwatch(ctx: &SockOpsContext) {
-    let flags = ctx.cb_flags();
-    if flags & MARK != 0 {
-        let _ = ctx.set_cb_flags((flags & !MARK).cast_signed());
-    }
-}
-
-/// The same for a connection that the sweep has met.
-///
-/// # Minimum kernel version
-///
-/// 6.12, for TCP_BPF_SOCK_OPS_CB_FLAGS (`sol_tcp_sockopt()` in net/core/filter.c);
-/// older ones refuse it, and existing connections are not watched.
-#[inline(always)]
-pub(crate) fn watch_existing(sock: TcpSock) {
-    const SOL_TCP: i32 = 6;
-    const TCP_BPF_SOCK_OPS_CB_FLAGS: i32 = 1008;
-    let callbacks = sock.callbacks();
-    if callbacks & MARK != 0 {
-        return;
-    }
-    let mut callbacks = callbacks | MARK;
-    // SAFETY: the socket is the kernel's own, and the value is four bytes on the
-    // stack.
-    unsafe {
-        bpf_setsockopt(
-            sock.target(),
-            SOL_TCP,
-            TCP_BPF_SOCK_OPS_CB_FLAGS,
-            (&raw mut callbacks).cast::<c_void>(),
-            4,
-        );
-    }
-}
+/// A connection whose peer is dead. The kernel does not call a tracing program on a
+/// CPU on which that runs already (`__bpf_trace_run()` in kernel/trace/bpf_trace.c).
+#[btf_map]
+static DEAD: PerCpuArray<Subject, 1> = PerCpuArray::new();
 
 /// The kernel has an error for the application of a socket, of whatever kind.
 #[inline(always)]
 pub(crate) fn reported(ctx: &BtfTracePointContext) {
     if let Some(sock) = TcpSock::reported(ctx)
-        && sock.callbacks() & MARK != 0
+        && sock.was_established()
     {
         ended_by_error(sock);
     }
@@ -125,17 +80,38 @@ fn ended_by_error(sock: TcpSock) {
         user_timeout: sock.user_timeout(),
         silent_ms: milliseconds(sock.silent_for()).cast_unsigned(),
     };
-    if let Some(cause) = end.cause() {
-        found(sock, &end, cause);
+    if let Some(cause) = end.cause()
+        && let slot = part(sock)
+        && slot >= FIRST
+    {
+        found(sock, &end, cause, slot);
+    }
+}
+
+/// The slot of the policy that a connection belongs to, if it is enforced and had a
+/// part in it: something that is set is not from the application.
+///
+/// Out of line, as what it calls: there is little stack.
+#[inline(never)]
+fn part(sock: TcpSock) -> u32 {
+    let claim = claim::nearest(sock.cgroup(), 0);
+    let slot = claim::slot(claim.now, sock);
+    // The kernel calls for the whole machine: what no policy claims may be another
+    // agent's.
+    if claim::policy(slot).is_none_or(|record| !record.policy.is_enforced()) {
+        return UNCLAIMED;
+    }
+    let before = || claim::slot(claim.before, sock);
+    if has_part(sock, slot) || claim.before != claim.now && has_part(sock, before()) {
+        slot
+    } else {
+        UNCLAIMED
     }
 }
 
 #[inline(never)]
-fn found(sock: TcpSock, end: &End, cause: Cause) {
-    let slot = claim::slot(recent::target(sock.cgroup()), sock);
-    // The kernel calls for the whole machine: what no policy claims may be another
-    // agent's.
-    if claim::policy(slot).is_none_or(|record| !record.policy.is_enforced()) || is_counted(sock) {
+fn found(sock: TcpSock, end: &End, cause: Cause, slot: u32) {
+    if is_counted(sock) {
         return;
     }
     let Some(counted) = DEAD_PEERS.get_ptr(slot) else {
@@ -166,6 +142,23 @@ fn found(sock: TcpSock, end: &End, cause: Cause) {
     if DEATHS.output(record, wake_up()).is_err() {
         count(&raw const counted.events_lost);
     }
+}
+
+/// Whether something on the connection is from the policy in a slot, and not from
+/// the application.
+#[inline(never)]
+fn has_part(sock: TcpSock, slot: u32) -> bool {
+    let (Some(policy), Some(subject)) = (claim::policy_or_leave(slot), DEAD.get_ptr_mut(0)) else {
+        return false;
+    };
+    // SAFETY: an element lives as long as the map, and nobody else uses that of this
+    // CPU.
+    let subject = unsafe { &mut *subject };
+    subject.environment = sock.environment();
+    subject.has = sock.options(&subject.environment);
+    subject.originals = history::originals(sock.target());
+    recognise(policy, subject);
+    subject.application != subject.has
 }
 
 /// Whether this connection has been counted; from now on it has. Where there is no

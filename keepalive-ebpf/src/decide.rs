@@ -58,7 +58,7 @@ pub(crate) fn decide_about(subject: &mut Subject, policy: &Policy, before: Optio
 /// stack.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn recognise(before: *const Policy, subject: *mut Subject) -> u32 {
+pub(crate) extern "C" fn recognise(before: *const Policy, subject: *mut Subject) -> u32 {
     // SAFETY: null, or memory of that type, as the verifier makes sure of at each
     // call.
     let (before, subject) = unsafe { (before.as_ref(), subject.as_mut()) };

@@ -18,46 +18,95 @@ use keepalive_common::{
     history::{application, known_by, replan},
     plan::{Options, plan},
     policy::Policy,
-    policy_record::PolicyRecord,
 };
 
-use crate::{claim, dead_peer, history, kernel::TcpSock, recent, refusal};
+use crate::{claim, history, kernel::TcpSock, recent, refusal};
 
 /// Slot → what its policy did. The agent sizes it when it loads the program.
 #[btf_map]
 static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
-/// A connection has been established, on either end. Not out of line: before Linux
-/// 6.8 each call takes 32 bytes of stack at the least
-/// (`check_max_stack_depth()` in kernel/bpf/verifier.c), and the deepest way down
-/// from here needs all 512.
+/// A connection has been established, on either end.
 #[inline(always)]
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "a reference would be one to the stack of the caller"
-)]
-pub(crate) fn new_connection(ctx: SockOpsContext) {
-    let Some(sock) = TcpSock::of(&ctx) else {
-        return;
+pub(crate) fn new_connection(ctx: *mut bpf_sock_ops) {
+    let (remaining, slot) = remaining(claim_and_give(ctx));
+    match remaining {
+        PLAN => planned(ctx, slot),
+        HOLD => held(ctx, slot),
+        GIVE_AGAIN => refused(ctx, slot),
+        _ => 0,
+    };
+}
+
+// What remains to be done for a new connection, in a frame of its own: there is little
+// stack.
+const NOTHING: u32 = 0;
+const PLAN: u32 = 1;
+const HOLD: u32 = 2;
+const GIVE_AGAIN: u32 = 3;
+
+/// As one number: the programs return no more. The slot is the lower half.
+#[inline(always)]
+fn remain(what: u32, slot: u32) -> u64 {
+    u64::from(what) << 32 | u64::from(slot)
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the halves of a number")]
+fn remaining(number: u64) -> (u32, u32) {
+    ((number >> 32) as u32, number as u32)
+}
+
+/// Finds the policy of a new connection. Most applications leave everything to the
+/// system, and most policies give the same to all of those: that is done here.
+///
+/// Out of line, so that the callbacks that do not matter need neither registers nor
+/// stack.
+#[inline(never)]
+fn claim_and_give(ctx: *mut bpf_sock_ops) -> u64 {
+    let target: *mut c_void = ctx.cast();
+    let Some(sock) = TcpSock::of(&SockOpsContext::new(ctx)) else {
+        return NOTHING.into();
     };
     let slot = claim::slot(recent::target(sock.cgroup()), sock);
     let Some(counters) = COUNTERS.get_ptr(slot) else {
-        return;
+        return NOTHING.into();
     };
+    // SAFETY: the element lives as long as the map, and only its addresses are
+    // used.
+    let counted = unsafe { &*counters };
     let Some(record) = claim::policy(slot) else {
-        // SAFETY: only the address of the counters is used.
-        let seen = unsafe { &raw const (*counters).seen };
-        count_by_direction(seen, direction(ctx.as_ptr()));
-        return;
+        count_by_direction(&raw const counted.seen, direction(target));
+        return NOTHING.into();
     };
-    // Each in a frame of its own: there is little stack.
     if record.policy.holds() {
-        held(ctx.ops, slot);
-    } else if !sock.is_touched() && record.spares_plan(|| sock.net().is_unchanged()) {
-        unplanned(ctx.as_ptr(), slot, counters, record);
-    } else {
-        planned(ctx.ops, slot);
+        return remain(HOLD, slot);
     }
+    if sock.is_touched() || !record.spares_plan(|| sock.net().is_unchanged()) {
+        return remain(PLAN, slot);
+    }
+    let mut refusals = 0;
+    for setting in record.settings() {
+        // SAFETY: the target is the kernel's own and the value is four bytes of a
+        // map, as all options take it; it is only read.
+        refusals |= unsafe {
+            bpf_setsockopt(
+                target,
+                setting.level.into(),
+                setting.name.into(),
+                (&raw const setting.value).cast_mut().cast(),
+                4,
+            )
+        };
+    }
+    if refusals != 0 {
+        return remain(GIVE_AGAIN, slot);
+    }
+    let (timers, turn_on) = (record.timers(), record.turn_on());
+    count_seen(counters, direction(target), timers + turn_on == 0);
+    add(&raw const counted.turned_on, turn_on.into());
+    add(&raw const counted.filled, timers.into());
+    NOTHING.into()
 }
 
 /// The socket of a context, its policy, and where to count for that. To find them a
@@ -75,25 +124,26 @@ fn found(
     Some((ctx.as_ptr(), sock, counters, &record.policy))
 }
 
-/// Most applications leave everything to the system, and most policies give the
-/// same to all of those.
+/// The kernel refused some of what a policy gives to a connection on which nothing was
+/// set: once more, to count what.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn unplanned(target: *mut c_void, slot: u32, counters: *const Counters, record: &PolicyRecord) {
+extern "C" fn refused(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
+    let Some((target, sock, counters, policy)) = found(ctx, slot) else {
+        return 0;
+    };
+    let environment = sock.environment();
     let has = Options::default();
-    let wants = record.unset();
-    let left_alone = !wants.keepalive && !wants.has_timers();
-    count_seen(counters, direction(target), left_alone);
-    if left_alone {
-        return;
-    }
-    let mut setter = Setter::new(target, slot, counters, &Environment::UNKNOWN, true);
+    let wants = forget_options(plan(policy, &has, &environment).wants);
+    count_seen(counters, direction(target), false);
+    let mut setter = Setter::new(target, slot, counters, &environment, true);
     setter.set(&has, &has, &wants);
-    setter.count_filled();
+    setter.count();
     setter.tell();
-    dead_peer::watch(target);
+    1
 }
 
-/// The same where the application has set something, where a policy bounds
+/// A connection where the application has set something, where a policy bounds
 /// retransmission, where it is only counted, and where the namespace has a say.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -120,7 +170,6 @@ extern "C" fn planned(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
     let known = forget_options(known_by(policy, &plan, &environment));
     history::keep(sock.target(), policy, &has, wants, &known);
     setter.tell();
-    dead_peer::watch(target);
     1
 }
 
@@ -146,7 +195,6 @@ extern "C" fn held(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
     setter.count();
     history::hold(sock.target(), policy, &application, &wants, &environment);
     setter.tell();
-    dead_peer::watch(target);
     1
 }
 
@@ -380,20 +428,12 @@ impl Setter {
         }
     }
 
-    /// Counts the timers that were set on an untouched connection: none of them
-    /// was moved.
-    #[inline(always)]
-    pub(crate) fn count_filled(&self) {
-        // SAFETY: only the address of the counter is used.
-        add(unsafe { &raw const (*self.counters).filled }, self.filled);
-    }
-
     /// Counts the timers that were set.
     #[inline(always)]
     pub(crate) fn count(&self) {
-        self.count_filled();
         // SAFETY: only the addresses of the counters are used.
         unsafe {
+            add(&raw const (*self.counters).filled, self.filled);
             add(&raw const (*self.counters).clamped, self.clamped);
             add(&raw const (*self.counters).restored, self.restored);
         }

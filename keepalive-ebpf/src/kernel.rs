@@ -139,10 +139,11 @@ impl TcpSock {
         1 << 32 | read_field!(self.0, write_seq)
     }
 
-    /// What BPF programs are called for beside the callbacks that all have.
+    /// Whether the connection was ever established: the peer's numbers begin where
+    /// it says (`tcp_connect_init()` in net/ipv4/tcp_output.c begins with 0).
     #[inline(always)]
-    pub(crate) fn callbacks(self) -> u32 {
-        number(read_field!(self.0, callbacks))
+    pub(crate) fn was_established(self) -> bool {
+        read_field!(self.0, rcv_nxt) != 0
     }
 
     /// TCP_USER_TIMEOUT in milliseconds; 0 is unset.
@@ -539,6 +540,14 @@ impl Cgroup {
     #[inline(always)]
     pub(crate) fn id(self) -> u64 {
         read_field!(typed(self.0, layout!(cgroup_kn.offset)), kernfs_id)
+    }
+
+    /// A number that no other cgroup has or will have, and that is found sooner than
+    /// the id (`css_serial_nr_next` in kernel/cgroup/cgroup.c). It belongs to this
+    /// boot: only the programs use it.
+    #[inline(always)]
+    pub(crate) fn serial(self) -> u64 {
+        read_field!(self.0, cgroup_serial)
     }
 
     /// Whether it is of the v2 hierarchy (`cgrp_dfl_root`, which has the first

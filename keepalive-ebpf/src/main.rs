@@ -19,10 +19,7 @@ mod refusal;
 mod sweep;
 
 use aya_ebpf::{
-    bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_TCP_CONNECT_CB,
-    },
+    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB},
     macros::{btf_tracepoint, cgroup_sockopt, sock_ops},
     programs::{BtfTracePointContext, SockOpsContext, SockoptContext},
 };
@@ -48,12 +45,12 @@ const NEXT: i32 = 0;
 /// Runs some nine times in the life of a connection, of which two callbacks
 /// matter: one end has connected, one end has accepted.
 #[sock_ops]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's signature")]
 fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            enforce::new_connection(ctx);
+            enforce::new_connection(ctx.ops);
         }
-        BPF_SOCK_OPS_TCP_CONNECT_CB => dead_peer::unwatch(&ctx),
         _ => {}
     }
     PROCEED

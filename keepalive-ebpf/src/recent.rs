@@ -1,16 +1,13 @@
-//! Recent: what the walk through the cgroups found lately, so that most new
-//! connections need none.
+//! Recent: what the walk through the cgroups found lately, and what the rules said of
+//! an address, so that most new connections need neither.
 //!
-//! A cgroup stays below the same parents and its id is not used again, so what
-//! the walk finds for it changes only with what the agent wrote. After each
+//! A cgroup stays below the same parents and its serial number is not used again, so
+//! what the walk finds for it changes only with what the agent wrote. After each
 //! change the agent moves on to another generation, and what was found in the
 //! earlier one counts no more.
 
-use aya_ebpf::{
-    btf_maps::{Array, PerCpuArray},
-    macros::btf_map,
-};
-use keepalive_common::slot::Target;
+use aya_ebpf::{btf_maps::Array, macros::btf_map};
+use keepalive_common::slot::{Resolved, Target, UNCLAIMED};
 
 use crate::{claim, kernel::Cgroup};
 
@@ -18,19 +15,22 @@ use crate::{claim, kernel::Cgroup};
 #[btf_map]
 static GENERATION: Array<u64, 1> = Array::new();
 
-/// Cgroup id, its low bits → what was found. Cgroups of the same low bits put
-/// one another out.
+/// Serial number of a cgroup, its low bits → what was found. Cgroups of the same low
+/// bits put one another out.
+///
+/// One for all CPUs: it is hardly ever written, and one per CPU would be found through
+/// a pointer that stands somewhere else.
 #[btf_map]
-static RECENT: PerCpuArray<Entry, { PLACES as usize }> = PerCpuArray::new();
+static RECENT: Array<Entry, { PLACES as usize }> = Array::new();
 
-const PLACES: u32 = 64;
+const PLACES: u32 = 256;
 
-/// What the walk found for a cgroup. A program can be interrupted on its CPU by
-/// another run of itself between any two accesses: the halves of different
-/// results must not pass for one, and neither must one of another generation.
+/// What the walk found for a cgroup. Other CPUs write here too, and a program can be
+/// interrupted on its own by another run of itself: the halves of different results
+/// must not pass for one, and neither must one of another generation.
 #[repr(C)]
 struct Entry {
-    /// Id of the cgroup above, target below, 32 bits each.
+    /// Serial number of the cgroup above, target below, 32 bits each.
     word: u64,
     /// The same, exclusive-or the generation.
     check: u64,
@@ -42,28 +42,28 @@ pub(crate) fn target(own: Option<Cgroup>) -> Target {
     let Some(cgroup) = own else {
         return Target::UNCLAIMED;
     };
-    let id = cgroup.id();
+    let serial = cgroup.serial();
     #[expect(clippy::cast_possible_truncation, reason = "its low bits")]
-    let place = id as u32 % PLACES;
+    let place = serial as u32 % PLACES;
     let (Some(generation), Some(found)) = (GENERATION.get_ptr(0), RECENT.get_ptr_mut(place)) else {
         return Target::UNCLAIMED;
     };
     // SAFETY: eight aligned bytes of a map element.
     let generation = unsafe { generation.read_volatile() };
-    // SAFETY: elements of a per-CPU map, eight aligned bytes at a time.
+    // SAFETY: elements of a map, eight aligned bytes at a time.
     let (word, check) = unsafe {
         (
             (&raw const (*found).word).read_volatile(),
             (&raw const (*found).check).read_volatile(),
         )
     };
-    if word >> 32 == id && word ^ check == generation {
+    if word >> 32 == serial && word ^ check == generation {
         return Target::from_bits(low(word));
     }
     let target = walk(cgroup, generation);
-    // Ids of more than 32 bits come after four thousand million cgroups.
-    if id >> 32 == 0 {
-        let word = id << 32 | u64::from(target.bits());
+    // Numbers of more than 32 bits come after four thousand million cgroups.
+    if serial >> 32 == 0 {
+        let word = serial << 32 | u64::from(target.bits());
         // SAFETY: as above.
         unsafe {
             (&raw mut (*found).word).write_volatile(word);
@@ -71,6 +71,77 @@ pub(crate) fn target(own: Option<Cgroup>) -> Target {
         }
     }
     target
+}
+
+/// A target and an address, hashed → the slot that the rules gave. What a target leads
+/// to is never changed once a cgroup has it, so this needs no generation.
+#[btf_map]
+static RECENT_ADDRESSES: Array<AddressEntry, 1024> = Array::new();
+
+/// Bits of a hash that are a place.
+const PLACE_BITS: u32 = 10;
+
+/// What the rules said. As an [`Entry`], of two results at once it shows none.
+#[repr(C)]
+struct AddressEntry {
+    /// The address, IPv4 as `::ffff:0:0/96`: 64 bits each.
+    high: u64,
+    low: u64,
+    /// Target above, slot below, 32 bits each. 0 where nothing is: a target with rules
+    /// never is.
+    word: u64,
+    /// The same, exclusive-or the hash of the address.
+    check: u64,
+}
+
+/// The slot that the rules of a target give to connections with an address.
+#[inline(always)]
+pub(crate) fn by_address(
+    target: Target,
+    high: u64,
+    low: u64,
+    rules: impl FnOnce() -> Resolved,
+) -> u32 {
+    let hash = hash(high, low);
+    let above = u64::from(target.bits()) << 32;
+    let place = (self::hash(above, hash) >> (64 - PLACE_BITS)) as u32;
+    let Some(found) = RECENT_ADDRESSES.get_ptr_mut(place) else {
+        return UNCLAIMED;
+    };
+    // SAFETY: elements of a map, eight aligned bytes at a time.
+    let entry = unsafe {
+        AddressEntry {
+            high: (&raw const (*found).high).read_volatile(),
+            low: (&raw const (*found).low).read_volatile(),
+            word: (&raw const (*found).word).read_volatile(),
+            check: (&raw const (*found).check).read_volatile(),
+        }
+    };
+    if (entry.high, entry.low, entry.word ^ entry.check) == (high, low, hash)
+        && entry.word ^ above == u64::from(self::low(entry.word))
+    {
+        return self::low(entry.word);
+    }
+    let Resolved { slot, by_port } = rules();
+    if !by_port {
+        let word = above | u64::from(slot);
+        // SAFETY: as above.
+        unsafe {
+            (&raw mut (*found).high).write_volatile(high);
+            (&raw mut (*found).low).write_volatile(low);
+            (&raw mut (*found).word).write_volatile(word);
+            (&raw mut (*found).check).write_volatile(word ^ hash);
+        }
+    }
+    slot
+}
+
+/// Spreads neighbouring addresses: multiplied by an odd number without a pattern, the
+/// upper bits depend on all others.
+#[inline(always)]
+const fn hash(high: u64, low: u64) -> u64 {
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+    (high.wrapping_mul(ODD) ^ low).wrapping_mul(ODD)
 }
 
 /// Out of line, to keep its registers and branches out of the way of those that

@@ -15,7 +15,7 @@ use keepalive_common::{
 };
 
 use crate::{
-    claim, dead_peer,
+    claim,
     decide::{Subject, decide_about, subject},
     enforce::{self, Setter},
     history,
@@ -170,9 +170,6 @@ fn carry_out(
     let is_dry = pass.dry_run != 0;
     if !is_dry && (wants == has || !policy.is_enforced()) {
         keep(sock, policy, application, has, known, environment);
-    }
-    if !is_dry && policy.is_enforced() && wants != application {
-        dead_peer::watch_existing(sock);
     }
     if wants == has {
         return;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Crowd, Need, Netns, Pins, Probe, Process, Program, Socket, agent_binary,
-    agent_command, detach, errno, output, require, wait_until,
+    Agent, Cgroup, Crowd, Kind, Need, Netns, Pins, Probe, Process, Program, Socket, Sockopt,
+    agent_binary, agent_command, detach, errno, output, require, wait_until,
 };
 use rustix::io::Errno;
 use rustix::process::Signal;
@@ -192,6 +192,56 @@ fn cut_off(place: (&Cgroup, &Netns), theirs: &mut Probe) -> Result<(Probe, Socke
     let mut ours = Probe::start(Program::Static, place)?;
     let socket = ours.connected(address)?;
     Ok((ours, socket, address))
+}
+
+/// Connections of which everything is the application's are not the policy's, and
+/// neither are those that never came about.
+#[test]
+fn only_where_a_policy_had_a_part() -> Result<()> {
+    require!(Need::Program("ip"));
+    let cgroup = Cgroup::new()?;
+    let (near, far) = Netns::pair()?;
+    near.sysctl("net/ipv4/tcp_syn_retries", "1")?;
+    let _agent = Agent::start(&cgroup, POLICY)?;
+    let mut theirs = Probe::start(Program::Static, &far)?;
+    let (_, address) = theirs.listener("10.99.0.2:0")?;
+    let mut ours = Probe::start(Program::Static, (&cgroup, &near))?;
+    let timers = [
+        (Sockopt::Idle, 2),
+        (Sockopt::Interval, 2),
+        (Sockopt::Probes, 1),
+    ];
+    let keepalive = (Sockopt::Keepalive, 1);
+    let policys = [
+        (Sockopt::Idle, 1),
+        (Sockopt::Interval, 1),
+        (Sockopt::Probes, 2),
+        keepalive,
+    ];
+
+    let own = ours.socket(Kind::of(address))?;
+    ours.set_all(own, &timers)?;
+    ours.set_all(own, &[keepalive])?;
+    ours.connect(own, address)?;
+    let turned_on = ours.socket(Kind::of(address))?;
+    ours.set_all(turned_on, &timers)?;
+    ours.connect(turned_on, address)?;
+    let attempt = ours.socket(Kind {
+        nonblocking: true,
+        ..Kind::default()
+    })?;
+    ours.set_all(attempt, &policys)?;
+
+    far.run("ip", "link set eth0 down")?;
+    ensure!(!ours.begin_to_connect(attempt, address)?, "it is connected");
+    let error = error_of(&mut ours, attempt)?;
+    assert!([Errno::TIMEDOUT, Errno::HOSTUNREACH].contains(&error));
+    error_of(&mut ours, own)?;
+    error_of(&mut ours, turned_on)?;
+    let counted = counted(&cgroup, "default")?;
+    assert_eq!(counted["probes"], 1, "{counted}");
+    assert_eq!(counted["retransmission"], 0, "{counted}");
+    Ok(())
 }
 
 /// One that was there before the agent, and counts that go on over a reload.

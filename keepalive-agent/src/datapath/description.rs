@@ -23,7 +23,7 @@ use crate::{config::Config, hierarchy::Cgroup};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 5;
+pub(super) const SCHEMA: u32 = 6;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";

@@ -170,6 +170,7 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         // A pointer with a type since Linux 5.15 (`sock_cgroup_data` in
         // include/linux/cgroup-defs.h).
         sock_cgroup: tcp_sock.number(&format!("{sock}.sk_cgrp_data.cgroup"))?,
+        cgroup_serial: cgroup.number("self.serial_nr")?,
         cgroup_parent: cgroup.number("self.parent")?,
         css_cgroup: Structure::named(btf, "cgroup_subsys_state")?.number("cgroup")?,
         cgroup_kn: cgroup.number("kn")?,
@@ -201,7 +202,7 @@ pub fn resolve(btf: &Btf<'_>, hz: u32) -> Result<Layout> {
         snd_una: tcp_sock.number("snd_una")?,
         probes_out: tcp_sock.number("inet_conn.icsk_probes_out")?,
         error: tcp_sock.number(&format!("{sock}.sk_err"))?,
-        callbacks: tcp_sock.number("bpf_sock_ops_cb_flags")?,
+        rcv_nxt: tcp_sock.number("rcv_nxt")?,
         socket: tcp_sock.number(&format!("{sock}.sk_socket"))?,
         socket_file: socket.number("file")?,
         socket_sock: socket.number("sk")?,

@@ -227,7 +227,7 @@ impl Maps {
         let target = if now { claim.now } else { claim.before };
         let Ends { remote, local_port } = ends(remote);
         let ends = slot::Ends::new(remote.unwrap(), local_port.unwrap());
-        match resolve(self, target, &ends) {
+        match resolve(self, target, &ends).slot {
             UNCLAIMED => 0,
             slot => self.policies[&slot].idle.default,
         }
