@@ -261,14 +261,8 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
         fs::write(&file, "").with_context(|| format!("cannot write {}", file.display()))?;
         let mut cargo = workspace::cargo();
         cargo
-            .args([
-                "test",
-                "--release",
-                "-p",
-                "keepalive-tests",
-                "-p",
-                "keepalive-bench",
-            ])
+            .args(["test", "--release"])
+            .args(["-p", "keepalive-tests", "-p", "keepalive-bench"])
             .env("KEEPALIVE_AGENT", workspace::agent())
             .env("KEEPALIVE_SKIPS", &file);
         if !workspace::is_root() {

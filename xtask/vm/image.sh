@@ -50,6 +50,8 @@ fi
 # Drivers that Debian's kernels have as modules, in an order in which they load.
 modules=$(mktemp -d)
 trap 'rm -rf "$modules"' EXIT
+# It becomes the root directory, which users other than root are to look into.
+chmod 755 "$modules"
 mkdir "$modules/modules"
 number=0
 for module in net/ipv4/inet_diag net/ipv4/tcp_diag drivers/net/veth; do
