@@ -16,8 +16,6 @@ pub struct PolicyRecord {
     /// How many turn keepalive on: one, after the timers, or none.
     turn_on: u32,
     holds_for: u32,
-    /// Explicit padding, always 0.
-    reserved: u32,
     /// As [`Policy::for_kernel`].
     pub policy: Policy,
 }
@@ -93,7 +91,6 @@ impl PolicyRecord {
             timers: number - turn_on,
             turn_on,
             holds_for,
-            reserved: 0,
             policy,
         }
     }
@@ -193,7 +190,7 @@ mod tests {
         let settings = MOST * size_of::<Setting>();
         assert_eq!(
             size_of::<PolicyRecord>(),
-            settings + 4 * 4 + size_of::<Policy>()
+            settings + 3 * 4 + size_of::<Policy>()
         );
     }
 

@@ -42,9 +42,9 @@ fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
 }
 
 /// Writes an idle time behind the agent's back that no config could hold, into what
-/// the policy gives to a socket on which nothing is set.
+/// the policy gives to a socket on which nothing is set, and into the policy itself.
 fn spoil_idle(cgroup: &Cgroup) -> Result<()> {
-    const UNITS_BEFORE_IDLE: usize = 1;
+    const UNITS_BEFORE_IDLE: [usize; 2] = [1, 15];
     let id = map(cgroup, "POLICIES")?;
     let slots = bpftool(&["map", "dump", "id", &id])?;
     let slot = slots.as_array().context("an empty map")?.get(SLOT);
@@ -58,7 +58,14 @@ fn spoil_idle(cgroup: &Cgroup) -> Result<()> {
             Ok(u8::from_str_radix(byte.trim_start_matches("0x"), 16)?)
         })
         .collect::<Result<_>>()?;
-    bytes[UNITS_BEFORE_IDLE * 4..][..4].copy_from_slice(&40_000_u32.to_ne_bytes());
+    for units in UNITS_BEFORE_IDLE {
+        let idle = &mut bytes[units * 4..][..4];
+        ensure!(
+            idle == 70_u32.to_ne_bytes(),
+            "the idle time stands elsewhere"
+        );
+        idle.copy_from_slice(&40_000_u32.to_ne_bytes());
+    }
     let mut command = Command::new("bpftool");
     command.args(["map", "update", "id", &id, "key"]);
     let key = u32::try_from(SLOT)?.to_ne_bytes();

@@ -23,7 +23,7 @@ fn layout(types: &[u8]) -> anyhow::Result<Layout> {
 fn every_field_stands_where_the_kernel_has_it() {
     type Read = fn(&Layout) -> Field;
     type Expected = (&'static str, Read, [(u32, u32); KERNELS.len()]);
-    let fields: [Expected; 36] = [
+    let fields: [Expected; 37] = [
         ("flags", |l| l.flags, [(96, 8); 3]),
         ("state", |l| l.state, [(18, 1); 3]),
         (
@@ -124,10 +124,11 @@ fn every_field_stands_where_the_kernel_has_it() {
             [(1285, 1), (1293, 1), (1285, 1)],
         ),
         ("error", |l| l.error, [(544, 4), (284, 4), (284, 4)]),
+        ("rcv_nxt", |l| l.rcv_nxt, [(1464, 4), (1712, 4), (1768, 4)]),
         (
-            "callbacks",
-            |l| l.callbacks,
-            [(2164, 1), (2248, 1), (2336, 1)],
+            "cgroup_serial",
+            |l| l.cgroup_serial,
+            [(88, 8), (88, 8), (80, 8)],
         ),
         ("local_v6", |l| l.local_v6, [(72, 16); 3]),
         ("remote_port", |l| l.remote_port, [(12, 2); 3]),
