@@ -26,7 +26,7 @@ if ! [ -e "$tree/complete" ]; then
     cp "$busybox" "$tree/bin/busybox"
     # What the tests' guards and the agent start. Not busybox's shell, which runs
     # its own applets in the place of programs.
-    for tool in sh ip ss nsenter unshare setpriv mount umount; do
+    for tool in sh ip ss nsenter unshare setpriv mount umount sleep; do
         path=$(program $tool) || fail "$tool is not installed, and the tests in the guests need it"
         cp -L "$path" "$tree/usr/bin/"
     done
