@@ -1,8 +1,7 @@
 //! `cargo xtask bpf`: builds the BPF object that `keepalive-ebpf` ships, so that
 //! building the agent takes nothing but stable Rust.
 
-mod compiler;
-mod linker;
+mod toolchain;
 
 use std::{
     fs,
@@ -14,8 +13,8 @@ use clap::Args;
 use object::build::elf::{Builder, SectionData};
 
 use crate::{exec, workspace};
-use compiler::Compiler;
 use metadata::{METADATA, Metadata, OBJECT};
+use toolchain::Toolchain;
 
 #[path = "../../keepalive-ebpf/object/metadata.rs"]
 mod metadata;
@@ -80,35 +79,14 @@ pub(crate) fn check() -> Result<()> {
 }
 
 /// Builds the programs that the benchmark compares with, which are not shipped.
-pub(crate) fn build_bench_object() -> Result<()> {
-    compile(&toolchain()?, "bench").map(drop)
-}
-
-/// What turns Rust into a BPF object.
-struct Toolchain {
-    compiler: Compiler,
-    linker: linker::Linker,
+pub(crate) fn build_bench_object() -> Result<PathBuf> {
+    compile(&toolchain()?, "bench")
 }
 
 /// Finds the toolchain, the recorded one first, and installs what is missing.
 fn toolchain() -> Result<Toolchain> {
-    let compiler = compiler::find_or_install(recorded_compiler().as_deref())?;
-    let linker = linker::find_or_install(&compiler)?;
-    Ok(Toolchain { compiler, linker })
-}
-
-/// Why no toolchain is here, unless there is one. Installs nothing.
-pub(crate) fn find_toolchain() -> Result<(), String> {
-    let compiler = compiler::find(recorded_compiler().as_deref())?;
-    match linker::find(&compiler) {
-        Ok(found) => found.map(drop),
-        Err(error) => Err(format!("{error:#}")),
-    }
-}
-
-fn recorded_compiler() -> Option<String> {
-    let metadata = Metadata::read(&workspace::root()).ok()?;
-    Some(metadata.compiler)
+    let metadata = Metadata::read(&workspace::root()).ok();
+    Toolchain::find_or_install(metadata.as_ref().map(|metadata| &*metadata.compiler))
 }
 
 /// The object as it is shipped, and what describes it.
@@ -120,8 +98,8 @@ fn build() -> Result<(Vec<u8>, Metadata)> {
     let object = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     let object = without_dwarf(&object).with_context(|| format!("in {}", built.display()))?;
     let metadata = Metadata {
-        compiler: toolchain.compiler.to_string(),
-        linker: toolchain.linker.to_string(),
+        compiler: toolchain.compiler().to_owned(),
+        linker: toolchain.linker,
         sources,
         object: metadata::sha256(&object),
     };
@@ -130,7 +108,7 @@ fn build() -> Result<(Vec<u8>, Metadata)> {
 
 /// Compiles one binary of the BPF crate.
 fn compile(toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
-    let mut cargo = toolchain.compiler.cargo();
+    let mut cargo = toolchain.cargo();
     cargo
         // Its own directory: another compiler with other flags would throw the
         // host's build away, and the other way round.
@@ -142,7 +120,7 @@ fn compile(toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
         .env_remove("RUSTFLAGS")
         .env(
             "CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER",
-            &toolchain.linker.path,
+            &toolchain.linker_path,
         )
         // bpf-linker turns debug information into the BTF that the kernel and
         // bpftool show.

@@ -7,14 +7,13 @@ use std::{
     fs, io,
     path::PathBuf,
     process::{Command, ExitCode},
-    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::{apt, bpf, build, dist, exec, vm, workspace};
-use report::{Counts, Outcome, Report, Step};
+use report::{Outcome, Report, Step};
 
 /// Check formatting, lints, documentation, dependencies and the BPF object, and
 /// run the tests, the live ones among them
@@ -67,7 +66,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     if let Some(kernels) = &options.vm {
         if let Err(error) = vm::test(kernels, filter, options.write_types, &mut report) {
             exec::say_error(&error);
-            report.add(Step::failed("vm", &format!("{error:#}")));
+            report.add(Step::new("vm", Outcome::Failed, ""));
         }
         return report.finish();
     }
@@ -84,7 +83,7 @@ pub(crate) fn main(options: &Options) -> ExitCode {
             report.add(bpf_object(options.no_install));
         }
     }
-    let built = options.no_live || report.add(step("build", |_| build::build()));
+    let built = options.no_live || report.add(Step::run("build", |_| build::build()));
     if filter.is_none() {
         report.add(lints());
         report.add(documentation());
@@ -92,22 +91,20 @@ pub(crate) fn main(options: &Options) -> ExitCode {
             report.add(step);
         }
     }
-    report.add(step("tests", |counts| {
-        run_tests(workspace::cargo().arg("test").args(filter), counts)
+    report.add(Step::run("tests", |passed| {
+        run_tests(workspace::cargo().arg("test"), filter, passed)
     }));
     if !options.no_live {
         let step = if built {
             live_tests(filter, &mut report.skips)
         } else {
-            Step::skipped("live tests", "the build failed")
+            Step::new("live tests", Outcome::Skipped, "the build failed")
         };
         report.add(step);
     }
     if let Some(filter) = filter.filter(|_| report.ran_no_test()) {
-        report.add(Step::failed(
-            "filter",
-            &format!("no test's name contains {filter}"),
-        ));
+        let note = format!("no test's name contains {filter}");
+        report.add(Step::new("filter", Outcome::Failed, &note));
     }
     report.finish()
 }
@@ -123,20 +120,20 @@ fn packages(suites: &[String], no_install: bool, report: &mut Report) {
         exec::warn(&format!("{error:#}"));
     }
     let mut packages = None;
-    report.add(step("packages", |_| {
+    report.add(Step::run("packages", |_| {
         packages = Some(dist::pairs()?);
         Ok(())
     }));
     let Some((deb, rpm)) = packages else {
         return;
     };
-    report.add(step("package files", |_| dist::verify()));
+    report.add(Step::run("package files", |_| dist::verify()));
     let cache = workspace::target_dir().join("debian");
     let mut run = |name, script: &str, suite: &str, files: &[PathBuf]| {
         let script = workspace::root().join("packaging/test").join(script);
         let mut command = workspace::as_root(script);
         command.arg(suite).args(files).arg(&cache);
-        report.add(step(name, |_| exec::run(&mut command)));
+        report.add(Step::run(name, |_| exec::run(&mut command)));
     };
     let default = ["bookworm".to_owned()];
     let suites = if suites.is_empty() { &default } else { suites };
@@ -154,14 +151,15 @@ fn packages(suites: &[String], no_install: bool, report: &mut Report) {
 
 /// Whether the shipped object is what its sources come to.
 fn bpf_object(no_install: bool) -> Step {
-    if no_install && let Err(reason) = bpf::find_toolchain() {
-        return Step::skipped("BPF object", &format!("not rebuilt: {reason}"));
+    if no_install {
+        let why = "not rebuilt: that may install a toolchain";
+        return Step::new("BPF object", Outcome::Skipped, why);
     }
-    step("BPF object", |_| bpf::check()).remedy("run: cargo xtask bpf")
+    Step::run("BPF object", |_| bpf::check()).remedy("run: cargo xtask bpf")
 }
 
 fn formatting() -> Step {
-    step("formatting", |_| {
+    Step::run("formatting", |_| {
         let mut cargo = workspace::cargo();
         cargo.args(["fmt", "--all", "--check"]);
         // Left to itself, rustfmt colours what goes to a file as well.
@@ -174,7 +172,7 @@ fn formatting() -> Step {
 }
 
 fn lints() -> Step {
-    step("lints", |_| {
+    Step::run("lints", |_| {
         exec::run(
             workspace::cargo()
                 .args(["clippy", "--workspace", "--all-targets"])
@@ -185,7 +183,7 @@ fn lints() -> Step {
 }
 
 fn documentation() -> Step {
-    step("documentation", |_| {
+    Step::run("documentation", |_| {
         exec::run(
             workspace::cargo()
                 .args([
@@ -207,7 +205,7 @@ fn dependencies() -> Option<Step> {
     if !is_installed("deny") {
         return None;
     }
-    let step = step("dependencies", |_| {
+    let step = Step::run("dependencies", |_| {
         exec::run(workspace::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
     });
     Some(step.remedy("mend what cargo-deny names above, or deny.toml"))
@@ -233,7 +231,7 @@ fn mutants() -> Option<Step> {
         let mut git = Command::new("git");
         exec::output(git.current_dir(workspace::root()).args(words))
     };
-    let step = step("mutants", |_| {
+    let step = Step::run("mutants", |_| {
         let mut base = git(&["merge-base", "HEAD", "origin/main"]).unwrap_or_default();
         if base.trim().is_empty() || base == git(&["rev-parse", "HEAD"])? {
             "HEAD~1".clone_into(&mut base);
@@ -259,17 +257,18 @@ fn mutants() -> Option<Step> {
 /// only the test programs themselves run as root.
 fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
     let file = workspace::target_dir().join("live-test-skips");
-    let live = step("live tests", |counts| {
+    let live = Step::run("live tests", |passed| {
         fs::write(&file, "").with_context(|| format!("cannot write {}", file.display()))?;
         let mut cargo = workspace::cargo();
         cargo
-            .args(["test", "--release", "-p", "keepalive-tests"])
+            .args(["test", "--release"])
+            .args(["-p", "keepalive-tests", "-p", "keepalive-bench"])
             .env("KEEPALIVE_AGENT", workspace::agent())
             .env("KEEPALIVE_SKIPS", &file);
         if !workspace::is_root() {
             cargo.args(["--config", "target.'cfg(unix)'.runner = ['sudo', '-E']"]);
         }
-        run_tests(cargo.args(filter), counts)
+        run_tests(&mut cargo, filter, passed)
     });
     skips.extend(report::skipped_tests(
         &fs::read_to_string(&file).unwrap_or_default(),
@@ -277,26 +276,12 @@ fn live_tests(filter: Option<&str>, skips: &mut Vec<String>) -> Step {
     live
 }
 
-fn run_tests(command: &mut Command, counts: &mut Counts) -> Result<()> {
-    // All test programs run, not only those up to the first that fails.
-    exec::run_and_read(command.arg("--no-fail-fast"), |line| counts.add_line(line))
-}
-
-fn step(name: &'static str, body: impl FnOnce(&mut Counts) -> Result<()>) -> Step {
-    let start = Instant::now();
-    let mut counts = Counts::default();
-    let outcome = match body(&mut counts) {
-        Ok(()) => Outcome::Ok,
-        Err(error) => {
-            exec::say_error(&error);
-            Outcome::Failed
-        }
-    };
-    Step {
-        name,
-        outcome,
-        counts,
-        took: start.elapsed(),
-        note: String::new(),
-    }
+fn run_tests(cargo: &mut Command, filter: Option<&str>, passed: &mut usize) -> Result<()> {
+    cargo
+        // All test programs run, not only those up to the first that fails.
+        .arg("--no-fail-fast")
+        .args(filter)
+        // Nothing is left out by an attribute.
+        .args(["--", "--include-ignored"]);
+    exec::run_and_read(cargo, |line| *passed += report::passed(line))
 }

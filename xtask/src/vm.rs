@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::{
     build, exec,
-    test::report::{Counts, Outcome, Report, Step},
+    test::report::{Outcome, Report, Step},
     workspace,
 };
 use judge::Program;
@@ -88,11 +88,8 @@ pub(crate) fn test(
             let start = |guest| scope.spawn(move || step(guest, programs, writes_types));
             let running: Vec<_> = guests.iter().map(start).collect();
             for guest in running {
-                report.add(
-                    guest
-                        .join()
-                        .unwrap_or_else(|_| Step::failed("vm", "panicked")),
-                );
+                let panicked = |_| Step::new("vm", Outcome::Failed, "panicked");
+                report.add(guest.join().unwrap_or_else(panicked));
             }
         });
     }
@@ -121,18 +118,16 @@ fn step(guest: &Guest, programs: &[Program], writes_types: bool) -> Step {
         "Linux {version}: what it wrote is in {}",
         guest.directory.display()
     ));
-    let failed = verdict.failures.len();
-    Step {
-        name: series.step,
-        outcome: if failed == 0 {
-            Outcome::Ok
-        } else {
-            Outcome::Failed
-        },
-        counts: Counts::of(verdict.passed, failed, verdict.left_out),
-        took: start.elapsed(),
-        note: format!(", Linux {version}"),
-    }
+    let outcome = if verdict.failures.is_empty() {
+        Outcome::Ok
+    } else {
+        Outcome::Failed
+    };
+    let note = format!("{} left out, Linux {version}", verdict.left_out);
+    let mut step = Step::new(series.step, outcome, &note);
+    step.passed = verdict.passed;
+    step.took = start.elapsed();
+    step
 }
 
 /// Waits until no other run writes to the same directory; the next one waits for
@@ -275,7 +270,6 @@ struct Guest {
     machine: PathBuf,
     /// Where it writes.
     directory: PathBuf,
-    image: PathBuf,
 }
 
 impl Guest {
@@ -294,7 +288,6 @@ impl Guest {
             version: series.version(machine)?,
             machine: machine.to_owned(),
             directory,
-            image: series.image(machine)?,
         })
     }
 
@@ -317,7 +310,7 @@ impl Guest {
             .args(["-accel", "tcg", "-cpu", "Nehalem", "-smp", "2", "-m", "2G"])
             .args(["-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-kernel"])
-            .arg(inside(&self.image)?)
+            .arg(inside(&self.series.directory(&self.machine).join("image"))?)
             .arg("-initrd")
             .arg(inside(&initramfs)?);
         for line in &lines {

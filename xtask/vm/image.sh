@@ -26,7 +26,7 @@ if ! [ -e "$tree/complete" ]; then
     cp "$busybox" "$tree/bin/busybox"
     # What the tests' guards and the agent start. Not busybox's shell, which runs
     # its own applets in the place of programs.
-    for tool in sh ip ss nsenter unshare setpriv mount umount; do
+    for tool in sh ip ss nsenter unshare setpriv mount umount sleep; do
         path=$(program $tool) || fail "$tool is not installed, and the tests in the guests need it"
         cp -L "$path" "$tree/usr/bin/"
     done
@@ -50,6 +50,8 @@ fi
 # Drivers that Debian's kernels have as modules, in an order in which they load.
 modules=$(mktemp -d)
 trap 'rm -rf "$modules"' EXIT
+# It becomes the root directory, which users other than root are to look into.
+chmod 755 "$modules"
 mkdir "$modules/modules"
 number=0
 for module in net/ipv4/inet_diag net/ipv4/tcp_diag drivers/net/veth; do

@@ -65,5 +65,7 @@ for kernel; do
         rm -r "$machine/$directory/archives"
         touch "$machine/$directory/complete"
     fi
+    # What is booted: with its modules since 7.
+    (cd "$machine/$directory" && ln -sfn "$(find . -type f -name 'vmlinuz*' | head -n 1)" image)
     ln -sfn "$package" "$machine/kernels/$series"
 done

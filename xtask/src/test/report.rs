@@ -1,6 +1,12 @@
 //! What the steps of `cargo xtask test` came to.
 
-use std::{env, process::ExitCode, time::Duration};
+use std::{
+    env,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
 
 use crate::exec;
 
@@ -14,11 +20,12 @@ pub(crate) struct Report {
 
 /// One line of the summary.
 pub(crate) struct Step {
-    pub(crate) name: &'static str,
-    pub(crate) outcome: Outcome,
-    pub(crate) counts: Counts,
+    name: &'static str,
+    outcome: Outcome,
+    /// How many tests passed, those among them that found something missing.
+    pub(crate) passed: usize,
     pub(crate) took: Duration,
-    /// Why it was skipped, or what mends it.
+    /// Why it was skipped, what mends it, or what else there is to say.
     pub(crate) note: String,
 }
 
@@ -27,16 +34,6 @@ pub(crate) enum Outcome {
     Ok,
     Failed,
     Skipped,
-}
-
-/// Tests, summed from what cargo prints.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    /// How many test programs reported; none of them, and the step has no tests.
-    programs: usize,
-    passed: usize,
-    failed: usize,
-    ignored: usize,
 }
 
 impl Report {
@@ -49,9 +46,16 @@ impl Report {
 
     /// Whether no test at all ran, though nothing failed.
     pub(crate) fn ran_no_test(&self) -> bool {
-        self.steps
-            .iter()
-            .all(|step| step.counts.tests() == 0 && step.outcome == Outcome::Ok)
+        self.count(Outcome::Failed) == 0 && self.passed() == 0
+    }
+
+    fn count(&self, outcome: Outcome) -> usize {
+        let steps = self.steps.iter();
+        steps.filter(|step| step.outcome == outcome).count()
+    }
+
+    fn passed(&self) -> usize {
+        self.steps.iter().map(|step| step.passed).sum()
     }
 
     /// Prints the summary.
@@ -64,43 +68,28 @@ impl Report {
         for skip in &self.skips {
             println!("skipped: {skip}");
         }
-        let total = self.total();
         println!(
-            "{} passed, {} failed, {} skipped",
-            total.passed, total.failed, total.ignored
+            "{} of {} steps went well; {} tests passed, {} were skipped",
+            self.count(Outcome::Ok),
+            self.steps.len(),
+            // The harness knows no skipping: to it, these tests passed.
+            self.passed().saturating_sub(self.skips.len()),
+            self.skips.len()
         );
-        if total.ignored > 0 && in_ci() {
-            println!("in CI a skip is a failure");
-            return ExitCode::FAILURE;
-        }
-        if total.failed == 0 {
-            ExitCode::SUCCESS
-        } else {
+        if self.is_failure(in_ci()) {
             ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
         }
     }
 
-    /// Every test counts, and so does every step without tests of its own.
-    fn total(&self) -> Counts {
-        let mut total = Counts::default();
-        for Step {
-            outcome, counts, ..
-        } in &self.steps
-        {
-            total.passed += counts.passed;
-            total.failed += counts.failed;
-            total.ignored += counts.ignored;
-            match outcome {
-                Outcome::Ok => total.passed += usize::from(counts.programs == 0),
-                // Tests that do not compile are none, but they are a failure.
-                Outcome::Failed => total.failed += usize::from(counts.failed == 0),
-                Outcome::Skipped => total.ignored += 1,
-            }
+    fn is_failure(&self, in_ci: bool) -> bool {
+        let skipped = self.count(Outcome::Skipped) + self.skips.len();
+        if in_ci && skipped > 0 {
+            println!("in CI a skip is a failure");
+            return true;
         }
-        // The test harness knows no skipping: to it, these tests passed.
-        total.passed = total.passed.saturating_sub(self.skips.len());
-        total.ignored += self.skips.len();
-        total
+        self.count(Outcome::Failed) > 0
     }
 }
 
@@ -110,19 +99,23 @@ fn in_ci() -> bool {
 }
 
 impl Step {
-    pub(crate) fn skipped(name: &'static str, reason: &str) -> Self {
-        Self::without_run(name, Outcome::Skipped, reason)
+    /// Does a step, which counts the tests that pass.
+    pub(crate) fn run(name: &'static str, body: impl FnOnce(&mut usize) -> Result<()>) -> Self {
+        let start = Instant::now();
+        let mut step = Self::new(name, Outcome::Ok, "");
+        if let Err(error) = body(&mut step.passed) {
+            exec::say_error(&error);
+            step.outcome = Outcome::Failed;
+        }
+        step.took = start.elapsed();
+        step
     }
 
-    pub(crate) fn failed(name: &'static str, reason: &str) -> Self {
-        Self::without_run(name, Outcome::Failed, reason)
-    }
-
-    fn without_run(name: &'static str, outcome: Outcome, note: &str) -> Self {
+    pub(crate) fn new(name: &'static str, outcome: Outcome, note: &str) -> Self {
         Self {
             name,
             outcome,
-            counts: Counts::default(),
+            passed: 0,
             took: Duration::ZERO,
             note: note.to_owned(),
         }
@@ -142,19 +135,12 @@ impl Step {
             Outcome::Failed => ("1;31", "FAILED "),
             Outcome::Skipped => ("33", "skipped"),
         };
-        let Counts {
-            passed,
-            failed,
-            ignored,
-            ..
-        } = self.counts;
-        let counts = if self.counts.programs == 0 {
-            String::new()
-        } else {
-            format!("{passed} passed, {failed} failed, {ignored} ignored")
+        let passed = match self.passed {
+            0 => String::new(),
+            passed => format!("{passed} passed "),
         };
         let line = format!(
-            "{:width$}  {}  {:>6.1} s  {counts}{}",
+            "{:width$}  {}  {:>6.1} s  {passed}{}",
             self.name,
             exec::paint_out(code, outcome),
             self.took.as_secs_f64(),
@@ -164,127 +150,62 @@ impl Step {
     }
 }
 
-impl Counts {
-    /// What a program other than cargo counted.
-    pub(crate) fn of(passed: usize, failed: usize, ignored: usize) -> Self {
-        Self {
-            programs: 1,
-            passed,
-            failed,
-            ignored,
-        }
-    }
-
-    fn tests(self) -> usize {
-        self.passed + self.failed + self.ignored
-    }
-
-    /// Adds `test result: ok. 3 passed; 0 failed; 1 ignored; …`; any other line
-    /// adds nothing.
-    pub(crate) fn add_line(&mut self, line: &str) {
-        let Some((_, result)) = line.split_once("test result: ") else {
-            return;
-        };
-        self.programs += 1;
-        let words = result.split([' ', ';']).filter(|word| !word.is_empty());
-        let mut number = 0;
-        for word in words {
-            match word {
-                "passed" => self.passed += number,
-                "failed" => self.failed += number,
-                "ignored" => self.ignored += number,
-                _ => {}
-            }
-            number = word.parse().unwrap_or(0);
-        }
-    }
+/// How many tests passed by a line such as `test result: ok. 3 passed; 0 failed; …`;
+/// by any other line none. What failed, cargo's exit code tells.
+pub(crate) fn passed(line: &str) -> usize {
+    let result = line.split_once("test result: ").unwrap_or_default().1;
+    let (before, _) = result.split_once(" passed;").unwrap_or_default();
+    let count = before.rsplit(' ').next();
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
-/// `test: reason` for each test named in the file that the live tests write, a
-/// line for each thing missing, and each test once.
+/// `test: reason` for each test that says in the file of skips that it is skipped.
 pub(crate) fn skipped_tests(file: &str) -> Vec<String> {
-    let mut skips = Vec::<String>::new();
-    for line in file.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let skip = line.strip_prefix("skipped: ").unwrap_or(line);
-        let test = skip.split(": ").next();
-        if skips.iter().all(|other| other.split(": ").next() != test) {
-            skips.push(skip.to_owned());
-        }
-    }
-    skips
+    let skips = file
+        .lines()
+        .filter_map(|line| line.strip_prefix("skipped: "));
+    skips.map(str::to_owned).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn counts(passed: usize, failed: usize, ignored: usize) -> Counts {
-        Counts {
-            programs: 2,
-            passed,
-            failed,
-            ignored,
-        }
-    }
-
-    fn step(outcome: Outcome, counts: Counts) -> Step {
-        Step {
-            counts,
-            ..Step::without_run("step", outcome, "")
-        }
-    }
-
     #[test]
-    fn results_of_all_test_programs_are_summed() {
-        let mut sum = Counts::default();
-        for line in [
-            "running 3 tests",
-            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s",
-            "test failed_once ... ok",
-            "test result: \u{1b}[31mFAILED\u{1b}[m. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out",
+    fn passed_tests_are_read_from_what_the_harness_prints() {
+        for (line, count) in [
+            ("running 3 tests", 0),
+            (
+                "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured",
+                3,
+            ),
+            ("test failed_once ... ok", 0),
+            (
+                "test result: \u{1b}[31mFAILED\u{1b}[m. 12 passed; 2 failed;",
+                12,
+            ),
         ] {
-            sum.add_line(line);
+            assert_eq!(passed(line), count, "{line}");
         }
-        assert_eq!(sum, counts(4, 2, 1));
     }
 
     #[test]
-    fn steps_without_tests_count_as_one() {
-        let report = Report {
-            steps: vec![
-                step(Outcome::Ok, Counts::default()),
-                step(Outcome::Ok, counts(5, 0, 1)),
-                step(Outcome::Failed, counts(3, 2, 0)),
-                step(Outcome::Skipped, Counts::default()),
-                // Its tests are all filtered out.
-                step(Outcome::Ok, counts(0, 0, 0)),
-            ],
-            skips: vec!["go: no compiler".to_owned()],
+    fn a_failed_step_is_a_failure_and_in_ci_a_skip_too() {
+        let report = |outcome, skips: &[&str]| Report {
+            steps: vec![Step::new("step", outcome, "")],
+            skips: skips.iter().map(ToString::to_string).collect(),
         };
-        let Counts {
-            passed,
-            failed,
-            ignored,
-            ..
-        } = report.total();
-        assert_eq!((passed, failed, ignored), (8, 2, 3));
-    }
-
-    #[test]
-    fn tests_that_do_not_compile_are_a_failure() {
-        let report = Report {
-            steps: vec![step(Outcome::Failed, Counts::default())],
-            skips: Vec::new(),
-        };
-        let total = report.total();
-        assert_eq!((total.passed, total.failed), (0, 1));
-    }
-
-    #[test]
-    fn a_test_is_skipped_once() {
-        assert_eq!(
-            skipped_tests("skipped: nginx: no nginx\n\nnginx: no curl\nruntime: no runc\n"),
-            ["nginx: no nginx", "runtime: no runc"]
-        );
+        let skip = "nginx: no nginx";
+        for (report, anywhere, in_ci) in [
+            (report(Outcome::Ok, &[]), false, false),
+            (report(Outcome::Failed, &[]), true, true),
+            (report(Outcome::Skipped, &[]), false, true),
+            (report(Outcome::Ok, &[skip]), false, true),
+        ] {
+            assert_eq!(report.is_failure(false), anywhere);
+            assert_eq!(report.is_failure(true), in_ci);
+        }
+        let file = format!("skipped: {skip}\n");
+        assert_eq!(skipped_tests(&file), [skip]);
     }
 }

@@ -55,22 +55,6 @@ impl Series {
         let version = package.strip_prefix("linux-image-");
         Ok(version.unwrap_or(&package).to_owned())
     }
-
-    /// The file that is booted: with its modules since 7.
-    pub(super) fn image(self, machine: &Path) -> Result<PathBuf> {
-        let directory = self.directory(machine);
-        ["boot", "lib/modules", "usr/lib/modules"]
-            .iter()
-            .filter_map(|below| fs::read_dir(directory.join(below)).ok())
-            .flatten()
-            .flatten()
-            .flat_map(|entry| [entry.path(), entry.path().join("vmlinuz")])
-            .find(|path| {
-                let name = path.file_name().unwrap_or_default();
-                path.is_file() && name.to_string_lossy().starts_with("vmlinuz")
-            })
-            .with_context(|| format!("{} has no kernel image", directory.display()))
-    }
 }
 
 #[cfg(test)]

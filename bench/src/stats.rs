@@ -1,7 +1,9 @@
 //! What a row of samples says.
 
+use serde::Serialize;
+
 /// The middle of a row of samples, and how far apart they are.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Debug, PartialEq, Serialize)]
 pub(crate) struct Summary {
     /// Half of the samples are below it.
     pub(crate) median: f64,

@@ -1,19 +1,17 @@
 //! Cgroups that are made while the agent runs: how long they wait for their policy.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{HashMap, Map, MapData, MapError, MapInfo};
+use keepalive_tests::Cgroup;
 
-use super::{
+use crate::{
     Bench,
-    peer::{Agent, nanoseconds},
-    place::{Cgroup, Place},
+    agent::{Agent, crowd},
     report::{Goal, Table},
     stats::{Summary, quantile},
 };
@@ -38,77 +36,60 @@ type Claims = HashMap<MapData, u64, u64>;
 pub(crate) fn reaction(bench: &mut Bench) -> Result<()> {
     let title = format!("from mkdir until the policy holds, {CGROUPS} cgroups a round");
     let mut table = Table::new("reaction", title, "ms", &[]);
-    let sizes: &[u32] = &[1, 1_000, 10_000];
-    for &size in sizes {
-        let place = &bench.place;
-        let root = place.cgroup()?;
-        root.crowd(place, size)?;
+    for size in [1, 1_000, 10_000] {
+        let root = Cgroup::new()?;
+        crowd(&root, size)?;
         let path = root.path();
         let config = format!(
             "[[policy]]\nname = \"all\"\ncgroup = [\"{path}/c*\", \"{path}/new-*\"]\nidle = \"60s\"\n"
         );
-        let agent = Agent::start(place, &bench.agent, &root, &config)?;
+        let agent = Agent::start(&bench.agent, &root, &config)?;
         let claims = claims(&agent)?;
-        for _ in 0..bench.rounds.clamp(3, 7) {
-            let mut samples = round(place, &root, &claims)?;
+        for _ in 0..bench.rounds.min(7) {
+            bench.go_on()?;
+            let mut samples = (0..CGROUPS)
+                .map(|number| wait(&root, number, &claims))
+                .collect::<Result<Vec<_>>>()?;
             samples.sort_by(f64::total_cmp);
             for (name, part) in [(HALF, 0.5), (MOST, 0.99)] {
                 let sample = quantile(&samples, part).context("nothing was measured")?;
                 table.add(name, Some(size), sample);
             }
         }
-    }
-    for &size in sizes {
-        let row = table.row(MOST, Some(size));
-        bench.report.goals.push(Goal {
-            what: format!("99 of 100 new cgroups have their policy, beside {size}"),
-            limit: 5.0,
-            found: row.and_then(|row| Summary::of(&row.samples)),
-            unit: "ms",
-        });
+        bench.report.goals.push(Goal::new(
+            format!("99 of 100 new cgroups have their policy, beside {size}"),
+            5.0,
+            "ms",
+            Summary::of(table.samples(MOST, size)),
+        ));
     }
     bench.report.take(table);
     Ok(())
 }
 
-/// Makes cgroups one after the other; milliseconds of each.
-fn round(place: &Place, root: &Cgroup, claims: &Claims) -> Result<Vec<f64>> {
-    let mut samples = Vec::new();
-    for number in 0..CGROUPS {
-        if number % 100 == 0 {
-            place.go_on()?;
-        }
-        let directory = root.directory().join(format!("new-{number}"));
-        fs::create_dir(&directory)
-            .with_context(|| format!("cannot make the cgroup {}", directory.display()))?;
-        let made = Instant::now();
-        let id = fs::metadata(&directory)?.ino();
-        while !is_claimed(claims, id)? {
-            ensure!(
-                made.elapsed() < LIMIT,
-                "the agent does not follow new cgroups"
-            );
-            // It may be waiting for this processor.
-            thread::yield_now();
-        }
-        samples.push(nanoseconds(made) / 1e6);
-        fs::remove_dir(&directory)?;
-        thread::sleep(PAUSE);
+/// Makes a cgroup; milliseconds until it has its policy.
+fn wait(root: &Cgroup, number: u32, claims: &Claims) -> Result<f64> {
+    let cgroup = root.child(format!("new-{number}"))?;
+    let made = Instant::now();
+    let id = cgroup.id()?;
+    while let Err(error) = claims.get(&id, 0) {
+        ensure!(matches!(error, MapError::KeyNotFound), error);
+        ensure!(
+            made.elapsed() < LIMIT,
+            "the agent does not follow new cgroups"
+        );
+        // It may be waiting for this processor.
+        thread::yield_now();
     }
-    Ok(samples)
-}
-
-fn is_claimed(claims: &Claims, cgroup: u64) -> Result<bool> {
-    match claims.get(&cgroup, 0) {
-        Ok(_) => Ok(true),
-        Err(MapError::KeyNotFound) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
+    let waited = made.elapsed();
+    drop(cgroup);
+    thread::sleep(PAUSE);
+    Ok(waited.as_secs_f64() * 1e3)
 }
 
 /// The agent's map of cgroups, found among its open files.
 fn claims(agent: &Agent) -> Result<Claims> {
-    for entry in fs::read_dir(format!("/proc/{}/fdinfo", agent.process.id()))? {
+    for entry in fs::read_dir(format!("/proc/{}/fdinfo", agent.id()))? {
         // A descriptor that was closed meanwhile is none of a map.
         let info = fs::read_to_string(entry?.path()).unwrap_or_default();
         let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
@@ -119,5 +100,5 @@ fn claims(agent: &Agent) -> Result<Claims> {
             return Ok(Map::HashMap(MapData::from_id(id)?).try_into()?);
         }
     }
-    anyhow::bail!("the agent has no map CGROUPS")
+    bail!("the agent has no map CGROUPS")
 }

@@ -2,49 +2,47 @@
 
 use std::io::{self, Write as _};
 
-use serde_json::{Value, json};
+use serde::Serialize;
 use tabwriter::TabWriter;
 
-use super::stats::{Summary, ratios};
-use crate::exec;
+use crate::stats::{Summary, ratios};
 
 /// Everything that one run found.
-#[derive(Default)]
+#[derive(Default, Serialize)]
 pub(crate) struct Report {
-    pub(crate) tables: Vec<Table>,
+    tables: Vec<Table>,
     pub(crate) goals: Vec<Goal>,
-    /// What could not be measured, and why.
-    pub(crate) missing: Vec<String>,
 }
 
 /// Cases that were measured in turns.
-#[derive(Clone)]
+#[derive(Serialize)]
 pub(crate) struct Table {
     /// Names it in JSON.
     pub(crate) id: &'static str,
     pub(crate) title: String,
-    pub(crate) unit: &'static str,
+    unit: &'static str,
     /// The cases whose multiples the others are shown as.
-    pub(crate) references: Vec<&'static str>,
-    pub(crate) rows: Vec<Row>,
+    references: Vec<&'static str>,
+    rows: Vec<Row>,
 }
 
 /// A case, sampled once in each round.
-#[derive(Clone)]
-pub(crate) struct Row {
-    pub(crate) name: String,
+#[derive(Serialize)]
+struct Row {
+    name: String,
     /// What the case grows with.
-    pub(crate) size: Option<u32>,
-    pub(crate) samples: Vec<f64>,
+    size: Option<u32>,
+    samples: Vec<f64>,
 }
 
-/// Something to be reached.
+/// Something to be reached: the smaller what is found, the better.
+#[derive(Serialize)]
 pub(crate) struct Goal {
-    pub(crate) what: String,
-    pub(crate) limit: f64,
-    /// Of values, the smaller the better.
-    pub(crate) found: Option<Summary>,
-    pub(crate) unit: &'static str,
+    what: String,
+    limit: f64,
+    unit: &'static str,
+    found: Option<Summary>,
+    verdict: Verdict,
 }
 
 impl Table {
@@ -79,14 +77,19 @@ impl Table {
         }
     }
 
-    pub(crate) fn row(&self, name: &str, size: Option<u32>) -> Option<&Row> {
+    /// The samples of a case of this size.
+    pub(crate) fn samples(&self, name: &str, size: u32) -> &[f64] {
+        self.row(name, Some(size)).map_or(&[], |row| &row.samples)
+    }
+
+    fn row(&self, name: &str, size: Option<u32>) -> Option<&Row> {
         self.rows
             .iter()
             .find(|row| row.name == name && row.size == size)
     }
 
     /// A case as a multiple of another one of the same size.
-    pub(crate) fn ratio(&self, name: &str, of: &str, size: Option<u32>) -> Option<Summary> {
+    fn ratio(&self, name: &str, of: &str, size: Option<u32>) -> Option<Summary> {
         let row = self.row(name, size)?;
         let reference = self.row(of, size)?;
         Summary::of(&ratios(&row.samples, &reference.samples))
@@ -101,16 +104,11 @@ impl Table {
         size: Option<u32>,
         limit: f64,
     ) -> Goal {
-        Goal {
-            what: what.into(),
-            limit,
-            found: self.ratio(name, of, size),
-            unit: "×",
-        }
+        Goal::new(what, limit, "×", self.ratio(name, of, size))
     }
 
     fn print(&self) {
-        println!("\n{} [{}]", exec::paint_out("1", &self.title), self.unit);
+        println!("\n{} [{}]", self.title, self.unit);
         let sized = self.rows.iter().any(|row| row.size.is_some());
         let mut header = vec!["case".to_owned()];
         if sized {
@@ -137,33 +135,12 @@ impl Table {
         }
         print_aligned(&lines);
     }
-
-    fn json(&self) -> Value {
-        let rows = self.rows.iter().map(|row| {
-            let ratios = self.references.iter().filter_map(|of| {
-                let ratio = self.ratio(&row.name, of, row.size)?;
-                Some(((*of).to_owned(), summary_json(&ratio)))
-            });
-            json!({
-                "case": row.name,
-                "n": row.size,
-                "summary": Summary::of(&row.samples).as_ref().map(summary_json),
-                "ratios": ratios.collect::<serde_json::Map<_, _>>(),
-                "samples": row.samples,
-            })
-        });
-        json!({
-            "id": self.id,
-            "title": self.title,
-            "unit": self.unit,
-            "rows": rows.collect::<Vec<_>>(),
-        })
-    }
 }
 
 /// Whether a goal was reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
     Reached,
     /// The limit lies within what the median may be off.
     Unclear,
@@ -172,10 +149,10 @@ pub(crate) enum Verdict {
     Unknown,
 }
 
-impl Goal {
-    pub(crate) fn verdict(&self) -> Verdict {
-        let Some(found) = &self.found else {
-            return Verdict::Unknown;
+impl Verdict {
+    fn of(found: Option<&Summary>, limit: f64) -> Self {
+        let Some(found) = found else {
+            return Self::Unknown;
         };
         // A single sample has no spread to judge by: it is taken as it is.
         let doubt = if found.doubt.is_finite() {
@@ -183,40 +160,47 @@ impl Goal {
         } else {
             0.0
         };
-        if found.median + doubt <= self.limit {
-            Verdict::Reached
-        } else if found.median - doubt > self.limit {
-            Verdict::Missed
+        if found.median + doubt <= limit {
+            Self::Reached
+        } else if found.median - doubt > limit {
+            Self::Missed
         } else {
-            Verdict::Unclear
+            Self::Unclear
+        }
+    }
+}
+
+impl Goal {
+    pub(crate) fn new(
+        what: impl Into<String>,
+        limit: f64,
+        unit: &'static str,
+        found: Option<Summary>,
+    ) -> Self {
+        Self {
+            what: what.into(),
+            limit,
+            unit,
+            verdict: Verdict::of(found.as_ref(), limit),
+            found,
         }
     }
 
     fn line(&self) -> Vec<String> {
-        let verdict = match self.verdict() {
+        let Self { limit, unit, .. } = self;
+        let verdict = match self.verdict {
             Verdict::Reached => "reached",
             Verdict::Unclear => "unclear",
             Verdict::Missed => "not reached",
             Verdict::Unknown => "not measured",
         };
+        let found = self.found.as_ref();
         vec![
             verdict.to_owned(),
             self.what.clone(),
-            self.found.as_ref().map_or_else(String::new, |found| {
-                format!("{} {}", multiple(found), self.unit)
-            }),
-            format!("≤ {} {}", self.limit, self.unit),
+            found.map_or_else(String::new, |found| format!("{} {unit}", multiple(found))),
+            format!("≤ {limit} {unit}"),
         ]
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "goal": self.what,
-            "limit": self.limit,
-            "unit": self.unit,
-            "found": self.found.as_ref().map(summary_json),
-            "verdict": format!("{:?}", self.verdict()).to_lowercase(),
-        })
     }
 }
 
@@ -228,36 +212,15 @@ impl Report {
     }
 
     pub(crate) fn print_goals(&self) {
-        for what in &self.missing {
-            exec::warn(&format!("not measured: {what}"));
-        }
         if !self.goals.is_empty() {
-            println!("\n{}", exec::paint_out("1", "Goals"));
+            println!("\nGoals");
             print_aligned(&self.goals.iter().map(Goal::line).collect::<Vec<_>>());
         }
     }
-
-    pub(crate) fn json(&self) -> Value {
-        json!({
-            "tables": self.tables.iter().map(Table::json).collect::<Vec<_>>(),
-            "goals": self.goals.iter().map(Goal::json).collect::<Vec<_>>(),
-            "missing": self.missing,
-        })
-    }
-}
-
-fn summary_json(summary: &Summary) -> Value {
-    json!({
-        "median": summary.median,
-        "low": summary.low,
-        "high": summary.high,
-        "doubt": summary.doubt.is_finite().then_some(summary.doubt),
-        "samples": summary.samples,
-    })
 }
 
 /// Three digits that count, at the least.
-pub(crate) fn number(value: f64) -> String {
+fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
         small if small < 1.0 => format!("{value:.3}"),
@@ -294,13 +257,7 @@ mod tests {
     use super::*;
 
     fn goal(samples: &[f64], limit: f64) -> Verdict {
-        Goal {
-            what: String::new(),
-            limit,
-            found: Summary::of(samples),
-            unit: "×",
-        }
-        .verdict()
+        Verdict::of(Summary::of(samples).as_ref(), limit)
     }
 
     #[test]
