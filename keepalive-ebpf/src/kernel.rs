@@ -543,11 +543,11 @@ impl Cgroup {
     }
 
     /// A number that no other cgroup has or will have, and that is found sooner than
-    /// the id (`css_serial_nr_next` in kernel/cgroup/cgroup.c). It belongs to this
-    /// boot: only the programs use it.
+    /// the id (`css_serial_nr_next` in kernel/cgroup/cgroup.c; the root has 0 there).
+    /// Never 0. It belongs to this boot: only the programs use it.
     #[inline(always)]
     pub(crate) fn serial(self) -> u64 {
-        read_field!(self.0, cgroup_serial)
+        read_field!(self.0, cgroup_serial) + 1
     }
 
     /// Whether it is of the v2 hierarchy (`cgrp_dfl_root`, which has the first

@@ -125,7 +125,7 @@ impl Agent {
     }
 
     /// Starts it for the whole host. The configuration must claim nothing but
-    /// cgroups of the test: this is where everybody's connections are.
+    /// cgroups and addresses of the test: this is where everybody's connections are.
     ///
     /// # Errors
     ///

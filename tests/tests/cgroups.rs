@@ -1,5 +1,7 @@
 //! Which policy a socket gets: by the cgroup it was made in, the nearest first.
 
+use std::fs;
+
 use anyhow::Result;
 use keepalive_tests::{Agent, Cgroup, Options, Probe, Program, require};
 
@@ -213,6 +215,27 @@ fn from_the_root_of_the_hierarchy() -> Result<()> {
     assert_eq!(idle_in(&claimed.child("below")?)?, [71, 71]);
     assert_eq!(idle_in(&other)?, [7200, 7200]);
     assert_eq!(agent.stop()?.count("claimed", "seen"), 4);
+    Ok(())
+}
+
+/// The root has no number of its own among the kernel's cgroups.
+#[test]
+fn in_the_root_of_the_hierarchy() -> Result<()> {
+    const ADDRESS: &str = "127.77.0.1";
+    require!();
+    let config = format!(
+        "[[policy]]\nname = \"root\"\ncgroup = \"/\"\nremote = \"{ADDRESS}\"\nidle = \"72s\"\n"
+    );
+    let _agent = Agent::start_everywhere(&config)?;
+    let home = Cgroup::new()?;
+    let mut probe = Probe::start(Program::Static, &home)?;
+    let root = keepalive_tests::hierarchy()?.join("cgroup.procs");
+    fs::write(&root, probe.id().to_string())?;
+    let (_, address) = probe.listener(&format!("{ADDRESS}:0"))?;
+    for _ in 0..2 {
+        let socket = probe.connected(address)?;
+        assert_eq!(probe.options(socket)?.idle, 72);
+    }
     Ok(())
 }
 
