@@ -77,9 +77,12 @@ pub struct PolicySet {
     assigned: Vec<(u32, Rules)>,
     /// Policies by index → the number of their compiled rules.
     compiled: HashMap<Vec<usize>, u32>,
-    /// Path → what it claimed itself before: in the set before, until all connections
-    /// have been brought along.
+    /// Path → what it claimed itself in the set before. Once settled, what was in force
+    /// for those that came later, until they are settled too.
     before: BTreeMap<CgroupPath, OwnClaim>,
+    /// Whether all connections have been brought along: apart from those in
+    /// [`Self::before`], what was claimed before is what is claimed now.
+    is_settled: bool,
     /// Path → what it claims itself.
     now: BTreeMap<CgroupPath, OwnClaim>,
     /// What users were given, by the paths of the cgroups.
@@ -150,6 +153,7 @@ impl PolicySet {
             assigned: Vec::new(),
             compiled: HashMap::new(),
             before: BTreeMap::new(),
+            is_settled: false,
             now: BTreeMap::new(),
             grants: BTreeMap::new(),
         };
@@ -258,8 +262,16 @@ impl PolicySet {
     pub fn claim(&self, path: &CgroupPath) -> Claim {
         Claim {
             now: nearest(&self.now, path),
-            before: nearest(&self.before, path),
+            before: self.before(path),
         }
+    }
+
+    fn before(&self, path: &CgroupPath) -> Target {
+        if !self.is_settled {
+            return nearest(&self.before, path);
+        }
+        let own = self.before.get(path).map(|own| own.target);
+        own.unwrap_or_else(|| nearest(&self.now, path))
     }
 
     /// A cgroup has been made that these policies of the assignment claim, by
@@ -295,17 +307,14 @@ impl PolicySet {
             return Ok(None);
         }
         // What its connections have they have from what was in force for it so far.
-        let claimed = if self.has_claim_of(made) {
-            &self.before
+        let before = if self.has_claim_of(made) {
+            self.before(&made.path)
         } else {
-            &self.now
+            nearest(&self.now, &made.path)
         };
         Ok(Some(NewClaim {
             cgroup: made.clone(),
-            claim: Claim {
-                now,
-                before: nearest(claimed, &made.path),
-            },
+            claim: Claim { now, before },
         }))
     }
 
@@ -335,7 +344,8 @@ impl PolicySet {
             .filter(|(_, claim)| claim.before != claim.now)
             .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
             .collect();
-        self.before.clone_from(&self.now);
+        self.before.clear();
+        self.is_settled = true;
         changed
     }
 

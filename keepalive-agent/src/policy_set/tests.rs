@@ -408,6 +408,13 @@ fn a_cgroup_that_comes_later_had_the_policy_above() {
     assert_eq!(set.settle(), claims);
     assert_eq!(set.claims().collect::<Vec<_>>(), claims);
     assert_eq!(set.settle(), []);
+    // And one that comes after that.
+    let later = at("/b");
+    let new = set.claim_for(&later, &[1]).unwrap().unwrap();
+    assert_eq!(new.claim.before, Target::UNCLAIMED);
+    set.add(&new);
+    assert_eq!(set.claim(&later.path), new.claim);
+    assert_eq!(set.settle(), [(later, settled(new.claim))]);
 }
 
 #[test]
