@@ -8,6 +8,7 @@
 pub(crate) mod building;
 pub mod control;
 mod dead_peers;
+mod early;
 pub mod journal;
 pub mod observed;
 pub mod ownership;
@@ -1676,8 +1677,7 @@ impl Daemon {
                     cgroup: cgroup.path.clone(),
                     policies: self.claimants.names(&policies),
                 });
-                // One without processes cannot have had connections.
-                if self.hierarchy.has_processes(cgroup) {
+                if early::may_be_in(cgroup, &self.hierarchy) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
                     self.sweep_due.get_or_insert(due);
                 }
