@@ -15,7 +15,13 @@ pub mod ownership;
 pub mod self_service;
 pub mod target;
 
-use std::{collections::BTreeSet, future::pending, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    future::pending,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -171,6 +177,15 @@ impl Why {
     }
 }
 
+/// What came of going over to a config without building a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Adopted {
+    Yes,
+    No,
+    /// It can be as soon as the sweep under way is over.
+    AfterSweep,
+}
+
 /// What an agent leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaves {
@@ -236,7 +251,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
         if let Some(end) = daemon.handle(wake, reporter).await {
             break end;
         }
-        daemon.resume_reload();
+        daemon.resume_reload(reporter);
         daemon.publish();
     };
     notify(&[NotifyState::Stopping]);
@@ -308,6 +323,8 @@ struct Daemon {
     /// A reload that waits for the first pass of a sweep, or for a set that is
     /// being built; whether somebody asked for it.
     reload_waiting: Option<Why>,
+    /// Whether it waits for the end of a sweep, too.
+    reload_awaits_sweep: bool,
     sweep: Option<SweepJob>,
     /// That of an earlier set, until it has stopped: two at a time would undo what
     /// the other one does.
@@ -320,7 +337,8 @@ struct Daemon {
     retry_due: Option<Instant>,
     retry_after: Duration,
     state: State,
-    published: State,
+    /// What was written down last, and where.
+    published: (State, Weak<SetRecord>),
     /// What was last said to be wrong, which several failures in a row need not
     /// repeat.
     last_reported_error: Option<String>,
@@ -386,6 +404,7 @@ impl Daemon {
             changes: Vec::new(),
             reloads: None,
             reload_waiting: None,
+            reload_awaits_sweep: false,
             sweep: None,
             earlier_sweep: None,
             sweep_again: false,
@@ -398,7 +417,7 @@ impl Daemon {
                 owner: Some(ownership::own()),
                 ..State::default()
             },
-            published: State::default(),
+            published: Default::default(),
             last_reported_error: None,
             warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
@@ -950,13 +969,13 @@ impl Daemon {
                 };
                 return Some((signal, leaves));
             }
-            Wake::Asked(asked) => return self.on_request(asked).await,
+            Wake::Asked(asked) => return self.on_request(asked, reporter).await,
             Wake::UserAsked(asked) => {
                 let answer = self.grant(asked.uid, &asked.request);
                 asked.answer(&answer);
             }
-            Wake::Hangup => self.reload(Why::Signal),
-            Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged),
+            Wake::Hangup => self.reload(Why::Signal, reporter),
+            Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged, reporter),
             Wake::FilesChanged(Err(error)) => self.files_unwatched(&error),
             Wake::Refusals(Ok(())) => self.report_refusals(),
             Wake::Refusals(Err(error)) => {
@@ -978,7 +997,7 @@ impl Daemon {
                     self.sweep();
                 }
             }
-            Wake::Successor(request) => return self.on_successor(request).await,
+            Wake::Successor(request) => return self.on_successor(request, reporter).await,
             Wake::SweepDue => {
                 self.sweep_due = None;
                 self.sweep();
@@ -1002,6 +1021,7 @@ impl Daemon {
     async fn on_request(
         &mut self,
         asked: std::io::Result<Asked>,
+        reporter: &mut dyn Reporter,
     ) -> Option<(&'static str, Leaves)> {
         let mut asked = match asked {
             Ok(asked) => asked,
@@ -1027,7 +1047,7 @@ impl Daemon {
         }
         if let Err(error) = asked.answer().await {
             debug!("answering on the control socket: {error}");
-            self.reload(Why::GoesOn);
+            self.reload(Why::GoesOn, reporter);
             return None;
         }
         match asked.request {
@@ -1144,7 +1164,11 @@ impl Daemon {
     }
 
     /// The agent that this one steps aside for has taken over, or is gone.
-    async fn on_successor(&mut self, request: Option<Request>) -> Option<(&'static str, Leaves)> {
+    async fn on_successor(
+        &mut self,
+        request: Option<Request>,
+        reporter: &mut dyn Reporter,
+    ) -> Option<(&'static str, Leaves)> {
         let successor = self.successor.take();
         if request == Some(Request::TakenOver) {
             if let Some(mut successor) = successor {
@@ -1154,7 +1178,7 @@ impl Daemon {
             return Some((ANOTHER_AGENT, Leaves::AnotherAgent));
         }
         warn!("the agent that was about to take over is gone; this one goes on");
-        self.reload(Why::GoesOn);
+        self.reload(Why::GoesOn, reporter);
         None
     }
 
@@ -1169,7 +1193,7 @@ impl Daemon {
 
     /// Reads the config again, and builds what it says if that is anything new or
     /// asked for. What is wrong with it is logged and changes nothing.
-    fn reload(&mut self, why: Why) {
+    fn reload(&mut self, why: Why, reporter: &mut dyn Reporter) {
         // The sweep needs what was before the set in force. Other names do not
         // concern it, and what they are for may be there in a moment.
         if self.building.is_some() || (self.is_first_pass() && why.demands()) {
@@ -1177,6 +1201,7 @@ impl Daemon {
             return;
         }
         self.reload_waiting = None;
+        self.reload_awaits_sweep = false;
         match self.read_again(why.demands()) {
             Ok(None) => {}
             Ok(Some(target::Read {
@@ -1184,8 +1209,13 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                let is_adopted = why == Why::FilesChanged && self.adopt(&config, &origin);
-                if !is_adopted && self.is_first_pass() {
+                let adopted = if why == Why::FilesChanged {
+                    self.adopt(&config, &origin, reporter)
+                } else {
+                    Adopted::No
+                };
+                self.reload_awaits_sweep = adopted == Adopted::AfterSweep;
+                if self.reload_awaits_sweep || adopted == Adopted::No && self.is_first_pass() {
                     self.reload_later(why);
                     return;
                 }
@@ -1193,7 +1223,7 @@ impl Daemon {
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                if !is_adopted {
+                if adopted == Adopted::No {
                     self.build(config, origin, Some(why));
                 }
             }
@@ -1208,26 +1238,27 @@ impl Daemon {
         }
     }
 
-    /// Goes over to a config that needs no other set: it differs in names of units,
-    /// containers and pods only, none of which is there. So it is when a pod is bound
-    /// to a node, or gone. Whether it could.
-    fn adopt(&mut self, config: &Config, origin: &Origin) -> bool {
+    /// Goes over to a config that needs no other set, as it differs in names of units,
+    /// containers and pods only. So it is when a pod is bound to a node, or gone, or
+    /// gets other labels.
+    fn adopt(&mut self, config: &Config, origin: &Origin, reporter: &mut dyn Reporter) -> Adopted {
         if !config.differs_in_names_only(&self.config) {
-            return false;
+            return Adopted::No;
         }
         let Some(enforcement) = &self.enforcement else {
-            return false;
+            return Adopted::No;
         };
         let Ok(claimants) = Claimants::new(config, &self.root) else {
-            return false;
+            return Adopted::No;
         };
         let claims_same = self.claimants.claim_same(&claimants, &self.hierarchy);
         if !claims_same.unwrap_or(false) {
-            return false;
+            return self.claim_anew(config, origin, claimants, Why::FilesChanged, reporter);
         }
-        if let Err(error) = enforcement.set.record().say_config(config, origin) {
+        let said = enforcement.set.record().say_config(config, origin, None);
+        if let Err(error) = said {
             debug!("{}", chain(&error));
-            return false;
+            return Adopted::No;
         }
         for (before, now) in self.config.policies.iter().zip(&config.policies) {
             if before.selector.words() != now.selector.words() {
@@ -1239,21 +1270,83 @@ impl Daemon {
                 ));
             }
         }
-        self.config = config.clone();
-        self.origin = origin.clone();
-        self.claimants = claimants;
+        self.went_over_to(config, origin, claimants);
         // What is being swept is finished by the sweep.
         if self.state.settled
             && let Some(ownership) = &mut self.ownership
         {
             ownership.finish(&self.config);
         }
+        Adopted::Yes
+    }
+
+    /// The same where a name is that of something that is there: by other claims in the
+    /// set in force, and a sweep.
+    fn claim_anew(
+        &mut self,
+        config: &Config,
+        origin: &Origin,
+        claimants: Claimants,
+        why: Why,
+        reporter: &mut dyn Reporter,
+    ) -> Adopted {
+        // Of what was claimed before, a set knows one state at a time, and a sweep under
+        // way would not know of that.
+        if !self.state.settled {
+            return Adopted::No;
+        }
+        if self.sweep.is_some() || self.earlier_sweep.is_some() {
+            return if self.sweep_ends_soon() {
+                Adopted::AfterSweep
+            } else {
+                Adopted::No
+            };
+        }
+        let Ok((mut assignment, warnings)) = target::assign(&claimants, &self.hierarchy) else {
+            return Adopted::No;
+        };
+        assignment.grants = allowed(config, &self.grants);
+        let Some(enforcement) = &mut self.enforcement else {
+            return Adopted::No;
+        };
+        // In this order: whoever goes on from here, should this agent be killed, makes
+        // the sweep again that is to follow.
+        self.state.settled = false;
+        let record = enforcement.set.record().clone();
+        let claimed = record
+            .set_state(&self.state)
+            .and_then(|()| record.say_config(config, origin, Some(&self.config)))
+            .and_then(|()| enforcement.set.claim_anew(&assignment));
+        if let Err(error) = claimed {
+            debug!("{}: another set is built", chain(&error));
+            // By a set that knows what was claimed before.
+            self.state.settled = true;
+            return Adopted::No;
+        }
+        self.went_over_to(config, origin, claimants);
+        self.warn_of_new(&warnings);
+        reporter.report(&Event::Reloaded {
+            why: why.words(),
+            assignment: &assignment,
+        });
+        self.sweep();
+        Adopted::Yes
+    }
+
+    /// Whether a sweep is under way that has nothing to wait for.
+    fn sweep_ends_soon(&self) -> bool {
+        (self.sweep.is_some() || self.earlier_sweep.is_some()) && self.state.sweep.waiting == 0
+    }
+
+    fn went_over_to(&mut self, config: &Config, origin: &Origin, claimants: Claimants) {
+        self.config = config.clone();
+        self.origin = origin.clone();
+        self.claimants = claimants;
         self.state.reload = Some(Reload {
             at: seconds_since_1970(),
             error: None,
         });
         self.state.totals.reloads += 1;
-        true
     }
 
     fn read_again(&mut self, demanded: bool) -> Result<Option<target::Read>> {
@@ -1364,7 +1457,7 @@ impl Daemon {
             self.listen_to_users();
         }
         if self.has_failed("policy set") {
-            self.reload(Why::Retry);
+            self.reload(Why::Retry, reporter);
         } else if self.has_failed("existing connections") {
             self.sweep();
         }
@@ -1441,7 +1534,7 @@ impl Daemon {
         self.follow_changes(&changes, reporter);
         self.sweep();
         if self.reload_waiting == Some(Why::FilesChanged) {
-            self.reload(Why::FilesChanged);
+            self.reload(Why::FilesChanged, reporter);
         }
         None
     }
@@ -1592,12 +1685,13 @@ impl Daemon {
     }
 
     /// Reads the config again where that has waited for something that is over.
-    fn resume_reload(&mut self) {
+    fn resume_reload(&mut self, reporter: &mut dyn Reporter) {
         if self.building.is_none()
             && !self.is_first_pass()
+            && !(self.reload_awaits_sweep && self.sweep_ends_soon())
             && let Some(why) = self.reload_waiting.take()
         {
-            self.reload(why);
+            self.reload(why, reporter);
         }
     }
 
@@ -1813,14 +1907,15 @@ impl Daemon {
         }
         self.expose();
         let Some(enforcement) = &self.enforcement else {
-            self.published = State::default();
             return;
         };
-        if self.state == self.published && is_published_in(enforcement) {
+        let record = enforcement.set.record();
+        let (state, published_in) = &self.published;
+        if self.state == *state && std::ptr::eq(published_in.as_ptr(), Arc::as_ptr(record)) {
             return;
         }
-        match enforcement.set.record().set_state(&self.state) {
-            Ok(()) => self.published = self.state.clone(),
+        match record.set_state(&self.state) {
+            Ok(()) => self.published = (self.state.clone(), Arc::downgrade(record)),
             Err(error) => {
                 debug!("{}", chain(&error));
                 self.retry_later();
@@ -1912,12 +2007,6 @@ fn own(
             }
         }
     }
-}
-
-/// Whether the set in force is the one that the state was written to.
-fn is_published_in(enforcement: &Enforcement) -> bool {
-    let state = enforcement.set.record().state();
-    state.is_ok_and(|state| state.owner.is_some())
 }
 
 fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

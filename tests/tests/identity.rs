@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Docker, Need, Options, Probe, Program, agent_binary, agent_command, output,
-    require, soak_or, wait_until,
+    Agent, Cgroup, Docker, Loaded, Need, Options, Probe, Program, Sockopt, agent_binary,
+    agent_command, output, require, soak_or, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -233,11 +233,63 @@ fn names_alone_need_no_other_set() -> Result<()> {
         explained.contains("other.service or later.service"),
         "{explained}"
     );
-    // What is there takes another set.
-    agent.rewrite(&config("'here.service'"))?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// Names of what is there, as of a pod that gets other labels: connections that exist
+/// follow, as they do with another set, and the programs stay the same.
+#[test]
+fn names_of_what_is_there_need_no_other_programs() -> Result<()> {
+    require!(Need::Built(Program::Static), Need::Program("bpftool"));
+    let slice = Cgroup::with_suffix(".slice")?;
+    let units = ["one.service", "two.service"].map(|name| slice.child(name));
+    let [one, two] = units;
+    let (one, two) = (one?, two?);
+    let config = |units: &str| {
+        format!("[default]\n[[policy]]\nname = 'named'\nidle = '63s'\nunit = [{units}]\n")
+    };
+    let mut agent = Agent::start(&slice, &config("'one.service'"))?;
+    agent.swept()?;
+    let program = || -> Result<u64> { Ok(Loaded::on(&slice)?.context("nothing")?.program) };
+    let before = program()?;
+    let mut probes = Vec::new();
+    for cgroup in [&one, &two] {
+        let mut probe = Probe::start(Program::Static, cgroup)?;
+        let (untouched, own) = probe.connection()?;
+        // What an application set is its own.
+        probe.set(own, Sockopt::Idle, 99)?;
+        probes.push((probe, untouched, own));
+    }
+    let idles = |probes: &mut Vec<(Probe, _, _)>| -> Result<Vec<[i32; 2]>> {
+        let of = |(probe, untouched, own): &mut (Probe, _, _)| {
+            Ok([probe.options(*untouched)?.idle, probe.options(*own)?.idle])
+        };
+        probes.iter_mut().map(of).collect()
+    };
+    assert_eq!(idles(&mut probes)?, [[63, 99], [60, 99]]);
+    for (units, expected) in [
+        ("'two.service'", [[60, 99], [63, 99]]),
+        ("'one.service', 'two.service'", [[63, 99], [63, 99]]),
+        ("'none.service'", [[60, 99], [60, 99]]),
+        ("'one.service'", [[63, 99], [60, 99]]),
+    ] {
+        agent.rewrite(&config(units))?;
+        agent.reloaded()?;
+        assert_eq!(idles(&mut probes)?, expected, "{units}");
+        for (index, cgroup) in [&one, &two].into_iter().enumerate() {
+            let mut probe = Probe::start(Program::Static, cgroup)?;
+            let (socket, _) = probe.connection()?;
+            let idle = probe.options(socket)?.idle;
+            assert_eq!(idle, expected[index][0], "{units}");
+        }
+        assert_eq!(program()?, before, "{units}");
+    }
+    // Other policies do take another set, and so does what comes then.
+    agent.rewrite("[default]\nidle = '64s'\n")?;
     agent.reloaded()?;
-    assert_eq!(idle(&here)?, 63);
-    assert_eq!(idle(&later)?, 60);
+    assert_eq!(idles(&mut probes)?, [[64, 99], [64, 99]]);
+    assert_ne!(program()?, before);
     agent.stop()?;
     Ok(())
 }

@@ -377,6 +377,29 @@ impl LoadedSet {
         Ok(true)
     }
 
+    /// Goes over to another assignment of the same policies, without other programs.
+    /// Existing connections follow by a sweep, as those of a set that was just built.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more, or cannot be written: some cgroups have gone over
+    /// then, and another set has to be built.
+    pub fn claim_anew(&mut self, assignment: &Assignment) -> Result<(), Error> {
+        let mark = self.records.mark();
+        let rewritten = self.records.claim_anew(assignment)?;
+        self.write_records(mark)?;
+        for (cgroup, claim) in rewritten.claims {
+            let doing = format!("telling the kernel the policy of cgroup {}", cgroup.path);
+            write(&doing, "cgroups", MOST, || {
+                self.cgroups.insert(cgroup.id, claim, 0)
+            })?;
+        }
+        for id in rewritten.forgotten {
+            self.forget(id, "forgetting policies of cgroups")?;
+        }
+        self.begin_generation()
+    }
+
     /// Gives a user a policy for a command, over those of the assignment, by index,
     /// that claim its cgroup.
     ///
@@ -406,13 +429,17 @@ impl LoadedSet {
             return Ok(());
         }
         let doing = format!("forgetting the policy of cgroup {}", gone.path);
-        fault::point(Operation::WriteMap).map_err(Error::call(&doing))?;
-        match self.cgroups.remove(&gone.id) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(Error::map(doing)(error)),
-        }
+        self.forget(gone.id, &doing)?;
         self.records.remove(gone);
         Ok(())
+    }
+
+    fn forget(&mut self, cgroup: u64, doing: &str) -> Result<(), Error> {
+        fault::point(Operation::WriteMap).map_err(Error::call(doing))?;
+        match self.cgroups.remove(&cgroup) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(Error::map(doing)(error)),
+        }
     }
 
     /// Makes new connections look for their claim again: until here they may go by
