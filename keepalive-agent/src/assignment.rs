@@ -326,8 +326,15 @@ impl Claimants {
         claiming
     }
 
+    /// Whether a policy goes by what only the runtimes know.
+    #[must_use]
+    pub const fn needs_names(&self) -> bool {
+        self.needs_names
+    }
+
     /// What a cgroup is, as far as it matters to any policy.
-    fn identity(&self, path: &CgroupPath) -> Identity {
+    #[must_use]
+    pub fn identity(&self, path: &CgroupPath) -> Identity {
         if self.needs_names {
             self.identities.of(path.as_bytes())
         } else {
@@ -536,7 +543,7 @@ impl Claimants {
     /// When the hierarchy cannot be read.
     pub fn claim_same(&self, others: &Self, hierarchy: &Hierarchy) -> io::Result<bool> {
         if others.needs_names {
-            others.identities.learn_pods(&self.identities);
+            others.identities.learn(&self.identities);
         }
         let both = || self.by_selector.iter().zip(&others.by_selector);
         let changed: Vec<_> = both().filter(|(one, other)| one != other).collect();

@@ -12,6 +12,7 @@ mod early;
 pub mod journal;
 pub mod observed;
 pub mod ownership;
+mod renames;
 pub mod self_service;
 pub mod target;
 
@@ -57,6 +58,7 @@ use control::{Asked, Client, Control, Request};
 use dead_peers::DeadPeerWatch;
 use journal::{Journal, Noting, What};
 use ownership::Ownership;
+use renames::Renames;
 use self_service::{Answer, SelfServiceSocket};
 
 /// After a cgroup was made with processes in it, existing connections are swept
@@ -158,6 +160,7 @@ enum Why {
     Retry,
     /// More cgroups were made and removed than could be told of.
     Cgroups,
+    Renamed,
 }
 
 impl Why {
@@ -173,6 +176,7 @@ impl Why {
             Self::GoesOn => "another agent did not take over",
             Self::Retry => "what had failed is tried again",
             Self::Cgroups => "more cgroups were made than could be told of",
+            Self::Renamed => "a container was renamed",
         }
     }
 }
@@ -274,6 +278,7 @@ enum Wake {
     EarlierSweepOver,
     Successor(Option<Request>),
     Cgroups(Result<Vec<Change>, datapath::Error>),
+    Renamed(std::io::Result<BTreeSet<CgroupPath>>),
     SweepDue,
     RetryDue,
     WatchdogDue,
@@ -315,6 +320,8 @@ struct Daemon {
     exposed: Arc<Exposed>,
     watch: Option<Watch>,
     events: Option<Events>,
+    /// None where no policy goes by the names of containers.
+    renames: Option<Renames>,
     building: Option<oneshot::Receiver<Result<Built>>>,
     /// Cgroups that came and went since the set that is being built was begun.
     changes: Vec<Change>,
@@ -400,6 +407,7 @@ impl Daemon {
             exposed: Arc::default(),
             watch: None,
             events: None,
+            renames: None,
             building: None,
             changes: Vec::new(),
             reloads: None,
@@ -651,6 +659,7 @@ impl Daemon {
             pinned: self.pins.as_ref(),
             continued: *continued,
         });
+        self.follow_renames(reporter);
         self.sweep();
     }
 
@@ -896,6 +905,12 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let renamed = async {
+            match &mut self.renames {
+                Some(renames) => renames.next().await,
+                None => pending().await,
+            }
+        };
         let earlier_sweep = async {
             match &mut self.earlier_sweep {
                 Some(sweep) => while sweep.progress().await.is_some() {},
@@ -950,6 +965,7 @@ impl Daemon {
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
             asked = users => Wake::UserAsked(asked),
+            renamed = renamed => Wake::Renamed(renamed),
             // Last: there may be more of them all the time.
             changes = cgroups => Wake::Cgroups(changes),
         }
@@ -1013,6 +1029,7 @@ impl Daemon {
                     *due = Instant::now() + *every;
                 }
             }
+            Wake::Renamed(renamed) => self.on_renamed(renamed, reporter),
             Wake::Cgroups(changes) => self.on_cgroups_changed(changes, reporter),
         }
         None
@@ -1333,6 +1350,78 @@ impl Daemon {
         Adopted::Yes
     }
 
+    /// Has containers watched for other names, if a policy goes by those.
+    fn follow_renames(&mut self, reporter: &mut dyn Reporter) {
+        if !self.claimants.needs_names() {
+            self.renames = None;
+            return;
+        }
+        if self.renames.is_some() {
+            return;
+        }
+        let (renames, found) = (Renames::new(), self.hierarchy.walk(&self.root));
+        match renames.and_then(|renames| Ok((renames, found?))) {
+            Ok((mut renames, found)) => {
+                for cgroup in found {
+                    renames.watch(&cgroup.path);
+                }
+                let watched = renames.watched();
+                self.renames = Some(renames);
+                // Their names were read before.
+                self.on_renamed(Ok(watched), reporter);
+            }
+            Err(error) => {
+                warn!(
+                    "watching for containers that are renamed: {error}; new names count from the \
+                     next start of a container on"
+                );
+            }
+        }
+    }
+
+    /// Containers may be called something else: if so, they have the policies of their
+    /// new names from now on.
+    fn on_renamed(
+        &mut self,
+        cgroups: std::io::Result<BTreeSet<CgroupPath>>,
+        reporter: &mut dyn Reporter,
+    ) {
+        let cgroups = match cgroups {
+            Ok(cgroups) => cgroups,
+            Err(error) => {
+                warn!("watching for containers that are renamed: {error}");
+                self.renames = None;
+                return;
+            }
+        };
+        let mut are_others = false;
+        for cgroup in cgroups {
+            let policies = self.claimants.of(&cgroup);
+            let before = self.claimants.identity(&cgroup);
+            self.claimants.forget(&cgroup);
+            let now = self.claimants.identity(&cgroup);
+            if before == now || now.names.name.is_none() {
+                continue;
+            }
+            self.journal.note(What::ContainerRenamed {
+                cgroup: cgroup.clone(),
+                before: before.to_string(),
+                now: now.to_string(),
+            });
+            are_others |= policies != self.claimants.of(&cgroup);
+        }
+        if !are_others {
+            return;
+        }
+        let (config, origin) = (self.config.clone(), self.origin.clone());
+        let claimed = Claimants::new(&config, &self.root).map_or(Adopted::No, |claimants| {
+            self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
+        });
+        if claimed != Adopted::Yes {
+            self.build_again();
+        }
+    }
+
     /// Whether a sweep is under way that has nothing to wait for.
     fn sweep_ends_soon(&self) -> bool {
         (self.sweep.is_some() || self.earlier_sweep.is_some()) && self.state.sweep.waiting == 0
@@ -1532,6 +1621,7 @@ impl Daemon {
         }
         let changes = std::mem::take(&mut self.changes);
         self.follow_changes(&changes, reporter);
+        self.follow_renames(reporter);
         self.sweep();
         if self.reload_waiting == Some(Why::FilesChanged) {
             self.reload(Why::FilesChanged, reporter);
@@ -1728,6 +1818,8 @@ impl Daemon {
                 Change::Made(cgroup) => self.on_cgroup_made(cgroup, reporter),
                 Change::Removed(cgroup) => self.on_cgroup_removed(cgroup, reporter),
                 Change::Lost => {
+                    // What came meanwhile is watched with the next set.
+                    self.renames = None;
                     debug!("cgroups came and went faster than they could be told of");
                     self.look_at_cgroup(reporter);
                     self.build_again();
@@ -1749,6 +1841,9 @@ impl Daemon {
         if cgroup.path == self.root.path {
             self.look_for_cgroup(reporter);
             return;
+        }
+        if let Some(renames) = &mut self.renames {
+            renames.watch(&cgroup.path);
         }
         let policies = self.claimants.claim_of(&cgroup.path);
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
@@ -1805,6 +1900,9 @@ impl Daemon {
             return;
         }
         self.claimants.forget(&cgroup.path);
+        if let Some(renames) = &mut self.renames {
+            renames.forget(&cgroup.path);
+        }
         let Some(enforcement) = &mut self.enforcement else {
             return;
         };

@@ -96,26 +96,67 @@ fn containers_by_name_label_and_image() -> Result<()> {
 }
 
 /// What is inside of a container's cgroup is the container's, as long as nothing
-/// names it by its path. A new name counts from the next start on.
+/// names it by its path. A new name counts at once, also for connections that exist.
 #[test]
 fn nested_and_renamed() -> Result<()> {
-    require!(Need::Program("dockerd"), Need::Program("ip"));
+    require!(
+        Need::Program("dockerd"),
+        Need::Program("ip"),
+        Need::Program("bpftool")
+    );
     let cgroup = Cgroup::new()?;
     let docker = Docker::start(&cgroup)?;
     let glob = format!(
         "[[policy]]\nname = 'glob'\ncgroup = '{}/**'\nidle = '64s'\n",
         cgroup.path()
     );
-    let agent = agent(&cgroup, &docker, &format!("{CONFIG}{glob}"))?;
+    let mut agent = agent(&cgroup, &docker, &format!("{CONFIG}{glob}"))?;
+    agent.swept()?;
+    let program = || -> Result<u64> { Ok(Loaded::on(&cgroup)?.context("nothing")?.program) };
+    let before = program()?;
     let id = docker.stay(&["--name", "db-1"])?;
     let nested = cgroup.descendant(&format!("docker/{id}/container"))?;
     let mut probe = Probe::start(Program::Static, &nested)?;
     let (socket, _) = probe.connection()?;
     assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
+
+    docker.run(&["rename", "db-1", "web"])?;
+    agent.reloaded()?;
+    // What is not claimed by the container's name is by the glob for its path.
+    assert_eq!(probe.options(socket)?, Options::on(64, 10, 6));
+    let words = [
+        "events",
+        "--json",
+        "--since",
+        "1h",
+        "--no-follow",
+        "--cgroup",
+    ];
+    let told = ask(&docker, &[&words[..], &[cgroup.path()]].concat())?;
+    let told = told.lines().map(serde_json::from_str::<Value>);
+    let told: Vec<_> = told.collect::<Result<_, _>>()?;
+    let renamed = told
+        .iter()
+        .find(|told| told["event"] == "container_renamed");
+    let renamed = renamed.context("nothing is told")?;
+    let reloaded = told.iter().find(|told| told["event"] == "reloaded");
+    assert_eq!(
+        reloaded.context("no reload")?["why"],
+        "a container was renamed"
+    );
+    assert_eq!(renamed["before"], "docker:db-1");
+    assert_eq!(renamed["now"], "docker:web");
+    let own = format!("{}/docker/{id}", cgroup.path());
+    assert_eq!(renamed["cgroup"], own);
+    docker.run(&["rename", "web", "db-2"])?;
+    agent.reloaded()?;
+    assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
+    assert_eq!(program()?, before);
+    docker.run(&["rename", "db-2", "web"])?;
+    agent.reloaded()?;
     probe.finish()?;
     drop(nested);
 
-    docker.run(&["rename", "db-1", "web"])?;
     docker.run(&["restart", "--time", "0", "web"])?;
     let logs = || docker.run(&["logs", "web"]);
     wait_until(LIMIT, "the second run", || Ok(logs()?.lines().count() == 4))?;
