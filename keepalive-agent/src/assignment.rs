@@ -404,7 +404,9 @@ impl Claimants {
         let by_path = self.by_path.iter();
         let by_path = by_path.filter(|(_, policies)| policies.iter().any(bounds));
         let by_glob = self.by_glob.iter().filter(|(index, _)| bounds(index));
-        let everywhere = self.everywhere.iter().any(bounds);
+        // What is selected by what it is may be anywhere.
+        let selecting = self.by_selector.iter().any(|(index, _)| bounds(index));
+        let everywhere = selecting || self.everywhere.iter().any(bounds);
         let mut paths: Vec<CgroupPath> = by_path
             .map(|(path, _)| path.clone())
             .chain(by_glob.map(|(_, glob)| CgroupPath::from(above_wildcards(glob))))
@@ -968,12 +970,16 @@ mod tests {
         let many: Vec<_> = (0..100).map(|number| format!("/s/t/{number}")).collect();
         let many: Vec<_> = many.iter().map(|path| (&**path, bounds)).collect();
         assert_eq!(bounded("/", &many), ["/s/t"]);
-        let everywhere = config("[default]\nprobes = { exactly = 3 }");
-        let (root, _) = hierarchy(&["/b"]);
-        assert_eq!(
-            Claimants::new(&everywhere, &root).unwrap().bounded(),
-            [CgroupPath::from("/b")]
-        );
+        for anywhere in [
+            "[default]\nprobes = { exactly = 3 }",
+            "[[policy]]\nname = 'u'\nunit = 'a.service'\nprobes = { exactly = 3 }",
+        ] {
+            let (root, _) = hierarchy(&["/b"]);
+            assert_eq!(
+                Claimants::new(&config(anywhere), &root).unwrap().bounded(),
+                [CgroupPath::from("/b")]
+            );
+        }
     }
 
     #[test]

@@ -222,6 +222,23 @@ fn units_by_name() -> Result<()> {
     Ok(())
 }
 
+/// A policy for a unit has the same bounds as one for a path: whatever its application
+/// sets later.
+#[test]
+fn bounds_hold_for_what_is_selected() -> Result<()> {
+    require!(Need::Built(Program::Static));
+    let slice = Cgroup::with_suffix(".slice")?;
+    let unit = slice.child("one.service")?;
+    let config = "[[policy]]\nname = 'unit'\nidle = { at-most = '30s' }\nunit = 'one.service'\n";
+    let agent = Agent::start(&slice, config)?;
+    let mut probe = Probe::start(Program::Static, &unit)?;
+    let (socket, _) = probe.connection()?;
+    probe.set(socket, Sockopt::Idle, 99)?;
+    assert_eq!(probe.options(socket)?.idle, 30);
+    agent.stop()?;
+    Ok(())
+}
+
 /// Names of what is not there come into the config and leave it without another
 /// policy set; what comes then has its policy.
 #[test]
