@@ -332,8 +332,15 @@ impl Claimants {
         claiming
     }
 
+    /// Whether a policy goes by what only the runtimes know.
+    #[must_use]
+    pub const fn needs_names(&self) -> bool {
+        self.needs_names
+    }
+
     /// What a cgroup is, as far as it matters to any policy.
-    fn identity(&self, path: &CgroupPath) -> Identity {
+    #[must_use]
+    pub fn identity(&self, path: &CgroupPath) -> Identity {
         if self.needs_names {
             self.identities.of(path.as_bytes())
         } else {
@@ -403,7 +410,9 @@ impl Claimants {
         let by_path = self.by_path.iter();
         let by_path = by_path.filter(|(_, policies)| policies.iter().any(bounds));
         let by_glob = self.by_glob.iter().filter(|(index, _)| bounds(index));
-        let everywhere = self.everywhere.iter().any(bounds);
+        // What is selected by what it is may be anywhere.
+        let selecting = self.by_selector.iter().any(|(index, _)| bounds(index));
+        let everywhere = selecting || self.everywhere.iter().any(bounds);
         let mut paths: Vec<CgroupPath> = by_path
             .map(|(path, _)| path.clone())
             .chain(by_glob.map(|(_, glob)| CgroupPath::from(above_wildcards(glob))))
@@ -542,7 +551,7 @@ impl Claimants {
     /// When the hierarchy cannot be read.
     pub fn claim_same(&self, others: &Self, hierarchy: &Hierarchy) -> io::Result<bool> {
         if others.needs_names {
-            others.identities.learn_pods(&self.identities);
+            others.identities.learn(&self.identities);
         }
         let both = || self.by_selector.iter().zip(&others.by_selector);
         let changed: Vec<_> = both().filter(|(one, other)| one != other).collect();
@@ -967,12 +976,16 @@ mod tests {
         let many: Vec<_> = (0..100).map(|number| format!("/s/t/{number}")).collect();
         let many: Vec<_> = many.iter().map(|path| (&**path, bounds)).collect();
         assert_eq!(bounded("/", &many), ["/s/t"]);
-        let everywhere = config("[default]\nprobes = { exactly = 3 }");
-        let (root, _) = hierarchy(&["/b"]);
-        assert_eq!(
-            Claimants::new(&everywhere, &root).unwrap().bounded(),
-            [CgroupPath::from("/b")]
-        );
+        for anywhere in [
+            "[default]\nprobes = { exactly = 3 }",
+            "[[policy]]\nname = 'u'\nunit = 'a.service'\nprobes = { exactly = 3 }",
+        ] {
+            let (root, _) = hierarchy(&["/b"]);
+            assert_eq!(
+                Claimants::new(&config(anywhere), &root).unwrap().bounded(),
+                [CgroupPath::from("/b")]
+            );
+        }
     }
 
     #[test]

@@ -8,13 +8,21 @@
 pub(crate) mod building;
 pub mod control;
 mod dead_peers;
+mod early;
 pub mod journal;
 pub mod observed;
 pub mod ownership;
+mod renames;
 pub mod self_service;
 pub mod target;
 
-use std::{collections::BTreeSet, future::pending, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    future::pending,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -50,6 +58,7 @@ use control::{Asked, Client, Control, Request};
 use dead_peers::DeadPeerWatch;
 use journal::{Journal, Noting, What};
 use ownership::Ownership;
+use renames::Renames;
 use self_service::{Answer, SelfServiceSocket};
 
 /// After a cgroup was made with processes in it, existing connections are swept
@@ -151,6 +160,7 @@ enum Why {
     Retry,
     /// More cgroups were made and removed than could be told of.
     Cgroups,
+    Renamed,
 }
 
 impl Why {
@@ -166,8 +176,18 @@ impl Why {
             Self::GoesOn => "another agent did not take over",
             Self::Retry => "what had failed is tried again",
             Self::Cgroups => "more cgroups were made than could be told of",
+            Self::Renamed => "a container was renamed",
         }
     }
+}
+
+/// What came of going over to a config without building a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Adopted {
+    Yes,
+    No,
+    /// It can be as soon as the sweep under way is over.
+    AfterSweep,
 }
 
 /// What an agent leaves behind.
@@ -235,7 +255,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
         if let Some(end) = daemon.handle(wake, reporter).await {
             break end;
         }
-        daemon.resume_reload();
+        daemon.resume_reload(reporter);
         daemon.publish();
     };
     notify(&[NotifyState::Stopping]);
@@ -258,6 +278,7 @@ enum Wake {
     EarlierSweepOver,
     Successor(Option<Request>),
     Cgroups(Result<Vec<Change>, datapath::Error>),
+    Renamed(std::io::Result<BTreeSet<CgroupPath>>),
     SweepDue,
     RetryDue,
     WatchdogDue,
@@ -299,6 +320,8 @@ struct Daemon {
     exposed: Arc<Exposed>,
     watch: Option<Watch>,
     events: Option<Events>,
+    /// None where no policy goes by the names of containers.
+    renames: Option<Renames>,
     building: Option<oneshot::Receiver<Result<Built>>>,
     /// Cgroups that came and went since the set that is being built was begun.
     changes: Vec<Change>,
@@ -307,6 +330,8 @@ struct Daemon {
     /// A reload that waits for the first pass of a sweep, or for a set that is
     /// being built; whether somebody asked for it.
     reload_waiting: Option<Why>,
+    /// Whether it waits for the end of a sweep, too.
+    reload_awaits_sweep: bool,
     sweep: Option<SweepJob>,
     /// That of an earlier set, until it has stopped: two at a time would undo what
     /// the other one does.
@@ -319,7 +344,8 @@ struct Daemon {
     retry_due: Option<Instant>,
     retry_after: Duration,
     state: State,
-    published: State,
+    /// What was written down last, and where.
+    published: (State, Weak<SetRecord>),
     /// What was last said to be wrong, which several failures in a row need not
     /// repeat.
     last_reported_error: Option<String>,
@@ -381,10 +407,12 @@ impl Daemon {
             exposed: Arc::default(),
             watch: None,
             events: None,
+            renames: None,
             building: None,
             changes: Vec::new(),
             reloads: None,
             reload_waiting: None,
+            reload_awaits_sweep: false,
             sweep: None,
             earlier_sweep: None,
             sweep_again: false,
@@ -397,7 +425,7 @@ impl Daemon {
                 owner: Some(ownership::own()),
                 ..State::default()
             },
-            published: State::default(),
+            published: Default::default(),
             last_reported_error: None,
             warned: BTreeSet::new(),
             reported_refusals: Vec::new(),
@@ -631,6 +659,7 @@ impl Daemon {
             pinned: self.pins.as_ref(),
             continued: *continued,
         });
+        self.follow_renames(reporter);
         self.sweep();
     }
 
@@ -876,6 +905,12 @@ impl Daemon {
                 None => pending().await,
             }
         };
+        let renamed = async {
+            match &mut self.renames {
+                Some(renames) => renames.next().await,
+                None => pending().await,
+            }
+        };
         let earlier_sweep = async {
             match &mut self.earlier_sweep {
                 Some(sweep) => while sweep.progress().await.is_some() {},
@@ -930,6 +965,7 @@ impl Daemon {
             () = at(self.sweep_due) => Wake::SweepDue,
             () = at(self.retry_due) => Wake::RetryDue,
             asked = users => Wake::UserAsked(asked),
+            renamed = renamed => Wake::Renamed(renamed),
             // Last: there may be more of them all the time.
             changes = cgroups => Wake::Cgroups(changes),
         }
@@ -949,13 +985,13 @@ impl Daemon {
                 };
                 return Some((signal, leaves));
             }
-            Wake::Asked(asked) => return self.on_request(asked).await,
+            Wake::Asked(asked) => return self.on_request(asked, reporter).await,
             Wake::UserAsked(asked) => {
                 let answer = self.grant(asked.uid, &asked.request);
                 asked.answer(&answer);
             }
-            Wake::Hangup => self.reload(Why::Signal),
-            Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged),
+            Wake::Hangup => self.reload(Why::Signal, reporter),
+            Wake::FilesChanged(Ok(())) => self.reload(Why::FilesChanged, reporter),
             Wake::FilesChanged(Err(error)) => self.files_unwatched(&error),
             Wake::Refusals(Ok(())) => self.report_refusals(),
             Wake::Refusals(Err(error)) => {
@@ -977,7 +1013,7 @@ impl Daemon {
                     self.sweep();
                 }
             }
-            Wake::Successor(request) => return self.on_successor(request).await,
+            Wake::Successor(request) => return self.on_successor(request, reporter).await,
             Wake::SweepDue => {
                 self.sweep_due = None;
                 self.sweep();
@@ -993,6 +1029,7 @@ impl Daemon {
                     *due = Instant::now() + *every;
                 }
             }
+            Wake::Renamed(renamed) => self.on_renamed(renamed, reporter),
             Wake::Cgroups(changes) => self.on_cgroups_changed(changes, reporter),
         }
         None
@@ -1001,6 +1038,7 @@ impl Daemon {
     async fn on_request(
         &mut self,
         asked: std::io::Result<Asked>,
+        reporter: &mut dyn Reporter,
     ) -> Option<(&'static str, Leaves)> {
         let mut asked = match asked {
             Ok(asked) => asked,
@@ -1026,7 +1064,7 @@ impl Daemon {
         }
         if let Err(error) = asked.answer().await {
             debug!("answering on the control socket: {error}");
-            self.reload(Why::GoesOn);
+            self.reload(Why::GoesOn, reporter);
             return None;
         }
         match asked.request {
@@ -1143,7 +1181,11 @@ impl Daemon {
     }
 
     /// The agent that this one steps aside for has taken over, or is gone.
-    async fn on_successor(&mut self, request: Option<Request>) -> Option<(&'static str, Leaves)> {
+    async fn on_successor(
+        &mut self,
+        request: Option<Request>,
+        reporter: &mut dyn Reporter,
+    ) -> Option<(&'static str, Leaves)> {
         let successor = self.successor.take();
         if request == Some(Request::TakenOver) {
             if let Some(mut successor) = successor {
@@ -1153,7 +1195,7 @@ impl Daemon {
             return Some((ANOTHER_AGENT, Leaves::AnotherAgent));
         }
         warn!("the agent that was about to take over is gone; this one goes on");
-        self.reload(Why::GoesOn);
+        self.reload(Why::GoesOn, reporter);
         None
     }
 
@@ -1168,7 +1210,7 @@ impl Daemon {
 
     /// Reads the config again, and builds what it says if that is anything new or
     /// asked for. What is wrong with it is logged and changes nothing.
-    fn reload(&mut self, why: Why) {
+    fn reload(&mut self, why: Why, reporter: &mut dyn Reporter) {
         // The sweep needs what was before the set in force. Other names do not
         // concern it, and what they are for may be there in a moment.
         if self.building.is_some() || (self.is_first_pass() && why.demands()) {
@@ -1176,6 +1218,7 @@ impl Daemon {
             return;
         }
         self.reload_waiting = None;
+        self.reload_awaits_sweep = false;
         match self.read_again(why.demands()) {
             Ok(None) => {}
             Ok(Some(target::Read {
@@ -1183,8 +1226,13 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                let is_adopted = why == Why::FilesChanged && self.adopt(&config, &origin);
-                if !is_adopted && self.is_first_pass() {
+                let adopted = if why == Why::FilesChanged {
+                    self.adopt(&config, &origin, reporter)
+                } else {
+                    Adopted::No
+                };
+                self.reload_awaits_sweep = adopted == Adopted::AfterSweep;
+                if self.reload_awaits_sweep || adopted == Adopted::No && self.is_first_pass() {
                     self.reload_later(why);
                     return;
                 }
@@ -1192,7 +1240,7 @@ impl Daemon {
                 for warning in &warnings {
                     warn!("{warning}");
                 }
-                if !is_adopted {
+                if adopted == Adopted::No {
                     self.build(config, origin, Some(why));
                 }
             }
@@ -1207,26 +1255,27 @@ impl Daemon {
         }
     }
 
-    /// Goes over to a config that needs no other set: it differs in names of units,
-    /// containers and pods only, none of which is there. So it is when a pod is bound
-    /// to a node, or gone. Whether it could.
-    fn adopt(&mut self, config: &Config, origin: &Origin) -> bool {
+    /// Goes over to a config that needs no other set, as it differs in names of units,
+    /// containers and pods only. So it is when a pod is bound to a node, or gone, or
+    /// gets other labels.
+    fn adopt(&mut self, config: &Config, origin: &Origin, reporter: &mut dyn Reporter) -> Adopted {
         if !config.differs_in_names_only(&self.config) {
-            return false;
+            return Adopted::No;
         }
         let Some(enforcement) = &self.enforcement else {
-            return false;
+            return Adopted::No;
         };
         let Ok(claimants) = Claimants::new(config, &self.root) else {
-            return false;
+            return Adopted::No;
         };
         let claims_same = self.claimants.claim_same(&claimants, &self.hierarchy);
         if !claims_same.unwrap_or(false) {
-            return false;
+            return self.claim_anew(config, origin, claimants, Why::FilesChanged, reporter);
         }
-        if let Err(error) = enforcement.set.record().say_config(config, origin) {
+        let said = enforcement.set.record().say_config(config, origin, None);
+        if let Err(error) = said {
             debug!("{}", chain(&error));
-            return false;
+            return Adopted::No;
         }
         for (before, now) in self.config.policies.iter().zip(&config.policies) {
             if before.selector.words() != now.selector.words() {
@@ -1238,21 +1287,155 @@ impl Daemon {
                 ));
             }
         }
-        self.config = config.clone();
-        self.origin = origin.clone();
-        self.claimants = claimants;
+        self.went_over_to(config, origin, claimants);
         // What is being swept is finished by the sweep.
         if self.state.settled
             && let Some(ownership) = &mut self.ownership
         {
             ownership.finish(&self.config);
         }
+        Adopted::Yes
+    }
+
+    /// The same where a name is that of something that is there: by other claims in the
+    /// set in force, and a sweep.
+    fn claim_anew(
+        &mut self,
+        config: &Config,
+        origin: &Origin,
+        claimants: Claimants,
+        why: Why,
+        reporter: &mut dyn Reporter,
+    ) -> Adopted {
+        // Of what was claimed before, a set knows one state at a time, and a sweep under
+        // way would not know of that.
+        if !self.state.settled {
+            return Adopted::No;
+        }
+        if self.sweep.is_some() || self.earlier_sweep.is_some() {
+            return if self.sweep_ends_soon() {
+                Adopted::AfterSweep
+            } else {
+                Adopted::No
+            };
+        }
+        let Ok((mut assignment, warnings)) = target::assign(&claimants, &self.hierarchy) else {
+            return Adopted::No;
+        };
+        assignment.grants = allowed(config, &self.grants);
+        let Some(enforcement) = &mut self.enforcement else {
+            return Adopted::No;
+        };
+        // In this order: whoever goes on from here, should this agent be killed, makes
+        // the sweep again that is to follow.
+        self.state.settled = false;
+        let record = enforcement.set.record().clone();
+        let claimed = record
+            .set_state(&self.state)
+            .and_then(|()| record.say_config(config, origin, Some(&self.config)))
+            .and_then(|()| enforcement.set.claim_anew(&assignment));
+        if let Err(error) = claimed {
+            debug!("{}: another set is built", chain(&error));
+            // By a set that knows what was claimed before.
+            self.state.settled = true;
+            return Adopted::No;
+        }
+        self.went_over_to(config, origin, claimants);
+        self.warn_of_new(&warnings);
+        reporter.report(&Event::Reloaded {
+            why: why.words(),
+            assignment: &assignment,
+        });
+        self.sweep();
+        Adopted::Yes
+    }
+
+    /// Has containers watched for other names, if a policy goes by those.
+    fn follow_renames(&mut self, reporter: &mut dyn Reporter) {
+        if !self.claimants.needs_names() {
+            self.renames = None;
+            return;
+        }
+        if self.renames.is_some() {
+            return;
+        }
+        let (renames, found) = (Renames::new(), self.hierarchy.walk(&self.root));
+        match renames.and_then(|renames| Ok((renames, found?))) {
+            Ok((mut renames, found)) => {
+                for cgroup in found {
+                    renames.watch(&cgroup.path);
+                }
+                let watched = renames.watched();
+                self.renames = Some(renames);
+                // Their names were read before.
+                self.on_renamed(Ok(watched), reporter);
+            }
+            Err(error) => {
+                warn!(
+                    "watching for containers that are renamed: {error}; new names count from the \
+                     next start of a container on"
+                );
+            }
+        }
+    }
+
+    /// Containers may be called something else: if so, they have the policies of their
+    /// new names from now on.
+    fn on_renamed(
+        &mut self,
+        cgroups: std::io::Result<BTreeSet<CgroupPath>>,
+        reporter: &mut dyn Reporter,
+    ) {
+        let cgroups = match cgroups {
+            Ok(cgroups) => cgroups,
+            Err(error) => {
+                warn!("watching for containers that are renamed: {error}");
+                self.renames = None;
+                return;
+            }
+        };
+        let mut are_others = false;
+        for cgroup in cgroups {
+            let policies = self.claimants.of(&cgroup);
+            let before = self.claimants.identity(&cgroup);
+            self.claimants.forget(&cgroup);
+            let now = self.claimants.identity(&cgroup);
+            if before == now || now.names.name.is_none() {
+                continue;
+            }
+            self.journal.note(What::ContainerRenamed {
+                cgroup: cgroup.clone(),
+                before: before.to_string(),
+                now: now.to_string(),
+            });
+            are_others |= policies != self.claimants.of(&cgroup);
+        }
+        if !are_others {
+            return;
+        }
+        let (config, origin) = (self.config.clone(), self.origin.clone());
+        let claimed = Claimants::new(&config, &self.root).map_or(Adopted::No, |claimants| {
+            self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
+        });
+        if claimed != Adopted::Yes {
+            self.build_again();
+        }
+    }
+
+    /// Whether a sweep is under way that has nothing to wait for.
+    fn sweep_ends_soon(&self) -> bool {
+        (self.sweep.is_some() || self.earlier_sweep.is_some()) && self.state.sweep.waiting == 0
+    }
+
+    fn went_over_to(&mut self, config: &Config, origin: &Origin, claimants: Claimants) {
+        self.config = config.clone();
+        self.origin = origin.clone();
+        self.claimants = claimants;
         self.state.reload = Some(Reload {
             at: seconds_since_1970(),
             error: None,
         });
         self.state.totals.reloads += 1;
-        true
     }
 
     fn read_again(&mut self, demanded: bool) -> Result<Option<target::Read>> {
@@ -1363,7 +1546,7 @@ impl Daemon {
             self.listen_to_users();
         }
         if self.has_failed("policy set") {
-            self.reload(Why::Retry);
+            self.reload(Why::Retry, reporter);
         } else if self.has_failed("existing connections") {
             self.sweep();
         }
@@ -1438,9 +1621,10 @@ impl Daemon {
         }
         let changes = std::mem::take(&mut self.changes);
         self.follow_changes(&changes, reporter);
+        self.follow_renames(reporter);
         self.sweep();
         if self.reload_waiting == Some(Why::FilesChanged) {
-            self.reload(Why::FilesChanged);
+            self.reload(Why::FilesChanged, reporter);
         }
         None
     }
@@ -1604,12 +1788,13 @@ impl Daemon {
     }
 
     /// Reads the config again where that has waited for something that is over.
-    fn resume_reload(&mut self) {
+    fn resume_reload(&mut self, reporter: &mut dyn Reporter) {
         if self.building.is_none()
             && !self.is_first_pass()
+            && !(self.reload_awaits_sweep && self.sweep_ends_soon())
             && let Some(why) = self.reload_waiting.take()
         {
-            self.reload(why);
+            self.reload(why, reporter);
         }
     }
 
@@ -1646,6 +1831,8 @@ impl Daemon {
                 Change::Made(cgroup) => self.on_cgroup_made(cgroup, reporter),
                 Change::Removed(cgroup) => self.on_cgroup_removed(cgroup, reporter),
                 Change::Lost => {
+                    // What came meanwhile is watched with the next set.
+                    self.renames = None;
                     debug!("cgroups came and went faster than they could be told of");
                     self.look_at_cgroup(reporter);
                     self.build_again();
@@ -1668,6 +1855,9 @@ impl Daemon {
             self.look_for_cgroup(reporter);
             return;
         }
+        if let Some(renames) = &mut self.renames {
+            renames.watch(&cgroup.path);
+        }
         let policies = self.claimants.claim_of(&cgroup.path);
         let Some(enforcement) = self.enforcement.as_mut().filter(|_| !policies.is_empty()) else {
             return;
@@ -1689,8 +1879,7 @@ impl Daemon {
                     cgroup: cgroup.path.clone(),
                     policies: self.claimants.names(&policies),
                 });
-                // One without processes cannot have had connections.
-                if self.hierarchy.has_processes(cgroup) {
+                if early::may_be_in(cgroup, &self.hierarchy) {
                     let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
                     self.sweep_due.get_or_insert(due);
                 }
@@ -1724,6 +1913,9 @@ impl Daemon {
             return;
         }
         self.claimants.forget(&cgroup.path);
+        if let Some(renames) = &mut self.renames {
+            renames.forget(&cgroup.path);
+        }
         let Some(enforcement) = &mut self.enforcement else {
             return;
         };
@@ -1826,14 +2018,15 @@ impl Daemon {
         }
         self.expose();
         let Some(enforcement) = &self.enforcement else {
-            self.published = State::default();
             return;
         };
-        if self.state == self.published && is_published_in(enforcement) {
+        let record = enforcement.set.record();
+        let (state, published_in) = &self.published;
+        if self.state == *state && std::ptr::eq(published_in.as_ptr(), Arc::as_ptr(record)) {
             return;
         }
-        match enforcement.set.record().set_state(&self.state) {
-            Ok(()) => self.published = self.state.clone(),
+        match record.set_state(&self.state) {
+            Ok(()) => self.published = (self.state.clone(), Arc::downgrade(record)),
             Err(error) => {
                 debug!("{}", chain(&error));
                 self.retry_later();
@@ -1925,12 +2118,6 @@ fn own(
             }
         }
     }
-}
-
-/// Whether the set in force is the one that the state was written to.
-fn is_published_in(enforcement: &Enforcement) -> bool {
-    let state = enforcement.set.record().state();
-    state.is_ok_and(|state| state.owner.is_some())
 }
 
 fn log_of(set: &LoadedSet) -> Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

@@ -223,6 +223,29 @@ impl Hierarchy {
             .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
     }
 
+    /// The processes that are in a cgroup or below it now. One that cannot be seen
+    /// from this pid namespace is 0.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not tell, as of a cgroup for threads.
+    pub fn processes(&self, cgroup: &Cgroup) -> io::Result<Vec<u32>> {
+        let mut processes = Vec::new();
+        for cgroup in self.walk(cgroup)? {
+            let file = self.directory(&cgroup.path).join("cgroup.procs");
+            match fs::read_to_string(file) {
+                Ok(text) => {
+                    for line in text.lines() {
+                        processes.push(line.parse().map_err(io::Error::other)?);
+                    }
+                }
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(processes)
+    }
+
     /// Opens a cgroup to attach programs to it.
     ///
     /// # Errors
@@ -232,6 +255,18 @@ impl Hierarchy {
         let directory = self.directory(&cgroup.path);
         File::open(&directory)
             .with_context(|| format!("opening cgroup {}", printable_path(&directory)))
+    }
+}
+
+#[cfg(test)]
+impl Hierarchy {
+    /// A directory that stands for one.
+    pub(crate) fn at(mount: &Path) -> Self {
+        Self {
+            mount: mount.to_owned(),
+            is_whole: true,
+            is_read_only: false,
+        }
     }
 }
 
@@ -427,11 +462,7 @@ mod tests {
         fs::create_dir_all(directory.path().join("a/b/c")).unwrap();
         fs::create_dir_all(directory.path().join("d")).unwrap();
         fs::write(directory.path().join("a/cgroup.procs"), "").unwrap();
-        let hierarchy = Hierarchy {
-            mount: directory.path().to_owned(),
-            is_whole: true,
-            is_read_only: false,
-        };
+        let hierarchy = Hierarchy::at(directory.path());
         let root = hierarchy.existing(Path::new("/")).unwrap();
         let mut paths: Vec<_> = hierarchy
             .walk(&root)

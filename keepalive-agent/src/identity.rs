@@ -14,10 +14,12 @@ mod wanted;
 use std::{
     collections::HashMap,
     fmt,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::names::printable;
+pub(crate) use container_names::DOCKER_FILE;
 pub use container_names::{ContainerNames, Runtime};
 pub use location::{ContainerId, Location};
 pub use selector::{Attribute, NamePattern, Selector};
@@ -111,6 +113,23 @@ impl fmt::Display for Identity {
     }
 }
 
+/// The directories in which docker may keep its file of the container whose outermost
+/// cgroup has this path; none where it can be none of docker's.
+pub(crate) fn docker_directories(path: &[u8]) -> Vec<PathBuf> {
+    let location = Location::of(path);
+    let (Some(id), Some(container)) = (location.container_of_its_own, location.containers.first())
+    else {
+        return Vec::new();
+    };
+    let is_dockers = matches!(container.runtime, None | Some(Runtime::Docker));
+    if !is_dockers || container.pod.is_some() || container.is_rootless {
+        return Vec::new();
+    }
+    container_names::Files::default()
+        .docker_directories(id)
+        .collect()
+}
+
 /// The identities of this machine's cgroups. What a container is called is read
 /// once, and kept until its cgroup is forgotten.
 #[derive(Debug, Default)]
@@ -150,13 +169,16 @@ impl Identities {
         pods.map(identity).collect()
     }
 
-    /// Takes over what others have read of containers in pods: nothing of it changes
-    /// while they live. Other containers can be renamed.
-    pub fn learn_pods(&self, others: &Self) {
+    /// Takes over what others have read of containers in pods, of which nothing changes
+    /// while they live, and of docker's, whose renames are followed. Others can be
+    /// renamed and nobody tells.
+    pub fn learn(&self, others: &Self) {
         let others = others.known();
-        let pods = others.iter().filter(|(_, names)| names.pod.is_some());
-        let pods = pods.map(|(id, names)| (id.clone(), names.clone()));
-        self.known().extend(pods);
+        let stays =
+            |names: &ContainerNames| names.pod.is_some() || names.runtime == Some(Runtime::Docker);
+        let learnt = others.iter().filter(|(_, names)| stays(names));
+        let learnt = learnt.map(|(id, names)| (id.clone(), names.clone()));
+        self.known().extend(learnt);
     }
 
     /// Forgets what was read for the cgroup with this path, which is gone.

@@ -11,6 +11,7 @@
 
 mod census;
 mod of_socket;
+mod tcp_holder;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,6 +35,7 @@ use rustix::{
 use crate::kernel::layout::jiffies_per_second;
 
 pub use census::Census;
+pub use tcp_holder::holds_tcp;
 
 /// The namespace of this process.
 pub const OWN: &str = "/proc/self/ns/net";

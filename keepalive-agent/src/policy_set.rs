@@ -7,7 +7,7 @@
 mod pool;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     iter::successors,
 };
 
@@ -136,6 +136,15 @@ pub struct NewClaim {
     pub cgroup: Cgroup,
     /// What is to stand in the kernel for it.
     pub claim: Claim,
+}
+
+/// Claims that take the place of others.
+#[derive(Debug)]
+pub struct Rewritten {
+    /// Every cgroup that claims anything, or did before.
+    pub claims: Vec<(Cgroup, Claim)>,
+    /// The ids of cgroups that do no more.
+    pub forgotten: Vec<u64>,
 }
 
 impl PolicySet {
@@ -316,6 +325,33 @@ impl PolicySet {
             cgroup: made.clone(),
             claim: Claim { now, before },
         }))
+    }
+
+    /// Goes over to another assignment of the same policies: what was claimed up to
+    /// here was claimed before. What is to be written, which leads to records since
+    /// [`Self::mark`] too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`]; nothing has changed then.
+    pub fn claim_anew(&mut self, assignment: &Assignment) -> Result<Rewritten, Error> {
+        let mark = self.mark();
+        let placed = self.place(assignment).inspect_err(|_| self.abandon(mark));
+        let (assigned, now) = placed?;
+        let known: BTreeSet<u64> = self.claims().map(|(cgroup, _)| cgroup.id).collect();
+        self.assigned = assigned;
+        self.before = std::mem::replace(&mut self.now, now);
+        self.is_settled = false;
+        let grants = assignment.grants.iter();
+        self.grants = grants
+            .map(|grant| (grant.cgroup.path.clone(), grant.clone()))
+            .collect();
+        let claims: Vec<_> = self.claims().collect();
+        let kept: BTreeSet<u64> = claims.iter().map(|(cgroup, _)| cgroup.id).collect();
+        Ok(Rewritten {
+            claims,
+            forgotten: known.difference(&kept).copied().collect(),
+        })
     }
 
     /// A user is given a policy, or none any more: what is claimed for its cgroup

@@ -25,6 +25,8 @@ use crate::{
 pub struct Compiled {
     /// The drop-in.
     pub text: String,
+    /// What the policies in it are called.
+    pub names: BTreeSet<String>,
     /// Whether each policy is in it, or would be if it selected a pod of this node.
     pub verdicts: BTreeMap<PolicyId, Result<(), Refusal>>,
 }
@@ -37,9 +39,26 @@ const PREFIX: &str = "kube:";
 /// How long a policy's name may be in a config, in characters.
 const LONGEST: usize = 64;
 
-/// Makes a drop-in of all that is known.
+/// What no pod or namespace is called.
+const NOBODY: &str = "-";
+
+/// What the policies of a drop-in are called that somebody has written earlier; none
+/// where the agent would not take it.
 #[must_use]
-pub fn compile(objects: &Objects) -> Compiled {
+pub fn names(text: &str) -> BTreeSet<String> {
+    let config = policy::parse(text).ok();
+    let policies = config.into_iter().flat_map(|config| config.policies);
+    policies.map(|policy| policy.name).collect()
+}
+
+/// Makes a drop-in of all that is known.
+///
+/// A policy comes into it with the first pod of this node that it selects. Of those
+/// that were `written` before, one that selects none any more stays, for nobody: a
+/// policy that comes or goes takes a policy set of the agent, another name takes
+/// nothing.
+#[must_use]
+pub fn compile(objects: &Objects, written: &BTreeSet<String>) -> Compiled {
     let mut verdicts = BTreeMap::new();
     let mut policies = BTreeMap::new();
     for (id, object) in &objects.policies {
@@ -55,8 +74,8 @@ pub fn compile(objects: &Objects) -> Compiled {
     let mut ranks: [Vec<toml::Table>; 3] = Default::default();
     for (id, policy) in &policies {
         let tables = match &id.namespace {
-            Some(namespace) => of_namespace(objects, policy, namespace, &policies),
-            None => of_cluster(objects, policy).map(|table| [None, None, table]),
+            Some(namespace) => of_namespace(objects, policy, namespace, &policies, written),
+            None => of_cluster(objects, policy, written).map(|table| [None, None, table]),
         };
         let verdict = tables.map(|tables| {
             for (rank, table) in ranks.iter_mut().zip(tables) {
@@ -65,8 +84,26 @@ pub fn compile(objects: &Objects) -> Compiled {
         });
         verdicts.insert((*id).clone(), verdict);
     }
-    let text = format!("{HEAD}{}", policy::text(ranks.iter().flatten()));
-    Compiled { text, verdicts }
+    let tables = || ranks.iter().flatten();
+    let name = |table: &toml::Table| table.get("name")?.as_str().map(str::to_owned);
+    Compiled {
+        text: format!("{HEAD}{}", policy::text(tables())),
+        names: tables().filter_map(name).collect(),
+        verdicts,
+    }
+}
+
+/// The names of pods or namespaces that a policy is for; none where it is not to be
+/// written, as a list must not be empty.
+fn whom(
+    selected: Vec<toml::Value>,
+    policy: &str,
+    written: &BTreeSet<String>,
+) -> Option<toml::Value> {
+    if !selected.is_empty() {
+        return Some(selected.into());
+    }
+    written.contains(policy).then(|| vec![NOBODY].into())
 }
 
 /// What a policy of a namespace comes to: for the pods whose annotation names it,
@@ -76,6 +113,7 @@ fn of_namespace(
     policy: &Policy,
     namespace: &str,
     policies: &BTreeMap<&PolicyId, Policy>,
+    written: &BTreeSet<String>,
 ) -> Result<[Option<toml::Table>; 3], Refusal> {
     // Without its labels nobody knows which bounds hold.
     let Some(labels) = objects.namespaces.get(namespace) else {
@@ -87,14 +125,11 @@ fn of_namespace(
     let keys = bounds::within(policy, &cluster)?;
     let table = |name: String, pods: Option<Vec<toml::Value>>| {
         let mut table = keys.clone();
+        if let Some(pods) = pods {
+            table.insert("pod".to_owned(), whom(pods, &name, written)?);
+        }
         table.insert("name".to_owned(), name.into());
         table.insert("namespace".to_owned(), namespace.into());
-        match pods {
-            // A list must not be empty.
-            Some(pods) if pods.is_empty() => return None,
-            Some(pods) => table.insert("pod".to_owned(), pods.into()),
-            None => None,
-        };
         Some(table)
     };
     let own = objects
@@ -118,14 +153,18 @@ fn of_namespace(
 }
 
 /// What a policy of the cluster comes to.
-fn of_cluster(objects: &Objects, policy: &Policy) -> Result<Option<toml::Table>, Refusal> {
+fn of_cluster(
+    objects: &Objects,
+    policy: &Policy,
+    written: &BTreeSet<String>,
+) -> Result<Option<toml::Table>, Refusal> {
     let mut table = policy.keys.clone();
-    table.insert("name".to_owned(), name(&policy.id, "").into());
+    let name = name(&policy.id, "");
     let namespaces: BTreeSet<_> = objects
         .namespaces
         .iter()
-        .filter(|(name, labels)| is_plain(name) && selects(&policy.namespaces, labels))
-        .map(|(name, _)| name.as_str())
+        .filter(|(id, labels)| is_plain(id) && selects(&policy.namespaces, labels))
+        .map(|(id, _)| id.as_str())
         .collect();
     let value = |text: &str| toml::Value::String(text.to_owned());
     let (key, values): (_, Vec<_>) = if !policy.pods.selects_all() {
@@ -148,10 +187,11 @@ fn of_cluster(objects: &Objects, policy: &Policy) -> Result<Option<toml::Table>,
         ("namespace", namespaces.into_iter().map(value).collect())
     };
     check(&policy.keys)?;
-    if values.is_empty() {
+    let Some(whom) = whom(values, &name, written) else {
         return Ok(None);
-    }
-    table.insert(key.to_owned(), values.into());
+    };
+    table.insert(key.to_owned(), whom);
+    table.insert("name".to_owned(), name.into());
     Ok(Some(table))
 }
 

@@ -2,7 +2,7 @@
 //! why, and on how many nodes they are in force. One for the cluster; a second
 //! beside it writes the same.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Result;
 use futures::StreamExt as _;
@@ -97,7 +97,7 @@ impl Pace {
 async fn write_all(client: &Client, recorder: &Recorder, watched: &Watched) -> bool {
     let objects = &watched.objects;
     let mut all = true;
-    for (id, verdict) in config::compile(objects).verdicts {
+    for (id, verdict) in config::compile(objects, &BTreeSet::new()).verdicts {
         let Some(object) = objects.policies.get(&id) else {
             continue;
         };

@@ -2,6 +2,7 @@
 //! force.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     io::Write as _,
     path::{Path, PathBuf},
@@ -60,6 +61,7 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
     let file = DropIn::open(&options.directory)?;
     let mut reporter = Reporter::new(client, options);
     let mut compiled = None;
+    let mut written = file.names();
     let mut again = interval(REPORT_EVERY);
     again.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tokio::pin!(until);
@@ -72,7 +74,9 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
                 if !is_news || !watched.is_complete(&audience) {
                     continue;
                 }
-                compiled = Some(config::compile(&watched.objects));
+                let new = config::compile(&watched.objects, &written);
+                written.clone_from(&new.names);
+                compiled = Some(new);
             }
             _ = again.tick() => {}
         }
@@ -132,6 +136,13 @@ impl DropIn {
             directory: directory.to_owned(),
             path: directory.join(FILE),
         })
+    }
+
+    /// What the policies in it are called.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<String> {
+        let text = fs::read_to_string(&self.path);
+        text.map(|text| config::names(&text)).unwrap_or_default()
     }
 
     /// Writes it if it has another text; readers see the old text or the new one.

@@ -202,9 +202,11 @@ start kubelet "$kubelet" --config kubelet.yaml --kubeconfig $work/node.kubeconfi
 is_ready() { [ "$(kubectl get node $name -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" = True ]; }
 await "the node" is_ready
 
-mkdir -p /run/keepalive/kubernetes
-printf '[default]\n' > keepalive.toml
-start agent "$release/keepalive-agent" run --cgroup /$group --config $work/keepalive.toml \
+# A directory of its own, as on any node: the agent is woken by whoever writes to files
+# beside its config, as to the logs here.
+mkdir -p /run/keepalive/kubernetes $work/config
+printf '[default]\n' > $work/config/keepalive.toml
+start agent "$release/keepalive-agent" run --cgroup /$group --config $work/config/keepalive.toml \
     --drop-in-dir /run/keepalive/kubernetes --metrics /run/keepalive/kubernetes/metrics.sock --json
 agent=${pids[-1]}
 await "the agent" grep -q '"started"' $work/agent.log

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::{
-    Agent, Cgroup, Docker, Need, Options, Probe, Program, agent_binary, agent_command, output,
-    require, soak_or, wait_until,
+    Agent, Cgroup, Docker, Loaded, Need, Options, Probe, Program, Sockopt, agent_binary,
+    agent_command, output, require, soak_or, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -96,26 +96,67 @@ fn containers_by_name_label_and_image() -> Result<()> {
 }
 
 /// What is inside of a container's cgroup is the container's, as long as nothing
-/// names it by its path. A new name counts from the next start on.
+/// names it by its path. A new name counts at once, also for connections that exist.
 #[test]
 fn nested_and_renamed() -> Result<()> {
-    require!(Need::Program("dockerd"), Need::Program("ip"));
+    require!(
+        Need::Program("dockerd"),
+        Need::Program("ip"),
+        Need::Program("bpftool")
+    );
     let cgroup = Cgroup::new()?;
     let docker = Docker::start(&cgroup)?;
     let glob = format!(
         "[[policy]]\nname = 'glob'\ncgroup = '{}/**'\nidle = '64s'\n",
         cgroup.path()
     );
-    let agent = agent(&cgroup, &docker, &format!("{CONFIG}{glob}"))?;
+    let mut agent = agent(&cgroup, &docker, &format!("{CONFIG}{glob}"))?;
+    agent.swept()?;
+    let program = || -> Result<u64> { Ok(Loaded::on(&cgroup)?.context("nothing")?.program) };
+    let before = program()?;
     let id = docker.stay(&["--name", "db-1"])?;
     let nested = cgroup.descendant(&format!("docker/{id}/container"))?;
     let mut probe = Probe::start(Program::Static, &nested)?;
     let (socket, _) = probe.connection()?;
     assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
+
+    docker.run(&["rename", "db-1", "web"])?;
+    agent.reloaded()?;
+    // What is not claimed by the container's name is by the glob for its path.
+    assert_eq!(probe.options(socket)?, Options::on(64, 10, 6));
+    let words = [
+        "events",
+        "--json",
+        "--since",
+        "1h",
+        "--no-follow",
+        "--cgroup",
+    ];
+    let told = ask(&docker, &[&words[..], &[cgroup.path()]].concat())?;
+    let told = told.lines().map(serde_json::from_str::<Value>);
+    let told: Vec<_> = told.collect::<Result<_, _>>()?;
+    let renamed = told
+        .iter()
+        .find(|told| told["event"] == "container_renamed");
+    let renamed = renamed.context("nothing is told")?;
+    let reloaded = told.iter().find(|told| told["event"] == "reloaded");
+    assert_eq!(
+        reloaded.context("no reload")?["why"],
+        "a container was renamed"
+    );
+    assert_eq!(renamed["before"], "docker:db-1");
+    assert_eq!(renamed["now"], "docker:web");
+    let own = format!("{}/docker/{id}", cgroup.path());
+    assert_eq!(renamed["cgroup"], own);
+    docker.run(&["rename", "web", "db-2"])?;
+    agent.reloaded()?;
+    assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
+    assert_eq!(program()?, before);
+    docker.run(&["rename", "db-2", "web"])?;
+    agent.reloaded()?;
     probe.finish()?;
     drop(nested);
 
-    docker.run(&["rename", "db-1", "web"])?;
     docker.run(&["restart", "--time", "0", "web"])?;
     let logs = || docker.run(&["logs", "web"]);
     wait_until(LIMIT, "the second run", || Ok(logs()?.lines().count() == 4))?;
@@ -181,6 +222,23 @@ fn units_by_name() -> Result<()> {
     Ok(())
 }
 
+/// A policy for a unit has the same bounds as one for a path: whatever its application
+/// sets later.
+#[test]
+fn bounds_hold_for_what_is_selected() -> Result<()> {
+    require!(Need::Built(Program::Static));
+    let slice = Cgroup::with_suffix(".slice")?;
+    let unit = slice.child("one.service")?;
+    let config = "[[policy]]\nname = 'unit'\nidle = { at-most = '30s' }\nunit = 'one.service'\n";
+    let agent = Agent::start(&slice, config)?;
+    let mut probe = Probe::start(Program::Static, &unit)?;
+    let (socket, _) = probe.connection()?;
+    probe.set(socket, Sockopt::Idle, 99)?;
+    assert_eq!(probe.options(socket)?.idle, 30);
+    agent.stop()?;
+    Ok(())
+}
+
 /// Names of what is not there come into the config and leave it without another
 /// policy set; what comes then has its policy.
 #[test]
@@ -233,11 +291,63 @@ fn names_alone_need_no_other_set() -> Result<()> {
         explained.contains("other.service or later.service"),
         "{explained}"
     );
-    // What is there takes another set.
-    agent.rewrite(&config("'here.service'"))?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// Names of what is there, as of a pod that gets other labels: connections that exist
+/// follow, as they do with another set, and the programs stay the same.
+#[test]
+fn names_of_what_is_there_need_no_other_programs() -> Result<()> {
+    require!(Need::Built(Program::Static), Need::Program("bpftool"));
+    let slice = Cgroup::with_suffix(".slice")?;
+    let units = ["one.service", "two.service"].map(|name| slice.child(name));
+    let [one, two] = units;
+    let (one, two) = (one?, two?);
+    let config = |units: &str| {
+        format!("[default]\n[[policy]]\nname = 'named'\nidle = '63s'\nunit = [{units}]\n")
+    };
+    let mut agent = Agent::start(&slice, &config("'one.service'"))?;
+    agent.swept()?;
+    let program = || -> Result<u64> { Ok(Loaded::on(&slice)?.context("nothing")?.program) };
+    let before = program()?;
+    let mut probes = Vec::new();
+    for cgroup in [&one, &two] {
+        let mut probe = Probe::start(Program::Static, cgroup)?;
+        let (untouched, own) = probe.connection()?;
+        // What an application set is its own.
+        probe.set(own, Sockopt::Idle, 99)?;
+        probes.push((probe, untouched, own));
+    }
+    let idles = |probes: &mut Vec<(Probe, _, _)>| -> Result<Vec<[i32; 2]>> {
+        let of = |(probe, untouched, own): &mut (Probe, _, _)| {
+            Ok([probe.options(*untouched)?.idle, probe.options(*own)?.idle])
+        };
+        probes.iter_mut().map(of).collect()
+    };
+    assert_eq!(idles(&mut probes)?, [[63, 99], [60, 99]]);
+    for (units, expected) in [
+        ("'two.service'", [[60, 99], [63, 99]]),
+        ("'one.service', 'two.service'", [[63, 99], [63, 99]]),
+        ("'none.service'", [[60, 99], [60, 99]]),
+        ("'one.service'", [[63, 99], [60, 99]]),
+    ] {
+        agent.rewrite(&config(units))?;
+        agent.reloaded()?;
+        assert_eq!(idles(&mut probes)?, expected, "{units}");
+        for (index, cgroup) in [&one, &two].into_iter().enumerate() {
+            let mut probe = Probe::start(Program::Static, cgroup)?;
+            let (socket, _) = probe.connection()?;
+            let idle = probe.options(socket)?.idle;
+            assert_eq!(idle, expected[index][0], "{units}");
+        }
+        assert_eq!(program()?, before, "{units}");
+    }
+    // Other policies do take another set, and so does what comes then.
+    agent.rewrite("[default]\nidle = '64s'\n")?;
     agent.reloaded()?;
-    assert_eq!(idle(&here)?, 63);
-    assert_eq!(idle(&later)?, 60);
+    assert_eq!(idles(&mut probes)?, [[64, 99], [64, 99]]);
+    assert_ne!(program()?, before);
     agent.stop()?;
     Ok(())
 }

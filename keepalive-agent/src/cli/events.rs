@@ -188,6 +188,11 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
             }
             text + " none of these is there, so no connection changes"
         }
+        What::ContainerRenamed {
+            cgroup,
+            before,
+            now,
+        } => format!("{before} is called {now} now, cgroup {cgroup}"),
         What::ReloadFailed { error } => format!("a config was not taken: {error}"),
         What::Swept {
             connections,

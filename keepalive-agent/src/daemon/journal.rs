@@ -109,6 +109,15 @@ pub enum What {
         /// Names of the policies that claim it.
         policies: Vec<String>,
     },
+    /// A container is called something else than before.
+    ContainerRenamed {
+        /// The path of its cgroup.
+        cgroup: CgroupPath,
+        /// What it was called, as in `docker:web`.
+        before: String,
+        /// What it is called now.
+        now: String,
+    },
     /// A part of the agent does not work.
     PartFailed {
         /// Which.

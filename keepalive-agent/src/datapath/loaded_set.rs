@@ -294,14 +294,7 @@ impl LoadedSet {
             },
         )?;
         self.write_records(Mark::START)?;
-        let limit = MOST;
-        for (cgroup, claim) in self.records.claims() {
-            let doing = format!("telling the kernel the policy of cgroup {}", cgroup.path);
-            write(&doing, "cgroups", limit, || {
-                self.cgroups.insert(cgroup.id, claim, 0)
-            })?;
-        }
-        Ok(())
+        write_claims(&mut self.cgroups, self.records.claims())
     }
 
     /// Writes the records since a mark, to which no claim leads yet.
@@ -386,13 +379,25 @@ impl LoadedSet {
     /// brought along is wrong then only where an application sets just what an
     /// earlier policy gave.
     pub fn settle(&mut self) -> Result<(), Error> {
-        for (cgroup, claim) in self.records.settle() {
-            let doing = format!("settling the policy of cgroup {}", cgroup.path);
-            write(&doing, "cgroups", MOST, || {
-                self.cgroups.insert(cgroup.id, claim, 0)
-            })?;
+        write_claims(&mut self.cgroups, self.records.settle())
+    }
+
+    /// Goes over to another assignment of the same policies, without other programs.
+    /// Existing connections follow by a sweep, as those of a set that was just built.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more, or cannot be written: some cgroups have gone over
+    /// then, and another set has to be built.
+    pub fn claim_anew(&mut self, assignment: &Assignment) -> Result<(), Error> {
+        let mark = self.records.mark();
+        let rewritten = self.records.claim_anew(assignment)?;
+        self.write_records(mark)?;
+        write_claims(&mut self.cgroups, rewritten.claims)?;
+        for id in rewritten.forgotten {
+            self.forget(id, "forgetting policies of cgroups")?;
         }
-        Ok(())
+        self.begin_generation()
     }
 
     /// Gives a user a policy for a command, over those of the assignment, by index,
@@ -424,13 +429,17 @@ impl LoadedSet {
             return Ok(());
         }
         let doing = format!("forgetting the policy of cgroup {}", gone.path);
-        fault::point(Operation::WriteMap).map_err(Error::call(&doing))?;
-        match self.cgroups.remove(&gone.id) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(Error::map(doing)(error)),
-        }
+        self.forget(gone.id, &doing)?;
         self.records.remove(gone);
         Ok(())
+    }
+
+    fn forget(&mut self, cgroup: u64, doing: &str) -> Result<(), Error> {
+        fault::point(Operation::WriteMap).map_err(Error::call(doing))?;
+        match self.cgroups.remove(&cgroup) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(Error::map(doing)(error)),
+        }
     }
 
     /// Makes new connections look for their claim again: until here they may go by
@@ -528,6 +537,19 @@ impl LoadedSet {
     pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>, Error> {
         EbpfLogger::init_from_id(self.id).map_err(|error| Error::Kernel(error.to_string()))
     }
+}
+
+fn write_claims(
+    cgroups: &mut HashMap<MapData, u64, Claim>,
+    claims: impl IntoIterator<Item = (Cgroup, Claim)>,
+) -> Result<(), Error> {
+    for (cgroup, claim) in claims {
+        let doing = format!("telling the kernel the policy of cgroup {}", cgroup.path);
+        write(&doing, "cgroups", MOST, || {
+            cgroups.insert(cgroup.id, claim, 0)
+        })?;
+    }
+    Ok(())
 }
 
 /// Writes what the set says of itself.

@@ -30,6 +30,8 @@ pub struct SetRecord {
     /// What the set is.
     pub description: Description,
     document: Mutex<Document>,
+    /// What the document says that connections may still have values of.
+    before: Mutex<Option<Config>>,
     state: Mutex<Document>,
     grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
@@ -203,6 +205,7 @@ impl SetRecord {
         beside_sockets: BesideSockets,
     ) -> Self {
         Self {
+            before: Mutex::new(description.before.clone()),
             description,
             document: Mutex::new(document),
             state: Mutex::new(state),
@@ -247,6 +250,7 @@ impl SetRecord {
                 originals: MapHandle::of(&by_id(description.maps.originals)?)?,
                 counted: MapHandle::of(&by_id(description.maps.counted)?)?,
             },
+            before: Mutex::new(description.before.clone()),
             document: Mutex::new(document),
             own: Arc::new(own),
             previous: previous.map(Arc::new),
@@ -412,19 +416,30 @@ impl SetRecord {
     }
 
     /// Says that another config is in force, which differs in nothing that stands in
-    /// the kernel but here.
+    /// the kernel but here; where `before` is given also that connections may still
+    /// have values of that.
     ///
     /// # Errors
     ///
     /// When there is no room for it, or it cannot be written.
-    pub fn say_config(&self, config: &Config, origin: &Origin) -> Result<(), Error> {
+    pub fn say_config(
+        &self,
+        config: &Config,
+        origin: &Origin,
+        before: Option<&Config>,
+    ) -> Result<(), Error> {
+        let mut known = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = before.cloned().or_else(|| known.clone());
         let description = Description {
             config: config.clone(),
             origin: origin.clone(),
+            before: before.clone(),
             ..self.description.clone()
         };
         let mut document = self.document.lock().unwrap_or_else(PoisonError::into_inner);
-        document.write_again(&description)
+        document.write_again(&description)?;
+        *known = before;
+        Ok(())
     }
 
     /// The same for documents.

@@ -11,6 +11,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    iter::once_with,
     path::{Path, PathBuf},
 };
 
@@ -89,6 +90,10 @@ impl Default for Files {
     }
 }
 
+/// Where docker keeps its data by itself, and its file of a container.
+const DOCKER: &str = "var/lib/docker";
+pub(crate) const DOCKER_FILE: &str = "config.v2.json";
+
 /// Where containerd keeps bundles, by itself and in distributions of Kubernetes.
 const CONTAINERD: [&str; 3] = [
     "run/containerd",
@@ -134,17 +139,10 @@ impl Files {
             image: Option<String>,
             labels: Option<BTreeMap<String, String>>,
         }
-        #[derive(Deserialize)]
-        struct Daemon {
-            #[serde(rename = "data-root")]
-            data_root: Option<PathBuf>,
-        }
-        let file = format!("containers/{id}/config.v2.json");
-        let container: Container = self.json("var/lib/docker".as_ref(), &file).or_else(|| {
-            let daemon: Daemon = self.json("etc/docker".as_ref(), "daemon.json")?;
-            let data_root = daemon.data_root?;
-            self.json(data_root.strip_prefix("/").ok()?, &file)
-        })?;
+        let file = format!("containers/{id}/{DOCKER_FILE}");
+        let container: Container = self
+            .json(DOCKER.as_ref(), &file)
+            .or_else(|| self.json(&self.docker_root()?, &file))?;
         let (image, labels) = container
             .config
             .map(|config| (config.image, config.labels))
@@ -159,6 +157,25 @@ impl Files {
             labels: labels.unwrap_or_default(),
             ..ContainerNames::default()
         })
+    }
+
+    /// Where docker keeps its data, if its config says so.
+    fn docker_root(&self) -> Option<PathBuf> {
+        #[derive(Deserialize)]
+        struct Daemon {
+            #[serde(rename = "data-root")]
+            data_root: Option<PathBuf>,
+        }
+        let daemon: Daemon = self.json("etc/docker".as_ref(), "daemon.json")?;
+        Some(daemon.data_root?.strip_prefix("/").ok()?.to_owned())
+    }
+
+    /// The directories in which docker may keep its file of a container.
+    pub(super) fn docker_directories(&self, id: &str) -> impl Iterator<Item = PathBuf> {
+        let roots = once_with(|| Some(DOCKER.into())).chain(once_with(|| self.docker_root()));
+        roots
+            .flatten()
+            .map(move |root: PathBuf| self.root.join(root).join("containers").join(id))
     }
 
     fn containerd(&self, id: &str) -> Option<ContainerNames> {

@@ -308,6 +308,43 @@ proptest! {
         prop_assert!(!set.has_claim_of(&cgroup));
     }
 
+    /// A set that goes over to other claims is as one that was built for them after the
+    /// claims before, however often.
+    #[test]
+    fn a_set_that_claims_anew_is_as_one_that_was_built(
+        first in assignments(),
+        second in assignments(),
+    ) {
+        // Both of the same policies.
+        let policies: Vec<_> = first.policies.iter().chain(&second.policies).cloned().collect();
+        let shifted = |assignment: &Assignment, by: usize| {
+            let mut claims = assignment.claims.clone();
+            let all = claims.iter_mut().flat_map(|claim| &mut claim.policies);
+            all.for_each(|policy| *policy += by);
+            Assignment { policies: policies.clone(), claims, grants: Vec::new() }
+        };
+        let both = [shifted(&first, 0), shifted(&second, first.policies.len())];
+        let mut set = PolicySet::new(None, &both[0]).unwrap();
+        let mut maps = Maps::of(&set);
+        for (before, now) in [(0, 1), (1, 0), (0, 0), (0, 1)] {
+            let mark = set.mark();
+            let rewritten = set.claim_anew(&both[now]).unwrap();
+            prop_assert!(maps.write(&set, mark, &mut usize::MAX.clone()));
+            for (cgroup, claim) in rewritten.claims {
+                maps.cgroups.insert(cgroup.id, claim);
+            }
+            for id in rewritten.forgotten {
+                prop_assert!(maps.cgroups.remove(&id).is_some());
+            }
+            prop_assert_eq!(maps.all(true), all_meant(&both[now]));
+            prop_assert_eq!(maps.all(false), all_meant(&both[before]));
+            let claims: HashMap<_, _> =
+                set.claims().map(|(cgroup, claim)| (cgroup.id, claim)).collect();
+            prop_assert_eq!(&maps.cgroups, &claims);
+        }
+        prop_assert_eq!(set.policies(Mark::START).count(), maps.policies.len());
+    }
+
     /// Cgroups are made one by one, and writing what they need fails at random.
     /// Those that failed go by the policy above them, the others by their own,
     /// and a second try makes up for it.

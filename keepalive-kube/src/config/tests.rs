@@ -59,14 +59,14 @@ impl Objects {
 
     /// What is written for the agent, without the head.
     fn text(&self) -> String {
-        let text = compile(self).text;
+        let text = compile(self, &BTreeSet::new()).text;
         // Whatever it is, the agent takes it.
         read(&text);
         text.strip_prefix(HEAD).unwrap().to_owned()
     }
 
     fn verdict(&self, policy: &str) -> Result<(), String> {
-        let compiled = compile(self);
+        let compiled = compile(self, &BTreeSet::new());
         read(&compiled.text);
         compiled.verdicts[&id(policy)]
             .clone()
@@ -136,6 +136,67 @@ fn pods_are_selected_by_labels() {
     );
 }
 
+/// Pods come and go, and the policies of a node stay the same, so that no agent needs
+/// another policy set for it.
+#[test]
+fn a_policy_stays_that_was_written_once() {
+    let policies = cluster()
+        .policy(
+            "shop/web",
+            &json!({ "idle": "30s", "podSelector": { "matchLabels": { "app": "web" } } }),
+        )
+        .policy(
+            "shop/named",
+            &json!({ "idle": "31s", "podSelector": { "matchLabels": { "app": "no" } } }),
+        )
+        .policy(
+            "all",
+            &json!({ "idle": "32s", "podSelector": { "matchLabels": { "app": "web" } } }),
+        )
+        .policy(
+            "teams",
+            &json!({ "idle": "33s", "namespaceSelector": { "matchLabels": { "team": "a" } } }),
+        );
+    let mut with_team = policies.clone();
+    with_team
+        .namespaces
+        .insert("team".to_owned(), labels(&json!({ "team": "a" })));
+    let with_pods = with_team
+        .clone()
+        .pod("shop", "web-0", &json!({ "app": "web" }), None)
+        .pod("shop", "db-0", &json!({}), Some("named"));
+    let named = |compiled: &Compiled| -> Vec<_> {
+        let policies = read(&compiled.text).policies;
+        policies.into_iter().map(|policy| policy.name).collect()
+    };
+    let before = compile(&policies, &BTreeSet::new());
+    assert!(before.names.is_empty() && named(&before).is_empty());
+    let during = compile(&with_pods, &before.names);
+    let all = [
+        "kube:shop/named by annotation",
+        "kube:shop/web",
+        "kube:all",
+        "kube:teams",
+    ];
+    assert_eq!(named(&during), all);
+    let after = compile(&policies, &during.names);
+    assert_eq!(named(&after), all);
+    assert_eq!(after.names, during.names);
+    assert!(read(&after.text).differs_in_names_only(&read(&during.text)));
+    for pod in ["web-0", "db-0", "other"] {
+        assert_eq!(claim(&read(&after.text), "shop", pod), None);
+        assert_eq!(claim(&read(&after.text), "team", pod), None);
+    }
+    // Another companion goes on from there.
+    assert_eq!(names(&after.text), after.names);
+    assert_eq!(names("half a fi"), BTreeSet::new());
+    // A policy that is gone goes.
+    let mut left = policies;
+    left.policies.remove(&id("shop/web"));
+    let left = compile(&left, &after.names);
+    assert_eq!(named(&left), [all[0], all[2], all[3]]);
+}
+
 #[test]
 fn namespaces_are_selected_by_labels() {
     let selector = json!({ "matchLabels": { "kubernetes.io/metadata.name": "shop" } });
@@ -181,7 +242,7 @@ fn precedence() {
         .pod("shop", "annotated", &json!({ "a": "b" }), Some("z"))
         .pod("shop", "elsewhere", &json!({ "a": "b" }), Some("none"))
         .pod("bank", "annotated", &json!({ "a": "b" }), Some("z"));
-    let config = read(&compile(&objects).text);
+    let config = read(&compile(&objects, &BTreeSet::new()).text);
     for (namespace, pod, expected) in [
         ("shop", "annotated", "kube:shop/z by annotation"),
         ("shop", "labelled", "kube:shop/a"),
@@ -479,7 +540,7 @@ proptest! {
     #[test]
     fn no_namespace_leaves_the_bounds(above in spec(), also in spec(), own in spec()) {
         let objects = cluster().policy("a", &above).policy("b", &also).policy("shop/web", &own);
-        let compiled = compile(&objects);
+        let compiled = compile(&objects, &BTreeSet::new());
         let config = read(&compiled.text);
         let find = |name: &str| config.policies.iter().find(|policy| policy.name == name);
         if let Some(own) = find("kube:shop/web") {
