@@ -6,9 +6,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, Socket, Sockopt, output, require, skip,
+    Agent, Cgroup, Need, Options, Probe, Program, Socket, Sockopt, bpftool, require, skip,
     wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -118,13 +118,6 @@ fn maps(agent: &Agent) -> Result<Vec<u32>> {
         maps.extend(map.map(|id| id.trim().parse::<u32>()).transpose()?);
     }
     Ok(maps)
-}
-
-fn bpftool(arguments: &[&str]) -> Result<Value> {
-    let mut command = Place::default().command("bpftool");
-    let shown = output(command.arg("--json").args(arguments), LIMIT)?;
-    ensure!(shown.code == Some(0), "{arguments:?}: {}", shown.stderr);
-    Ok(serde_json::from_str(&shown.stdout)?)
 }
 
 /// A key of eight bytes, as bpftool shows it: `["0x1b", …]`.

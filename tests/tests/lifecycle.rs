@@ -1,11 +1,8 @@
 //! Coming, saying so, and going without a trace.
 
 use anyhow::{Context, Result};
-use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Place, Probe, Program, output, require, wait_until,
-};
+use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, bpftool, require, wait_until};
 use rustix::process::Signal;
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -57,15 +54,11 @@ fn leaves_nothing_behind_when_killed() -> Result<()> {
 #[test]
 fn nothing_is_attached_afterwards() -> Result<()> {
     require!(Need::Program("bpftool"));
-    // Not `cgroup show`, which fails on kernels older than itself.
     let attached = |cgroup: &Cgroup| -> Result<usize> {
-        let id = std::fs::metadata(cgroup.directory())?.ino();
-        let mut command = Place::default().command("bpftool");
-        command.args(["--json", "link", "show"]);
-        let shown = output(&mut command, LIMIT)?;
-        assert_eq!(shown.code, Some(0), "{}", shown.stderr);
-        let list: serde_json::Value = serde_json::from_str(&shown.stdout)?;
-        let links = list.as_array().context("no list")?;
+        let id = cgroup.id()?;
+        // Not `cgroup show`, which fails on kernels older than itself.
+        let shown = bpftool(&["link", "show"])?;
+        let links = shown.as_array().context("no list")?;
         Ok(links.iter().filter(|link| link["cgroup_id"] == id).count())
     };
     let cgroup = Cgroup::new()?;

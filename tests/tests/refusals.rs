@@ -4,21 +4,12 @@
 use std::{os::unix::fs::MetadataExt as _, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, output, require};
-use serde_json::Value;
+use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, bpftool, output, require};
 
 const POLICY: &str = "[default]\nidle = \"70s\"\n";
 
 /// The first slot that holds a policy.
 const SLOT: usize = 1;
-
-fn bpftool(arguments: &[&str]) -> Result<Value> {
-    let mut command = Command::new("bpftool");
-    command.arg("-j").args(arguments);
-    let done = output(&mut command, Duration::from_secs(20))?;
-    ensure!(done.code == Some(0), "bpftool {arguments:?}: {done:?}");
-    serde_json::from_str(&done.stdout).with_context(|| format!("bpftool {arguments:?}: {done:?}"))
-}
 
 /// The id of the map with this name of the program attached to the cgroup.
 fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
