@@ -19,6 +19,7 @@ use crate::{
     peer::{Churn, OURS, Peer, with_ports},
     report::{Goal, Table},
     stats::Summary,
+    sweep,
 };
 
 /// A running agent that governs one cgroup.
@@ -32,8 +33,7 @@ pub(crate) struct Agent {
 impl Agent {
     /// Starts it and waits until its first sweep is over.
     pub(crate) fn start(program: &Path, cgroup: &Cgroup, config: &str) -> Result<Self> {
-        let file = NamedTempFile::with_suffix(".toml")?;
-        fs::write(&file, config)?;
+        let file = sweep::config(config)?;
         let mut command = Command::new(program);
         command
             .args(["run", "--json", "--cgroup", cgroup.path(), "--config"])
