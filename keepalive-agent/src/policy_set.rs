@@ -375,6 +375,10 @@ impl PolicySet {
     /// All connections have been brought along: no value is of an earlier claim any
     /// more. Claims that change by that, as they are to be written.
     pub fn settle(&mut self) -> Vec<(Cgroup, Claim)> {
+        // So it is after most sweeps: nothing has come since the one before.
+        if self.is_settled && self.before.is_empty() {
+            return Vec::new();
+        }
         let changed: Vec<_> = self
             .claims()
             .filter(|(_, claim)| claim.before != claim.now)
