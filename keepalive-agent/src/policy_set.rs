@@ -7,7 +7,7 @@
 mod pool;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     iter::successors,
 };
 
@@ -141,7 +141,7 @@ pub struct NewClaim {
 /// Claims that take the place of others.
 #[derive(Debug)]
 pub struct Rewritten {
-    /// Every cgroup that claims anything, or did before.
+    /// Those that are others than they were.
     pub claims: Vec<(Cgroup, Claim)>,
     /// The ids of cgroups that do no more.
     pub forgotten: Vec<u64>,
@@ -338,7 +338,10 @@ impl PolicySet {
         let mark = self.mark();
         let placed = self.place(assignment).inspect_err(|_| self.abandon(mark));
         let (assigned, now) = placed?;
-        let known: BTreeSet<u64> = self.claims().map(|(cgroup, _)| cgroup.id).collect();
+        let mut known: BTreeMap<u64, Claim> = self
+            .claims()
+            .map(|(cgroup, claim)| (cgroup.id, claim))
+            .collect();
         self.assigned = assigned;
         self.before = std::mem::replace(&mut self.now, now);
         self.is_settled = false;
@@ -346,11 +349,13 @@ impl PolicySet {
         self.grants = grants
             .map(|grant| (grant.cgroup.path.clone(), grant.clone()))
             .collect();
-        let claims: Vec<_> = self.claims().collect();
-        let kept: BTreeSet<u64> = claims.iter().map(|(cgroup, _)| cgroup.id).collect();
+        let claims = self
+            .claims()
+            .filter(|(cgroup, claim)| known.remove(&cgroup.id) != Some(*claim))
+            .collect();
         Ok(Rewritten {
             claims,
-            forgotten: known.difference(&kept).copied().collect(),
+            forgotten: known.into_keys().collect(),
         })
     }
 
