@@ -65,8 +65,27 @@ pub(crate) fn reported(ctx: &BtfTracePointContext) {
     if let Some(sock) = TcpSock::reported(ctx)
         && sock.was_established()
     {
-        ended_by_error(sock);
+        if sock.is_disconnected() {
+            disconnected(sock);
+        } else {
+            ended_by_error(sock);
+        }
     }
+}
+
+/// The application may connect the socket again, under other policies than those of
+/// now: what is set on it is kept as what it is, of the application or not.
+#[inline(never)]
+fn disconnected(sock: TcpSock) {
+    if part(sock) < FIRST {
+        return;
+    }
+    let Some(subject) = DEAD.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: as in `has_part`, which has found out what is here.
+    let subject = unsafe { &mut *subject };
+    history::remember(sock.target(), &subject.application, &subject.has);
 }
 
 #[inline(never)]

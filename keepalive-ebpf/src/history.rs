@@ -18,13 +18,14 @@ use crate::enforce::forget;
 /// Socket → the application's values that a policy replaced, and what the socket
 /// is held to. Only where the application set a timer and a bound moved it, where
 /// a change of policy waits for its turn, where a policy is only counted after one
-/// that was enforced; and on every connection whose policy has bounds.
+/// that was enforced, where a connection was taken off its socket; and on every
+/// connection whose policy has bounds.
 #[btf_map]
 static ORIGINALS: SkStorage<SocketHistory> = SkStorage::new();
 
 /// The element of a socket, if it has one. Programs use it under the lock of the
-/// socket only: the ESTABLISHED callbacks, sweeps, and the hook of setsockopt all
-/// run with it. Only a survey does not, which reads: what it finds wrong the next
+/// socket only: the ESTABLISHED callbacks, sweeps, the hook of setsockopt, and what the
+/// kernel tells of the end of a connection all run with it. Only a survey does not, which reads: what it finds wrong the next
 /// sweep finds right.
 #[inline(always)]
 pub(crate) fn of<'a>(socket: *mut c_void) -> Option<&'a mut SocketHistory> {
@@ -78,6 +79,18 @@ pub(crate) fn keep(
     if let Some(history) = element(&ORIGINALS, socket, flags.into()) {
         history.originals = originals;
         history.held_to = *policy;
+    }
+}
+
+/// Keeps everything that the application wants on a socket that is no connection for
+/// now, unless that is kept already.
+#[inline(never)]
+pub(crate) fn remember(socket: *mut c_void, application: &Options, now: &Options) {
+    if let Some(history) = element(&ORIGINALS, socket, BPF_SK_STORAGE_GET_F_CREATE.into())
+        && !history.held_to.holds()
+    {
+        let asked_later = history.originals.asked_later();
+        history.originals = Originals::all(application, now, asked_later);
     }
 }
 

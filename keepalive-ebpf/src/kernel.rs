@@ -146,6 +146,13 @@ impl TcpSock {
         read_field!(self.0, rcv_nxt) != 0
     }
 
+    /// Whether the application has taken the connection off, by connect(2) to AF_UNSPEC
+    /// or by closing without lingering (`tcp_disconnect()` in net/ipv4/tcp.c).
+    #[inline(always)]
+    pub(crate) fn is_disconnected(self) -> bool {
+        read_field!(self.0, remote_port) == 0
+    }
+
     /// TCP_USER_TIMEOUT in milliseconds; 0 is unset.
     #[inline(always)]
     pub(crate) fn user_timeout(self) -> u32 {

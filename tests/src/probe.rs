@@ -315,6 +315,17 @@ impl Probe {
             .with_context(|| format!("no connection to {address}"))
     }
 
+    /// Takes the connection off the socket, which can be connected again.
+    ///
+    /// # Errors
+    ///
+    /// It does not go.
+    pub fn disconnect(&mut self, socket: Socket) -> Result<()> {
+        let unspecified = "00".repeat(16);
+        self.ask(&format!("connect {} {unspecified}", socket.0))
+            .map(drop)
+    }
+
     /// Connects; true if the socket is connected already, false if it is
     /// non-blocking and still at it.
     ///

@@ -445,6 +445,58 @@ fn off_and_on_again() -> Result<()> {
     Ok(())
 }
 
+/// An application that takes the connection off its socket and connects it again gets
+/// what the policy of then gives, not what an earlier one gave, and what it has set
+/// itself it has still.
+#[test]
+fn a_socket_that_is_connected_again() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let config = |idle, most| {
+        format!(
+            "[default]\nidle = {{ default = \"{idle}s\", at-most = \"{most}s\" }}\n\
+             interval = \"{idle}s\"\n"
+        )
+    };
+    let free = |idle| format!("[default]\nidle = \"{idle}s\"\ninterval = \"{idle}s\"\n");
+    for policies in [
+        [free(600), free(601), free(602)],
+        [config(600, 900), config(601, 900), config(602, 900)],
+        [free(600), config(601, 900), free(602)],
+    ] {
+        let mut agent = Agent::start(&cgroup, &policies[0])?;
+        agent.swept()?;
+        let mut probe = Probe::start(Program::Static, &cgroup)?;
+        let (listener, address) = probe.listener("127.0.0.1:0")?;
+        let untouched = probe.connected(address)?;
+        let own = probe.socket(Kind::of(address))?;
+        probe.set(own, Idle, 700)?;
+        probe.connect(own, address)?;
+        let expects = |probe: &mut Probe, given: i32| -> Result<()> {
+            assert_eq!(probe.options(untouched)?, Options::on(given, given, 6));
+            assert_eq!(probe.options(own)?, Options::on(700, given, 6));
+            Ok(())
+        };
+        expects(&mut probe, 600)?;
+        for socket in [untouched, own] {
+            probe.disconnect(socket)?;
+        }
+        for config in &policies[1..] {
+            agent.reload(config)?;
+        }
+        for socket in [untouched, own] {
+            probe.connect(socket, address)?;
+        }
+        expects(&mut probe, 602)?;
+        // And what it has then is known for what it is.
+        agent.reload(&policies[0])?;
+        expects(&mut probe, 600)?;
+        probe.close(listener)?;
+        agent.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_bad_configuration_changes_nothing() -> Result<()> {
     require!();
