@@ -32,6 +32,7 @@ pub(crate) fn new_connection(ctx: *mut bpf_sock_ops) {
     let (remaining, slot) = remaining(claim_and_give(ctx));
     match remaining {
         PLAN => planned(ctx, slot),
+        HOLD => held(ctx, slot),
         GIVE_AGAIN => refused(ctx, slot),
         _ => 0,
     };
@@ -41,7 +42,8 @@ pub(crate) fn new_connection(ctx: *mut bpf_sock_ops) {
 // stack.
 const NOTHING: u32 = 0;
 const PLAN: u32 = 1;
-const GIVE_AGAIN: u32 = 2;
+const HOLD: u32 = 2;
+const GIVE_AGAIN: u32 = 3;
 
 /// As one number: the programs return no more. The slot is the lower half.
 #[inline(always)]
@@ -77,7 +79,11 @@ fn claim_and_give(ctx: *mut bpf_sock_ops) -> u64 {
         count_by_direction(&raw const counted.seen, direction(target));
         return NOTHING.into();
     };
-    if sock.is_touched() || !record.spares_plan(|| sock.net().is_unchanged()) {
+    let is_touched = sock.is_touched();
+    if record.policy.holds() || is_touched && history::of(sock.target()).is_some() {
+        return remain(HOLD, slot);
+    }
+    if is_touched || !record.spares_plan(|| sock.net().is_unchanged()) {
         return remain(PLAN, slot);
     }
     let mut refusals = 0;
@@ -139,9 +145,7 @@ extern "C" fn refused(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
 }
 
 /// A connection where the application has set something, where a policy bounds
-/// retransmission, where it is only counted, and where the namespace has a say; and
-/// every one whose policy has bounds: everything that the application asked for is
-/// kept then, with the policy, for [`crate::bounds`].
+/// retransmission, where it is only counted, and where the namespace has a say.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn planned(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
@@ -149,31 +153,51 @@ extern "C" fn planned(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
         return 0;
     };
     let environment = sock.environment();
+    let has = sock.options(&environment);
+    let plan = plan(policy, &has, &environment);
+    let wants = &forget_options(plan.wants);
+    count_seen(counters, direction(target), *wants == has);
+    let conflict = plan.user_timeout_conflict;
+    count_limits(counters, policy, conflict, &environment);
+    if *wants == has {
+        return 0;
+    }
+    let mut setter = Setter::new(target, slot, counters, &environment, policy.is_enforced());
+    setter.set(&has, &has, wants);
+    setter.count();
+    if !setter.enforced {
+        return 0;
+    }
+    let known = forget_options(known_by(policy, &plan, &environment));
+    history::keep(sock.target(), policy, &has, wants, &known);
+    setter.tell();
+    1
+}
+
+/// The same where a policy has bounds: everything that the application asked for
+/// is kept, with the policy, for [`crate::bounds`]. And where something is kept already,
+/// because the socket has been connected before.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn held(ctx: *mut bpf_sock_ops, slot: u32) -> u32 {
+    let Some((target, sock, counters, policy)) = found(ctx, slot) else {
+        return 0;
+    };
+    let environment = sock.environment();
     let has = forget_options(sock.options(&environment));
-    // There is something already where the socket has been connected before.
     let before = history::originals(sock.target());
     let application = forget_options(application(&has, &before, None, &environment));
     let plan = replan(policy, &has, &application, &before, &environment);
     let wants = forget_options(plan.wants);
-    let conflict = plan.user_timeout_conflict;
     count_seen(counters, direction(target), wants == has);
-    count_limits(counters, policy, conflict, &environment);
-    let holds = policy.holds();
-    if wants == has && !holds {
-        return 0;
-    }
+    count_limits(counters, policy, plan.user_timeout_conflict, &environment);
     let mut setter = Setter::new(target, slot, counters, &environment, policy.is_enforced());
     setter.set(&application, &has, &wants);
     setter.count();
     if !setter.enforced {
         return 0;
     }
-    if holds {
-        history::hold(sock.target(), policy, &application, &wants, &environment);
-    } else {
-        let known = forget_options(known_by(policy, &plan, &environment));
-        history::keep(sock.target(), policy, &application, &wants, &known);
-    }
+    history::hold(sock.target(), policy, &application, &wants, &environment);
     setter.tell();
     1
 }
