@@ -230,7 +230,7 @@ enum Wake {
     Successor(Option<Request>),
     Cgroups(Result<Vec<Change>, datapath::Error>),
     Renamed(std::io::Result<BTreeSet<CgroupPath>>),
-    SweepDue,
+    EarlyDue,
     RetryDue,
     WatchdogDue,
 }
@@ -289,9 +289,13 @@ struct Daemon {
     earlier_sweep: Option<SweepJob>,
     /// Whether another sweep follows the one that goes on.
     sweep_again: bool,
-    sweep_due: Option<Instant>,
-    sweep_not_before: Instant,
-    sweep_begun: Instant,
+    /// New cgroups in which connections may have been made before these had their
+    /// policy, and when to sweep them.
+    early: Vec<Cgroup>,
+    early_due: Option<Instant>,
+    early_not_before: Instant,
+    /// When the sweep for such cgroups that is under way was begun.
+    early_begun: Option<Instant>,
     retry_due: Option<Instant>,
     retry_after: Duration,
     state: State,
@@ -367,9 +371,10 @@ impl Daemon {
             sweep: None,
             earlier_sweep: None,
             sweep_again: false,
-            sweep_due: None,
-            sweep_not_before: now,
-            sweep_begun: now,
+            early: Vec::new(),
+            early_due: None,
+            early_not_before: now,
+            early_begun: None,
             retry_due: None,
             retry_after: RETRY,
             state: State {
@@ -578,7 +583,7 @@ impl Daemon {
             () = earlier_sweep => Wake::EarlierSweepOver,
             refusals = refusals => Wake::Refusals(refusals),
             found = dead_peers => Wake::DeadPeers(found),
-            () = at(self.sweep_due) => Wake::SweepDue,
+            () = at(self.early_due) => Wake::EarlyDue,
             () = at(self.retry_due) => Wake::RetryDue,
             asked = users => Wake::UserAsked(asked),
             renamed = renamed => Wake::Renamed(renamed),
@@ -630,10 +635,7 @@ impl Daemon {
                 }
             }
             Wake::Successor(request) => return self.on_successor(request, reporter).await,
-            Wake::SweepDue => {
-                self.sweep_due = None;
-                self.sweep();
-            }
+            Wake::EarlyDue => self.sweep_early(),
             Wake::RetryDue => {
                 self.retry_due = None;
                 self.retry(reporter);

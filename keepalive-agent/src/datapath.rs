@@ -35,7 +35,7 @@ pub use lister::Lister;
 pub use loaded_set::{Blueprint, LoadedSet};
 pub use pin::PinDirectory;
 pub use set_record::SetRecord;
-pub use survey::{Survey, Surveyed};
+pub use survey::{DueSockets, Survey, Surveyed};
 pub use sweeper::{Step, Sweeper};
 pub use usage::Usage;
 

@@ -24,21 +24,66 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result, anyhow};
 use keepalive_common::{descriptor::NSFS, environment::Environment};
 use rustix::{
     fs::{CWD, Dir, Mode, OFlags, fstat, fstatfs, open, openat, readlinkat},
     io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+use thiserror::Error;
 
-use crate::kernel::layout::jiffies_per_second;
+use crate::kernel::layout::{UnknownTick, jiffies_per_second};
 
 pub use census::Census;
 pub use tcp_holder::holds_tcp;
 
 /// The namespace of this process.
 pub const OWN: &str = "/proc/self/ns/net";
+
+/// Why a namespace cannot be seen, or what is in it.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Not even the own one.
+    #[error("reading {OWN}: is /proc mounted?")]
+    Own(#[source] io::Error),
+    /// A file of /proc or a sysctl cannot be read.
+    #[error("reading {path}", path = path.display())]
+    Reading {
+        /// Which one.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the kernel's says something else than is expected.
+    #[error("{path} has no {what}", path = path.display())]
+    Lacks {
+        /// Which one.
+        path: PathBuf,
+        /// What is looked for.
+        what: &'static str,
+    },
+    /// The kernel does not let this process in.
+    #[error("entering network namespace {name}")]
+    Entering {
+        /// What the namespace is called here.
+        name: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Namespaces belong to threads, and none can be had.
+    #[error("starting a thread")]
+    Thread(#[source] io::Error),
+    /// A thread that was elsewhere has panicked.
+    #[error("a thread that entered network namespaces failed")]
+    ThreadFailed,
+    /// Timers of the kernel cannot be read.
+    #[error(transparent)]
+    Tick(#[from] UnknownTick),
+}
+
+type Result<T> = std::result::Result<T, Error>;
 
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,6 +168,29 @@ pub fn all_held(held: &Held) -> Result<Vec<Namespace>> {
     find(Some(held))
 }
 
+/// The namespaces that these sockets are in, by their ids, the agent's own first if it
+/// is among them.
+///
+/// # Errors
+///
+/// As [`all`].
+pub fn of_sockets(sockets: &BTreeMap<u64, Descriptor>) -> Result<Vec<Namespace>> {
+    let own = own_id()?;
+    let mut found = Found::default();
+    for (id, socket) in sockets {
+        if *id == own {
+            found.0.insert(own, Namespace::host(own));
+            continue;
+        }
+        // The process is in it, mostly.
+        found.of_process(socket.process);
+        let name = format!("pid {}", socket.process);
+        found.add(*id, &name, Way::Socket(*socket));
+    }
+    found.0.retain(|id, _| sockets.contains_key(id));
+    Ok(found.sorted(own))
+}
+
 /// The namespaces that these processes are in, the agent's own first if it is
 /// among them. Processes that have ended are in none.
 ///
@@ -142,9 +210,7 @@ pub fn of_processes(processes: &[u32]) -> Result<Vec<Namespace>> {
 }
 
 fn own_id() -> Result<u64> {
-    let metadata =
-        fs::metadata(OWN).with_context(|| format!("reading {OWN}: is /proc mounted?"))?;
-    Ok(metadata.ino())
+    Ok(fs::metadata(OWN).map_err(Error::Own)?.ino())
 }
 
 fn find(held: Option<&Held>) -> Result<Vec<Namespace>> {
@@ -382,16 +448,18 @@ impl Namespace {
                 opened = again.open();
             }
         }
-        opened.with_context(|| self.entering())
+        opened.map_err(|source| self.not_entered(source))
     }
 
     fn move_into(&self, file: &OwnedFd) -> Result<()> {
         let kind = Some(LinkNameSpaceType::Network);
-        move_into_link_name_space(file.as_fd(), kind).with_context(|| self.entering())
+        move_into_link_name_space(file.as_fd(), kind)
+            .map_err(|source| self.not_entered(source.into()))
     }
 
-    fn entering(&self) -> String {
-        format!("entering network namespace {}", self.name)
+    fn not_entered(&self, source: io::Error) -> Error {
+        let name = self.name.clone();
+        Error::Entering { name, source }
     }
 
     /// A descriptor of it; none when no way leads there any more.
@@ -442,9 +510,9 @@ fn on_a_thread<T: Send>(run: impl FnOnce() -> T + Send) -> Result<T> {
         thread::Builder::new()
             .name("netns".to_owned())
             .spawn_scoped(scope, run)
-            .context("starting a thread")?
+            .map_err(Error::Thread)?
             .join()
-            .map_err(|_| anyhow!("a thread that entered network namespaces failed"))
+            .map_err(|_| Error::ThreadFailed)
     })
 }
 
@@ -558,17 +626,18 @@ pub fn tcp_sockets(namespaces: &[Namespace]) -> Result<Vec<Result<Option<u64>>>>
 
 /// What a directory such as /proc/PID/net says.
 fn count_tcp_sockets(directory: &Path) -> Result<u64> {
-    let in_use = |file: &str, protocol: &str| -> Result<u64> {
+    let in_use = |file: &str, protocol: &'static str| -> Result<u64> {
         let path = directory.join(file);
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let text = read(&path)?;
         let mut words = text
             .lines()
             .filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(": inuse "));
-        words
-            .next()
-            .and_then(|words| words.split(' ').next()?.parse().ok())
-            .with_context(|| format!("{} has no {protocol}", path.display()))
+        let words = words.next();
+        let number = words.and_then(|words| words.split(' ').next()?.parse().ok());
+        number.ok_or(Error::Lacks {
+            path,
+            what: protocol,
+        })
     };
     // Without IPv6 there is no such file.
     Ok(in_use("sockstat", "TCP")? + in_use("sockstat6", "TCP6").unwrap_or(0))
@@ -599,10 +668,18 @@ pub fn environment() -> Result<Environment> {
 /// When the namespace has none of that name, or it is no number.
 pub fn sysctl(name: &str) -> Result<u32> {
     let path = Path::new("/proc/sys/net").join(name);
-    fs::read_to_string(&path)
-        .map_err(anyhow::Error::new)
-        .and_then(|value| Ok(value.trim().parse()?))
-        .with_context(|| format!("reading {}", path.display()))
+    let number = read(&path)?.trim().parse();
+    number.map_err(|_| Error::Lacks {
+        path,
+        what: "number",
+    })
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|source| Error::Reading {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

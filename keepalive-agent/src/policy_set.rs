@@ -380,12 +380,20 @@ impl PolicySet {
     /// All connections have been brought along: no value is of an earlier claim any
     /// more. Claims that change by that, as they are to be written.
     pub fn settle(&mut self) -> Vec<(Cgroup, Claim)> {
-        // So it is after most sweeps: nothing has come since the one before.
-        if self.is_settled && self.before.is_empty() {
-            return Vec::new();
-        }
-        let changed: Vec<_> = self
-            .claims()
+        let unsettled: Vec<_> = if self.is_settled {
+            // What has come since. So it is after most sweeps, and mostly it is nothing.
+            let own = self.before.iter();
+            own.map(|(path, own)| {
+                let (path, id) = (path.clone(), own.id);
+                let claim = self.claim(&path);
+                (Cgroup { path, id }, claim)
+            })
+            .collect()
+        } else {
+            self.claims().collect()
+        };
+        let changed = unsettled
+            .into_iter()
             .filter(|(_, claim)| claim.before != claim.now)
             .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
             .collect();

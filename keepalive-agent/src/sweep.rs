@@ -3,6 +3,7 @@
 //! [`keepalive_common::sweep`]).
 
 use std::{
+    collections::HashSet,
     io,
     sync::{
         Arc,
@@ -12,13 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Error, Result};
 use keepalive_common::sweep::{CLASSES, Pass};
+use thiserror::Error;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::debug;
 
 use crate::{
-    datapath::{Step, Survey, Sweeper},
+    datapath::{self, DueSockets, Step, Survey, Sweeper, chain},
+    hierarchy::{Cgroup, CgroupPath, Hierarchy},
     netns::{self, Namespace},
 };
 
@@ -40,9 +42,49 @@ const ROUNDS: u32 = 3;
 /// idle time.
 type ByClass = [u64; CLASSES as usize];
 
+/// Processes of new cgroups that are looked at one by one: more than these together
+/// take longer than a survey of the node.
+const PROCESSES: usize = 256;
+
+/// Why connections cannot be brought along.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The kernel refuses a program, or breaks off.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// No namespaces can be found, or one cannot be entered.
+    #[error(transparent)]
+    Namespaces(#[from] netns::Error),
+    /// It cannot be told which processes are in a cgroup.
+    #[error("finding the processes of cgroup {cgroup}")]
+    Processes {
+        /// The cgroup.
+        cgroup: CgroupPath,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// There are too many to look at each.
+    #[error("more than {PROCESSES} processes are in new cgroups")]
+    TooManyProcesses,
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Whose connections a sweep is for.
+#[derive(Clone, Debug)]
+pub enum Reach {
+    /// Those of the node, whichever need a change.
+    Node,
+    /// Those that were made in new cgroups before these got their policy.
+    NewCgroups(Hierarchy, Vec<Cgroup>),
+}
+
 /// What came of a pass over all namespaces.
 #[derive(Debug, Default)]
 pub struct Swept {
+    /// Whose connections it was for: how many new cgroups; none for all of the node.
+    pub new_cgroups: usize,
     /// How many namespaces were swept.
     pub namespaces: usize,
     /// Connections that were looked at.
@@ -66,7 +108,8 @@ impl Swept {
 #[derive(Debug)]
 pub enum Progress {
     /// The first pass is over: everything has been brought along but the
-    /// connections that would probe at once. An error where there was none.
+    /// connections that would probe at once. An error where there was none. For new
+    /// cgroups that is all.
     FirstPass(Result<Swept>),
     /// The last round is over; what is still waiting stays as it was.
     Over(Swept),
@@ -75,6 +118,7 @@ pub enum Progress {
 /// A sweep on a thread of its own. Dropping it makes it stop soon.
 #[derive(Debug)]
 pub struct SweepJob {
+    reach: Reach,
     stop: Arc<AtomicBool>,
     probed: Arc<AtomicU64>,
     progress: UnboundedReceiver<Progress>,
@@ -86,12 +130,13 @@ impl SweepJob {
     /// # Errors
     ///
     /// When no thread can be started.
-    pub fn start(sweeper: &Sweeper) -> io::Result<Self> {
+    pub fn start(sweeper: &Sweeper, reach: Reach) -> io::Result<Self> {
         let (sender, progress) = unbounded_channel();
         let stop = Arc::new(AtomicBool::new(false));
         let probed = Arc::new(AtomicU64::new(0));
         let passes = Passes {
             sweeper: sweeper.clone(),
+            reach: reach.clone(),
             dry_run: false,
             stop: stop.clone(),
             probed: probed.clone(),
@@ -100,10 +145,20 @@ impl SweepJob {
             .name("sweep".to_owned())
             .spawn(move || passes.run(&sender))?;
         Ok(Self {
+            reach,
             stop,
             probed,
             progress,
         })
+    }
+
+    /// The new cgroups that it is for; none where it is for the node.
+    #[must_use]
+    pub fn new_cgroups(&self) -> &[Cgroup] {
+        match &self.reach {
+            Reach::Node => &[],
+            Reach::NewCgroups(_, cgroups) => cgroups,
+        }
     }
 
     /// Waits for news; none when it is over. May be dropped while it waits:
@@ -151,6 +206,7 @@ impl Drop for SweepJob {
 pub fn first_pass(sweeper: &Sweeper, dry_run: bool) -> Result<Swept> {
     let passes = Passes {
         sweeper: sweeper.clone(),
+        reach: Reach::Node,
         dry_run,
         stop: Arc::default(),
         probed: Arc::default(),
@@ -160,6 +216,7 @@ pub fn first_pass(sweeper: &Sweeper, dry_run: bool) -> Result<Swept> {
 
 struct Passes {
     sweeper: Sweeper,
+    reach: Reach,
     dry_run: bool,
     stop: Arc<AtomicBool>,
     probed: Arc<AtomicU64>,
@@ -176,6 +233,9 @@ impl Passes {
         self.sweeper.set_counts(false);
         let mut waiting = swept.waiting_by_class;
         tell(Progress::FirstPass(Ok(swept)));
+        if let Reach::NewCgroups(..) = self.reach {
+            return;
+        }
         for _ in 0..ROUNDS {
             if waiting.iter().sum::<u64>() == 0 || self.is_stopped() {
                 break;
@@ -193,7 +253,9 @@ impl Passes {
                         return tell(Progress::Over(swept));
                     }
                 }
-                Err(error) => debug!("looking for connections that still wait: {error:#}"),
+                Err(error) => {
+                    debug!("looking for connections that still wait: {}", chain(&error));
+                }
             }
         }
         tell(Progress::Over(Swept {
@@ -209,7 +271,10 @@ impl Passes {
     /// Everything but the connections that would probe at once.
     fn pass(&self, counts: bool) -> Result<Swept> {
         self.sweeper.load()?;
-        let (namespaces, mut swept) = self.namespaces(counts)?;
+        let (namespaces, mut swept) = match &self.reach {
+            Reach::Node => self.namespaces(counts)?,
+            Reach::NewCgroups(hierarchy, cgroups) => self.namespaces_of(hierarchy, cgroups)?,
+        };
         for namespace in namespaces {
             if self.is_stopped() {
                 return Ok(swept);
@@ -248,7 +313,7 @@ impl Passes {
                 ..Pass::default()
             };
             let (namespaces, _) = self.namespaces(false).unwrap_or_else(|error| {
-                debug!("{error:#}");
+                debug!("{}", chain(&error));
                 Default::default()
             });
             let mut next = Instant::now();
@@ -263,7 +328,7 @@ impl Passes {
             };
             for namespace in namespaces {
                 if let Err(error) = self.in_namespace(&namespace, pass, &mut wait) {
-                    debug!("namespace {}: {error:#}", namespace.name);
+                    debug!("namespace {}: {}", namespace.name, chain(&error));
                 }
                 if self.is_stopped() {
                     return;
@@ -285,15 +350,52 @@ impl Passes {
         })
     }
 
+    /// The namespaces in which there may be something to do for what was made in these
+    /// cgroups.
+    ///
+    /// A process can hand on what it holds to one that has been looked at; so it is
+    /// looked again until there is none that has not been.
+    fn namespaces_of(
+        &self,
+        hierarchy: &Hierarchy,
+        cgroups: &[Cgroup],
+    ) -> Result<(Vec<Namespace>, Swept)> {
+        let mut seen = HashSet::new();
+        let mut due = DueSockets::new();
+        loop {
+            let mut new = Vec::new();
+            for cgroup in cgroups {
+                let processes = hierarchy.processes(cgroup);
+                let processes = processes.map_err(|source| Error::Processes {
+                    cgroup: cgroup.path.clone(),
+                    source,
+                })?;
+                new.extend(processes.into_iter().filter(|found| seen.insert(*found)));
+            }
+            if new.is_empty() {
+                break;
+            }
+            if seen.len() > PROCESSES {
+                return Err(Error::TooManyProcesses);
+            }
+            self.sweeper.survey_processes(&new, &mut due)?;
+        }
+        let swept = Swept {
+            new_cgroups: cgroups.len(),
+            ..Swept::default()
+        };
+        Ok((netns::of_sockets(&due)?, swept))
+    }
+
     /// The namespaces to enter: those with connections that need a change, or all
     /// with connections, to count them. What is known of the others counts as
     /// looked at.
     fn namespaces(&self, all: bool) -> Result<(Vec<Namespace>, Swept)> {
         let mut swept = Swept::default();
-        let survey = match self.sweeper.survey(Pass::default()) {
+        let survey = match self.sweeper.survey() {
             Ok(survey) => survey,
             Err(error) => {
-                debug!("{error:#}; every namespace is entered");
+                debug!("{}; every namespace is entered", chain(&error));
                 return Ok((netns::all()?, swept));
             }
         };
@@ -318,7 +420,7 @@ impl Passes {
         }
         let unknown = unknown.into_iter();
         swept.missed = unknown
-            .map(|(namespace, error)| (namespace.name, error))
+            .map(|(namespace, error)| (namespace.name, error.into()))
             .collect();
         Ok((entered, swept))
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use keepalive_tests::{
-    Agent, Cgroup, Need, Options, Probe, Program, Socket, Sockopt, bpftool, require, skip,
+    Agent, Cgroup, Need, Netns, Options, Probe, Program, Socket, Sockopt, bpftool, require, skip,
     wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -238,6 +238,40 @@ fn connections_made_at_once() -> Result<()> {
         let context = || scope.path().to_owned();
         connections.get(GLOB).with_context(context)?;
     }
+    Ok(())
+}
+
+/// Only where the processes of a new cgroup hold something are connections gone
+/// through: in the namespace that they are in, and where else they have made some.
+#[test]
+fn a_new_cgroup_is_swept_by_itself() -> Result<()> {
+    require!();
+    let root = Cgroup::new()?;
+    let slice = root.child("slice")?;
+    let [own, visited, other] = [Netns::new()?, Netns::new()?, Netns::new()?];
+    let scope = slice.child("x-there.scope")?;
+    let mut bystander = Probe::start(Program::Static, (&scope, &other))?;
+    bystander.connection()?;
+    let mut client = Probe::start(Program::Static, (&slice, &own))?;
+    let mut agent = Agent::start(&root, &config(&root))?;
+    assert_eq!(agent.swept()?["new_cgroups"], 0);
+
+    agent.signal(Signal::STOP)?;
+    let scope = slice.child("x-late.scope")?;
+    let mut server = Probe::start(Program::Static, (&scope, &own))?;
+    let (listener, address) = server.listener("127.0.0.1:0")?;
+    client.connected(address)?;
+    let (made_elsewhere, _) = server.visit(&visited, Probe::connection)?;
+    assert_eq!(server.options(made_elsewhere)?, Options::UNTOUCHED);
+    agent.signal(Signal::CONT)?;
+
+    let swept = agent.swept()?;
+    assert_eq!(swept["new_cgroups"], 1, "{swept}");
+    assert_eq!(swept["namespaces"], 2, "{swept}");
+    assert_eq!(server.options(made_elsewhere)?, GLOB);
+    // It waited to be accepted: no process held it.
+    let accepted = server.accept(listener)?;
+    assert_eq!(server.options(accepted)?, GLOB);
     Ok(())
 }
 

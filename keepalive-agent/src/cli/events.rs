@@ -195,6 +195,7 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
         } => format!("{before} is called {now} now, cgroup {cgroup}"),
         What::ReloadFailed { error } => format!("a config was not taken: {error}"),
         What::Swept {
+            new_cgroups,
             connections,
             namespaces,
             waiting,
@@ -203,6 +204,9 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
             let mut text =
                 format!("swept {connections} connections in {namespaces} network namespaces");
             // Memory can always be written to.
+            if *new_cgroups > 0 {
+                let _ = write!(text, " for {new_cgroups} new cgroups");
+            }
             if *waiting > 0 {
                 let _ = write!(text, ", {waiting} wait for their turn");
             }

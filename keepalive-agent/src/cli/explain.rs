@@ -299,7 +299,7 @@ fn environment_of(pid: u32) -> Result<Environment> {
         .first()
         .with_context(|| format!("looking for the network namespace of process {pid}"))?;
     let entered = netns.enter(netns::environment)?;
-    entered.with_context(|| format!("process {pid} has ended"))?
+    Ok(entered.with_context(|| format!("process {pid} has ended"))??)
 }
 
 /// What decides: a running agent, or a config.

@@ -6,7 +6,10 @@ use anyhow::Result;
 use tracing::warn;
 
 use super::{output, report};
-use crate::sweep::{Progress, SweepJob, Swept};
+use crate::{
+    datapath::chain,
+    sweep::{Progress, SweepJob, Swept},
+};
 
 /// Shows a sweep on the terminal until it is over; `first` is handed what came of
 /// its first pass. Returns whether it met every connection.
@@ -26,7 +29,7 @@ pub(super) fn follow(
                 report::progress("");
                 let swept = swept?;
                 for (_, error) in &swept.missed {
-                    warn!("{error:#}; its connections are as they were");
+                    warn!("{}; its connections are as they were", chain(error));
                 }
                 is_complete = swept.missed.is_empty();
                 waiting = swept.waiting();

@@ -18,7 +18,7 @@ use crate::{
     assignment::{Assigned, Assignment},
     config::DEFAULT_FILE,
     daemon::{self, Leaves, Reporter, journal::What},
-    datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord},
+    datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord, chain},
     duration,
     hierarchy::CgroupPath,
     kernel,
@@ -121,6 +121,7 @@ enum Record<'a> {
         policies: Vec<PolicyRecord<'a>>,
     },
     Swept {
+        new_cgroups: usize,
         namespaces: usize,
         connections: u64,
         waiting: u64,
@@ -347,13 +348,14 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
             policies: policies(assignment),
         },
         daemon::Event::Swept(swept) => Record::Swept {
+            new_cgroups: swept.new_cgroups,
             namespaces: swept.namespaces,
             connections: swept.seen,
             waiting: swept.waiting(),
             missed: swept
                 .missed
                 .iter()
-                .map(|(namespace, error)| format!("{namespace}: {error:#}"))
+                .map(|(namespace, error)| format!("{namespace}: {}", chain(error)))
                 .collect(),
         },
         daemon::Event::Stopped {
@@ -465,6 +467,10 @@ pub(super) fn swept_text(swept: &Swept) -> String {
         count(swept.seen, "existing connection"),
         count(swept.namespaces as u64, "network namespace")
     );
+    if swept.new_cgroups > 0 {
+        let cgroups = count(swept.new_cgroups as u64, "new cgroup");
+        let _ = write!(text, ", for {cgroups}");
+    }
     if swept.waiting() > 0 {
         let _ = write!(
             text,

@@ -11,7 +11,7 @@ use crate::{
     daemon::{building::allowed, target},
     datapath::{Blueprint, InForce, LoadedSet},
     kernel::{layout::Kernel, preflight},
-    sweep::SweepJob,
+    sweep::{Reach, SweepJob},
 };
 
 /// What a sweep says while it goes on.
@@ -74,7 +74,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);
-    let job = SweepJob::start(set.sweeper())?;
+    let job = SweepJob::start(set.sweeper(), Reach::Node)?;
     let is_complete = follow::follow(job, SWEEPING, |swept| report::swept(target.json, swept))?;
     output::text(report::changed(target.json, set.record()))?;
     Ok(if is_complete {

@@ -1,9 +1,6 @@
 //! Changes: cgroups come and go, the one that is governed among them.
 
-use std::time::Duration;
-
 use anyhow::Result;
-use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Daemon, Reporter, UNTIL_RELOAD, early, journal::What};
@@ -11,10 +8,6 @@ use crate::{
     datapath::{self, Change, chain},
     hierarchy::Cgroup,
 };
-
-/// After a cgroup was made with processes in it, existing connections are swept
-/// this much later, together with those of the cgroups that follow.
-const SWEEP_DELAY: Duration = Duration::from_millis(50);
 
 /// Changes of cgroups that are remembered while a set is built; more than these
 /// are found by reading the hierarchy.
@@ -94,8 +87,7 @@ impl Daemon {
                     policies: self.claimants.names(&policies),
                 });
                 if early::may_be_in(cgroup, &self.hierarchy) {
-                    let due = (Instant::now() + SWEEP_DELAY).max(self.sweep_not_before);
-                    self.sweep_due.get_or_insert(due);
+                    self.sweep_later(cgroup);
                 }
             }
             Err(error) if error.is_full() => {
@@ -154,7 +146,7 @@ impl Daemon {
         self.building = None;
         self.end_sweep();
         self.sweep_again = false;
-        self.sweep_due = None;
+        self.forget_early();
         self.state.sweep = datapath::Sweep::default();
         self.state.settled = false;
         self.last_record = Some(gone.set.record().clone());

@@ -93,6 +93,8 @@ pub enum What {
     },
     /// Existing connections have been brought along.
     Swept {
+        /// For how many new cgroups; none for all of the node.
+        new_cgroups: u64,
         /// How many were looked at.
         connections: u64,
         /// Network namespaces that they are in.
@@ -385,6 +387,7 @@ impl From<&Event<'_>> for What {
                 policies: names(assignment),
             },
             Event::Swept(swept) => Self::Swept {
+                new_cgroups: swept.new_cgroups as u64,
                 connections: swept.seen,
                 namespaces: swept.namespaces as u64,
                 waiting: swept.waiting(),

@@ -38,7 +38,7 @@ impl Daemon {
         if asked.request == Request::StepAside {
             info!("another agent takes over");
             self.building = None;
-            self.sweep_due = None;
+            self.forget_early();
             self.end_sweep();
             if let Some(mut sweep) = self.earlier_sweep.take() {
                 // What the other one does, it would undo.

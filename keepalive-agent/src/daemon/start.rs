@@ -262,7 +262,10 @@ impl Daemon {
                         built.set.record().set_state(&settled)?;
                     }
                     Err(error) => {
-                        warn!("{error:#}; connections may keep values of earlier policies");
+                        warn!(
+                            "{}; connections may keep values of earlier policies",
+                            chain(&error)
+                        );
                     }
                 }
                 (attachment, built)

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use aya::maps::MapError;
 use thiserror::Error;
 
-use crate::{kernel::preflight, policy_set};
+use crate::{kernel::preflight, netns, policy_set};
 
 /// What can go wrong between the agent and the kernel.
 #[derive(Debug, Error)]
@@ -108,6 +108,18 @@ pub enum Error {
          their paths in the whole: run it in the host's cgroup namespace"
     )]
     PartOfHierarchy,
+    /// Network namespaces cannot be seen or entered.
+    #[error(transparent)]
+    Namespaces(#[from] netns::Error),
+    /// One of them has not been gone through.
+    #[error("sweeping network namespace {name}")]
+    Sweeping {
+        /// What it is called here.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<Self>,
+    },
     /// The kernel's types.
     #[error("looking at the kernel's types: {0}")]
     Kernel(String),

@@ -11,7 +11,7 @@ use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 use super::{
     Error,
     object::{LoadedObject, Purpose},
-    syscalls::{descriptor, empty},
+    syscalls::{descriptor, empty, pointer},
 };
 use crate::kernel::layout::Hook;
 
@@ -44,11 +44,37 @@ impl Iterator {
     ///
     /// When the kernel refuses it.
     pub(super) fn open(&self) -> Result<File, Error> {
+        self.open_over(None)
+    }
+
+    /// The same over the files of one process only.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it: there is no such process any more, or it is older.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 6.1 (`bpf_iter_attach_task()` in kernel/bpf/task_iter.c); 6.0 goes over all
+    /// processes.
+    pub(super) fn open_of_process(&self, process: u32) -> Result<File, Error> {
+        // struct task of union bpf_iter_link_info: tid, pid, pid_fd.
+        self.open_over(Some([0, process, 0]))
+    }
+
+    fn open_over(&self, task: Option<[u32; 3]>) -> Result<File, Error> {
         let preparing = || Error::call(format!("preparing program {}", self.name));
         let program = self.program.as_raw_fd().cast_unsigned();
         let mut attr = empty();
         attr.link_create.__bindgen_anon_1.prog_fd = program;
         attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
+        if let Some(task) = &task {
+            attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info = pointer(task);
+            attr.link_create
+                .__bindgen_anon_3
+                .__bindgen_anon_1
+                .iter_info_len = u32::try_from(size_of_val(task)).unwrap_or_default();
+        }
         let link = descriptor(bpf_cmd::BPF_LINK_CREATE, &mut attr).map_err(preparing())?;
         let mut attr = empty();
         attr.iter_create.link_fd = link.as_raw_fd().cast_unsigned();

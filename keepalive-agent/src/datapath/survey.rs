@@ -7,15 +7,14 @@
 //! there is anything to do.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
 };
 
-use anyhow::{Error, Result};
 use keepalive_common::descriptor::{DescriptorRecord, Kind};
 
-use super::lister::read_descriptors;
-use crate::netns::{Census, Namespace};
+use super::{Error, iterators::read_records, lister::read_descriptors};
+use crate::netns::{self, Census, Descriptor, Namespace};
 
 /// What a pass over the descriptors of all processes has found.
 #[derive(Debug, Default)]
@@ -26,7 +25,7 @@ pub struct Survey {
     /// Namespaces of which it is not known, and why. They may have connections
     /// that no process was found to hold; those that a process holds are in
     /// [`Self::namespaces`] too.
-    pub unknown: Vec<(Namespace, Error)>,
+    pub unknown: Vec<(Namespace, netns::Error)>,
 }
 
 /// A namespace, and what there is to do.
@@ -51,6 +50,37 @@ impl Surveyed {
     }
 }
 
+/// Sockets for which a pass over their namespace may have something to do: connections
+/// that are due, and what may have such that no process holds, by namespace.
+pub type DueSockets = BTreeMap<u64, Descriptor>;
+
+/// Adds what one process holds, from what the program `survey` writes of it.
+///
+/// # Errors
+///
+/// When the kernel breaks off, or tells of other processes too.
+pub(super) fn add_due_sockets(
+    process: u32,
+    iterator: File,
+    due: &mut DueSockets,
+) -> Result<(), Error> {
+    read_records(iterator, |record: &DescriptorRecord| {
+        if record.process != process {
+            return Err(Error::OtherProcesses);
+        }
+        let number = record.descriptor;
+        match Kind::from_number(record.kind) {
+            Some(Kind::Due | Kind::OtherTcp | Kind::Mptcp) => {
+                let descriptor = Descriptor { process, number };
+                due.entry(record.netns.into()).or_insert(descriptor);
+            }
+            Some(Kind::Connection | Kind::Namespace) | None => {}
+        }
+        Ok(())
+    })
+    .map(drop)
+}
+
 impl Survey {
     /// Reads what the program `survey` writes.
     ///
@@ -59,7 +89,7 @@ impl Survey {
     /// When the kernel breaks off, or knows this process by another id than
     /// /proc: then not all processes can be seen, and every namespace has to be
     /// entered. Or when not even the own namespace can be found.
-    pub(super) fn read(iterator: File) -> Result<Self> {
+    pub(super) fn read(iterator: File) -> Result<Self, Error> {
         let mut seen = HashSet::new();
         let mut census = Census::default();
         let mut counts: HashMap<u64, (u64, u64)> = HashMap::new();

@@ -3,7 +3,6 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, MapData};
 use keepalive_common::sweep::Pass;
 
@@ -11,7 +10,9 @@ use super::{
     Error, Survey,
     iterators::{self, Iterator},
     object::LoadedObject,
-    program, syscalls,
+    program,
+    survey::{DueSockets, add_due_sockets},
+    syscalls,
 };
 use crate::{kernel::layout::Hook, netns::Namespace};
 
@@ -40,6 +41,18 @@ pub enum Step {
     Gone,
     /// It was told to stop.
     Stopped,
+}
+
+/// Why a pass did not go through.
+enum Ended {
+    Stopped,
+    Failed(Error),
+}
+
+impl From<Error> for Ended {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl Sweeper {
@@ -102,17 +115,28 @@ impl Sweeper {
     ///
     /// When the kernel refuses the program, or knows this process by another id
     /// than /proc: then every namespace has to be entered.
-    pub fn survey(&self, pass: Pass) -> Result<Survey> {
-        let survey = {
-            let mut inner = self.inner();
-            let survey = inner.survey()?;
-            inner
-                .pass
-                .set(0, pass, 0)
-                .map_err(Error::map("starting a survey"))?;
-            survey
-        };
+    pub fn survey(&self) -> Result<Survey, Error> {
+        let survey = self.inner().begin_survey()?;
         Survey::read(survey.open()?)
+    }
+
+    /// Finds out in which namespaces a pass may have something to do for what these
+    /// processes hold.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the program, or does not tell of one process alone:
+    /// then [`Self::survey`] finds it. Processes that have ended hold nothing.
+    ///
+    /// # Minimum kernel version
+    ///
+    /// 6.1.
+    pub fn survey_processes(&self, processes: &[u32], due: &mut DueSockets) -> Result<(), Error> {
+        let survey = self.inner().begin_survey()?;
+        for process in processes {
+            add_due_sockets(*process, survey.open_of_process(*process)?, due)?;
+        }
+        Ok(())
     }
 
     /// Makes a pass over the connections of a namespace. `pause` is called after
@@ -126,7 +150,7 @@ impl Sweeper {
         namespace: &Namespace,
         pass: Pass,
         pause: &mut (dyn FnMut() -> bool + Send),
-    ) -> Result<Step> {
+    ) -> Result<Step, Error> {
         let sweep = {
             let mut inner = self.inner();
             let sweep = inner.sweep()?;
@@ -136,23 +160,26 @@ impl Sweeper {
                 .map_err(Error::map("starting a pass"))?;
             sweep
         };
-        let mut goes_on = true;
         let swept = namespace.enter(|| {
             // A buffer of one byte ends each read where a batch ends.
             iterators::read(sweep.open()?, &mut [0], |_| {
-                goes_on = pause();
-                ensure!(goes_on, "stopped");
-                Ok(())
+                if pause() { Ok(()) } else { Err(Ended::Stopped) }
             })
         });
-        if !goes_on {
-            return Ok(Step::Stopped);
-        }
-        let swept = swept
-            .and_then(Option::transpose)
-            .with_context(|| format!("sweeping network namespace {}", namespace.name))?;
-        if swept.is_none() {
-            return Ok(Step::Gone);
+        let swept = match swept.map_err(Error::from).map_err(Ended::Failed) {
+            Ok(None) => return Ok(Step::Gone),
+            Ok(Some(swept)) => swept,
+            Err(error) => Err(error),
+        };
+        match swept {
+            Ok(()) => {}
+            Err(Ended::Stopped) => return Ok(Step::Stopped),
+            Err(Ended::Failed(source)) => {
+                return Err(Error::Sweeping {
+                    name: namespace.name.clone(),
+                    source: Box::new(source),
+                });
+            }
         }
         let done = self.inner().pass.get(&0, 0);
         Ok(Step::Done(done.map_err(Error::map("ending a pass"))?))
@@ -165,9 +192,14 @@ impl Inner {
         load_once(&self.object, &mut self.sweep, program::SWEEP, Hook::Tcp)
     }
 
-    /// The surveying program, loaded at its first use.
-    fn survey(&mut self) -> Result<Arc<Iterator>, Error> {
-        load_once(&self.object, &mut self.survey, program::SURVEY, Hook::Files)
+    /// The surveying program, loaded at its first use, for a pass over everything that
+    /// is due.
+    fn begin_survey(&mut self) -> Result<Arc<Iterator>, Error> {
+        let survey = load_once(&self.object, &mut self.survey, program::SURVEY, Hook::Files)?;
+        self.pass
+            .set(0, Pass::default(), 0)
+            .map_err(Error::map("starting a survey"))?;
+        Ok(survey)
     }
 }
 

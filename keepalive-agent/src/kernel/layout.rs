@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::layout::{Field, Layout};
-use rustix::time::{ClockId, clock_getres};
+use rustix::time::{ClockId, Timespec, clock_getres};
+use thiserror::Error;
 
 use super::{
     btf::{Btf, Kind},
@@ -120,12 +121,15 @@ impl Kernel {
 /// # Errors
 ///
 /// When the tick is not one of a known rate.
-pub fn jiffies_per_second() -> Result<u32> {
+pub fn jiffies_per_second() -> Result<u32, UnknownTick> {
     let tick = clock_getres(ClockId::MonotonicCoarse);
-    hz_of_tick(tick.tv_sec, tick.tv_nsec).with_context(|| {
-        format!("the kernel's tick of {tick:?} is not one of a known rate: timers cannot be read")
-    })
+    hz_of_tick(tick.tv_sec, tick.tv_nsec).ok_or(UnknownTick(tick))
 }
+
+/// The kernel counts time in steps of which no kernel is known.
+#[derive(Clone, Copy, Debug, Error)]
+#[error("the kernel's tick of {0:?} is not one of a known rate: timers cannot be read")]
+pub struct UnknownTick(Timespec);
 
 fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Option<u32> {
     if seconds != 0 || nanoseconds <= 0 {

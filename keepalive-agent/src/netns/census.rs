@@ -3,11 +3,10 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
 use keepalive_common::descriptor::{DescriptorRecord, Kind};
 use tracing::debug;
 
-use super::{Descriptor, Held, Namespace, all_held, tcp_sockets};
+use super::{Descriptor, Held, Namespace, Result, all_held, tcp_sockets};
 
 /// What a pass over the descriptors of all processes has found.
 #[derive(Clone, Debug, Default)]

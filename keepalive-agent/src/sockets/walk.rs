@@ -117,7 +117,7 @@ pub fn sum_up<T: Default + Send>(
                     Ok(())
                 }
             })?,
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         };
         if let Err(error) = outcome {
             debug!("network namespace {}: {error:#}", netns.name);
@@ -186,7 +186,10 @@ fn list_with(
     });
     match failed {
         Some(error) => Err(error),
-        None => Ok(entered.and_then(Option::transpose).map(drop)),
+        None => Ok(entered
+            .map_err(Error::from)
+            .and_then(Option::transpose)
+            .map(drop)),
     }
 }
 
@@ -242,7 +245,7 @@ impl HeldSockets {
             let outcome = match has_others {
                 Ok(true) => list(lister, netns, &holders, take)?,
                 Ok(false) => Ok(()),
-                Err(error) => Err(error),
+                Err(error) => Err(error.into()),
             };
             unseen.extend(outcome.err().map(|error| Unseen::of(netns, error)));
         }

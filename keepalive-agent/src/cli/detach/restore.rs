@@ -22,7 +22,7 @@ use crate::{
     datapath::{Bounds, InForce, Origin, PinDirectory, SetRecord},
     hierarchy::Hierarchy,
     kernel::layout::Kernel,
-    sweep::{self, SweepJob},
+    sweep::{self, Reach, SweepJob},
 };
 
 /// A config in which no policy claims anything.
@@ -127,7 +127,7 @@ pub(super) fn restore(
         wait_for_end(*pid, &path)?;
     }
     let mut ownership = Ownership::acquire(&path, PATIENCE)?;
-    let job = SweepJob::start(built.set.sweeper())?;
+    let job = SweepJob::start(built.set.sweeper(), Reach::Node)?;
     let is_complete = follow::follow(job, "restoring connections", |_| String::new())?;
     let bounds = Bounds::of(built.set.record(), cgroup, pins.cloned())?;
     let done = built.set.record().restored()?;
