@@ -18,11 +18,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::names::printable;
+use crate::{hierarchy::CgroupPath, names::printable};
 pub(crate) use container_names::DOCKER_FILE;
 pub use container_names::{ContainerNames, Runtime};
 pub use location::{ContainerId, Location};
-pub use selector::{Attribute, NamePattern, Selector};
+pub use selector::{Attribute, NamePattern, Renaming, Selector};
 pub use wanted::Wanted;
 
 /// Digits of a container's id that are shown, as `docker ps` does.
@@ -135,7 +135,15 @@ pub(crate) fn docker_directories(path: &[u8]) -> Vec<PathBuf> {
 #[derive(Debug, Default)]
 pub struct Identities {
     files: container_names::Files,
-    known: Mutex<HashMap<String, Arc<ContainerNames>>>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+/// A container that is known.
+#[derive(Clone, Debug)]
+struct Known {
+    names: Arc<ContainerNames>,
+    /// The path of its outermost cgroup.
+    cgroup: CgroupPath,
 }
 
 impl Identities {
@@ -157,16 +165,18 @@ impl Identities {
         Identity::new(&location, location.containers.first(), Arc::default())
     }
 
-    /// The containers in pods that are known, by what their runtime tells of them.
+    /// The cgroups of containers in pods that are known, those of which this is true by
+    /// what their runtime tells of them.
     #[must_use]
-    pub fn pods(&self) -> Vec<Identity> {
+    pub fn pods(&self, mut which: impl FnMut(&Identity) -> bool) -> Vec<CgroupPath> {
         let known = self.known();
-        let pods = known.values().filter(|names| names.pod.is_some());
-        let identity = |names: &Arc<ContainerNames>| Identity {
-            names: names.clone(),
+        let pods = known.values().filter(|known| known.names.pod.is_some());
+        let identity = |known: &&Known| Identity {
+            names: known.names.clone(),
             ..Identity::default()
         };
-        pods.map(identity).collect()
+        let found = pods.filter(|known| which(&identity(known)));
+        found.map(|known| known.cgroup.clone()).collect()
     }
 
     /// Takes over what others have read of containers in pods, of which nothing changes
@@ -176,8 +186,8 @@ impl Identities {
         let others = others.known();
         let stays =
             |names: &ContainerNames| names.pod.is_some() || names.runtime == Some(Runtime::Docker);
-        let learnt = others.iter().filter(|(_, names)| stays(names));
-        let learnt = learnt.map(|(id, names)| (id.clone(), names.clone()));
+        let learnt = others.iter().filter(|(_, known)| stays(&known.names));
+        let learnt = learnt.map(|(id, known)| (id.clone(), known.clone()));
         self.known().extend(learnt);
     }
 
@@ -193,16 +203,20 @@ impl Identities {
         if container.is_rootless {
             return None;
         }
-        if let Some(names) = self.known().get(container.id) {
-            return Some(names.clone());
+        if let Some(known) = self.known().get(container.id) {
+            return Some(known.names.clone());
         }
         // What is not there may still come.
         let names = Arc::new(self.files.read(container.id)?);
-        self.known().insert(container.id.to_owned(), names.clone());
+        let known = Known {
+            names: names.clone(),
+            cgroup: CgroupPath::from(container.cgroup),
+        };
+        self.known().insert(container.id.to_owned(), known);
         Some(names)
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<ContainerNames>>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
