@@ -587,9 +587,22 @@ impl Claimants {
 
     /// Lets others know what was read of containers, as far as that stays as it is.
     pub fn teach(&self, others: &Self) {
-        if others.needs_names {
-            others.identities.learn(&self.identities);
+        others.learn(&self.identities);
+    }
+
+    /// Takes over what was read of containers, likewise.
+    pub fn learn(&self, known: &Identities) {
+        if self.needs_names {
+            self.identities.learn(known);
         }
+    }
+
+    /// What was read of containers.
+    #[must_use]
+    pub fn known(&self) -> Identities {
+        let known = Identities::default();
+        known.learn(&self.identities);
+        known
     }
 
     fn path_warning(

@@ -14,13 +14,13 @@ mod wanted;
 use std::{
     collections::HashMap,
     fmt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{hierarchy::CgroupPath, names::printable};
-pub(crate) use container_names::DOCKER_FILE;
 pub use container_names::{ContainerNames, Runtime};
+pub(crate) use container_names::{DOCKER_FILE, STORED};
 pub use location::{ContainerId, Location};
 pub use selector::{Attribute, NamePattern, Renaming, Selector};
 pub use wanted::Wanted;
@@ -113,21 +113,40 @@ impl fmt::Display for Identity {
     }
 }
 
-/// The directories in which docker may keep its file of the container whose outermost
-/// cgroup has this path; none where it can be none of docker's.
-pub(crate) fn docker_directories(path: &[u8]) -> Vec<PathBuf> {
-    let location = Location::of(path);
-    let (Some(id), Some(container)) = (location.container_of_its_own, location.containers.first())
-    else {
-        return Vec::new();
-    };
-    let is_dockers = matches!(container.runtime, None | Some(Runtime::Docker));
-    if !is_dockers || container.pod.is_some() || container.is_rootless {
-        return Vec::new();
+/// Where a runtime writes anew what it calls a container, when that changes while the
+/// container runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NamesFile {
+    /// Docker's file of one container, in one of these directories.
+    Docker(Vec<PathBuf>),
+    /// The files of podman's storage in this directory, and the container's id.
+    Podman(PathBuf, String),
+}
+
+impl NamesFile {
+    /// That of the container whose outermost cgroup has this path; none where it can be
+    /// of neither.
+    pub(crate) fn of(path: &[u8]) -> Option<Self> {
+        let location = Location::of(path);
+        let id = location.container_of_its_own?;
+        let container = location.containers.first()?;
+        if container.pod.is_some() || container.is_rootless {
+            return None;
+        }
+        let files = container_names::Files::default();
+        match container.runtime {
+            None | Some(Runtime::Docker) => {
+                Some(Self::Docker(files.docker_directories(id).collect()))
+            }
+            Some(Runtime::Podman) => Some(Self::Podman(files.storage_of(id)?, id.to_owned())),
+            Some(Runtime::Containerd | Runtime::CriO) => None,
+        }
     }
-    container_names::Files::default()
-        .docker_directories(id)
-        .collect()
+}
+
+/// What podman calls its containers, by their ids, in a directory of its storage.
+pub(crate) fn stored_names(directory: &Path) -> HashMap<String, String> {
+    container_names::Files::default().stored_names(directory)
 }
 
 /// The identities of this machine's cgroups. What a container is called is read
@@ -180,12 +199,11 @@ impl Identities {
     }
 
     /// Takes over what others have read of containers in pods, of which nothing changes
-    /// while they live, and of docker's, whose renames are followed. Others can be
-    /// renamed and nobody tells.
+    /// while they live, and of those whose renames are followed.
     pub fn learn(&self, others: &Self) {
         let others = others.known();
-        let stays =
-            |names: &ContainerNames| names.pod.is_some() || names.runtime == Some(Runtime::Docker);
+        let is_followed = |runtime| matches!(runtime, Some(Runtime::Docker | Runtime::Podman));
+        let stays = |names: &ContainerNames| names.pod.is_some() || is_followed(names.runtime);
         let learnt = others.iter().filter(|(_, known)| stays(&known.names));
         let learnt = learnt.map(|(id, known)| (id.clone(), known.clone()));
         self.known().extend(learnt);
@@ -207,7 +225,7 @@ impl Identities {
             return Some(known.names.clone());
         }
         // What is not there may still come.
-        let names = Arc::new(self.files.read(container.id)?);
+        let names = Arc::new(self.files.read(container.id, container.pod.is_some())?);
         let known = Known {
             names: names.clone(),
             cgroup: CgroupPath::from(container.cgroup),

@@ -141,7 +141,7 @@ pub struct NewClaim {
 }
 
 /// Claims that take the place of others.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Rewritten {
     /// Those that are others than they were.
     pub claims: Vec<(Cgroup, Claim)>,
@@ -410,8 +410,8 @@ impl PolicySet {
     }
 
     /// All connections have been brought along: no value is of an earlier claim any
-    /// more. Claims that change by that, as they are to be written.
-    pub fn settle(&mut self) -> Vec<(Cgroup, Claim)> {
+    /// more. Claims that change by that, and those that go with what they were before.
+    pub fn settle(&mut self) -> Rewritten {
         let unsettled: Vec<_> = if self.is_settled {
             // What has come since. So it is after most sweeps, and mostly it is nothing.
             let own = self.before.iter();
@@ -424,14 +424,19 @@ impl PolicySet {
         } else {
             self.claims().collect()
         };
-        let changed = unsettled
-            .into_iter()
-            .filter(|(_, claim)| claim.before != claim.now)
-            .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
-            .collect();
         self.before.clear();
         self.is_settled = true;
-        changed
+        let (stay, go): (Vec<_>, Vec<_>) = unsettled
+            .into_iter()
+            .partition(|(cgroup, _)| self.has_claim_of(cgroup));
+        let changed = stay.into_iter();
+        let changed = changed.filter(|(_, claim)| claim.before != claim.now);
+        Rewritten {
+            claims: changed
+                .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
+                .collect(),
+            forgotten: go.into_iter().map(|(cgroup, _)| cgroup.id).collect(),
+        }
     }
 
     /// Whether a cgroup has a claim of its own.

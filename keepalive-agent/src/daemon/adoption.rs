@@ -363,9 +363,15 @@ impl Daemon {
             return;
         }
         let (config, origin) = (self.config.clone(), self.origin.clone());
-        let claimed = Claimants::new(&config, &self.root).map_or(Adopted::No, |claimants| {
-            self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
-        });
+        let claimants = Claimants::new(&config, &self.root);
+        let claimed = match claimants {
+            // The set that is being built knows the old names.
+            Ok(claimants) if self.building.is_none() => {
+                self.claimants.teach(&claimants);
+                self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
+            }
+            _ => Adopted::No,
+        };
         if claimed != Adopted::Yes {
             self.build_again();
         }

@@ -1,6 +1,8 @@
 //! Reload: the config is read again, and another set is built and put in the place of
 //! the one in force.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use sd_notify::NotifyState;
 use tracing::{debug, error, warn};
@@ -68,6 +70,7 @@ impl Daemon {
                 None => previous.as_ref().map(|set| set.description.config.clone()),
             },
             previous,
+            known: Arc::new(self.claimants.known()),
             grants: self.grants.clone(),
         }
     }

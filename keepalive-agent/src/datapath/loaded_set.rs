@@ -48,7 +48,7 @@ use crate::{
     grant::Grant,
     hierarchy::Cgroup,
     kernel::layout::{Hook, Kernel},
-    policy_set::{Mark, PolicySet, Sizes},
+    policy_set::{Mark, PolicySet, Rewritten, Sizes},
 };
 
 /// Everything that a set is built from.
@@ -430,7 +430,16 @@ impl LoadedSet {
     /// brought along is wrong then only where an application sets just what an
     /// earlier policy gave.
     pub fn settle(&mut self) -> Result<(), Error> {
-        write_claims(&mut self.cgroups, self.records.settle())
+        let settled = self.records.settle();
+        self.rewrite(settled)
+    }
+
+    fn rewrite(&mut self, rewritten: Rewritten) -> Result<(), Error> {
+        write_claims(&mut self.cgroups, rewritten.claims)?;
+        for id in rewritten.forgotten {
+            self.forget(id, "forgetting policies of cgroups")?;
+        }
+        Ok(())
     }
 
     /// Goes over to another assignment of the same policies, without other programs.
@@ -444,10 +453,7 @@ impl LoadedSet {
         let mark = self.records.mark();
         let rewritten = self.records.claim_anew(assignment)?;
         self.write_records(mark)?;
-        write_claims(&mut self.cgroups, rewritten.claims)?;
-        for id in rewritten.forgotten {
-            self.forget(id, "forgetting policies of cgroups")?;
-        }
+        self.rewrite(rewritten)?;
         self.begin_generation()
     }
 
