@@ -492,6 +492,27 @@ impl Claimants {
         Ok(survey.finish())
     }
 
+    /// The assignment of these, where that of others is known and both claim the same
+    /// cgroups for the same of their policies: mostly it is values that have changed.
+    #[must_use]
+    pub fn assigned_like(&self, others: &Self, known: &Assignment) -> Option<Assignment> {
+        let claim = |of: &Self| {
+            let have_rules = of.policies.iter().map(|policy| !policy.rules.is_empty());
+            have_rules.collect::<Vec<_>>()
+        };
+        let claim_the_same = self.root == others.root
+            && self.by_path == others.by_path
+            && self.by_glob == others.by_glob
+            && self.by_selector == others.by_selector
+            && self.everywhere == others.everywhere
+            && claim(self) == claim(others);
+        claim_the_same.then(|| Assignment {
+            policies: self.policies.clone(),
+            claims: known.claims.clone(),
+            grants: Vec::new(),
+        })
+    }
+
     /// Where the policies loosen what the sysctls of the host's network namespace
     /// say. Those of containers are not about connections there.
     #[must_use]

@@ -19,6 +19,7 @@ mod set_record;
 mod survey;
 mod sweeper;
 mod syscalls;
+mod table;
 mod usage;
 
 pub use attachment::{Attachment, Evidence, Foreign, InForce, in_force, programs_on_the_way};

@@ -462,10 +462,10 @@ fn changes_that_fail() -> Result<()> {
 /// What the process below is told: the place, the cgroup, the pins and the file.
 const KILLED_AT: &str = "KEEPALIVE_KILLED_AT";
 
-/// A config whose names differ, of which none is there, and which does not fit in a
-/// page.
+/// A config whose names differ, of which none is there, and which is not written by
+/// one call.
 fn of_names(own: u32) -> String {
-    let units: Vec<_> = (0..200).map(|n| format!("'{own}-{n}.service'")).collect();
+    let units: Vec<_> = (0..5_000).map(|n| format!("'{own}-{n}.service'")).collect();
     format!(
         "[default]\n[[policy]]\nname = 'named'\nidle = '63s'\nunit = [{}]\n",
         units.join(", ")
@@ -548,7 +548,7 @@ fn killed_while_it_says_that_it_goes_by_other_names() -> Result<()> {
             "place {place}: the next agent did not go on from there"
         );
         if ended.code == Some(0) {
-            // Two copies of two pages or more.
+            // Two copies, each by two calls or more.
             ensure!(place >= 4, "only {place} places");
             detach(&cgroup)?;
             return Ok(());

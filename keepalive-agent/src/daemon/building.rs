@@ -80,9 +80,12 @@ impl Job {
         assignment.grants = allowed(&self.config, &self.grants);
         let before = match &self.before {
             Some(config) => {
-                let claimants = Claimants::new(config, &self.root)?;
-                claimants.learn(&self.known);
-                let mut before = target::assign(&claimants, &self.hierarchy)?.0;
+                let earlier = Claimants::new(config, &self.root)?;
+                earlier.learn(&self.known);
+                let mut before = match earlier.assigned_like(&claimants, &assignment) {
+                    Some(before) => before,
+                    None => target::assign(&earlier, &self.hierarchy)?.0,
+                };
                 before.grants = allowed(config, &self.grants);
                 Some(before)
             }

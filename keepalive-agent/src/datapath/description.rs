@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{
     Error,
     fault::{self, Operation},
+    table,
 };
 use crate::{config::Config, hierarchy::Cgroup};
 
@@ -37,6 +38,9 @@ pub(super) const GRANTS: &str = "keepalive_exec";
 /// Documents are cut into pieces of a page.
 const PIECE: usize = 4096;
 pub(super) type Piece = [u8; PIECE];
+
+/// Pieces that are written by one call. Between two of them an agent may be killed.
+const AT_ONCE: usize = 16;
 
 /// The first piece begins with the length of the document and a checksum.
 const HEADER: usize = 8;
@@ -362,19 +366,25 @@ impl Document {
 
     /// Writes the document. One that is longer than the map is an error.
     pub(super) fn write(&mut self, document: &impl Serialize) -> Result<(), Error> {
-        let text =
-            serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))?;
-        self.write_at(0, self.pieces.len(), &text)
+        self.write_text(&text(document)?)
+    }
+
+    /// The same for its text.
+    pub(super) fn write_text(&mut self, text: &[u8]) -> Result<(), Error> {
+        self.write_at(0, self.pieces.len(), text)
     }
 
     /// Writes the document anew where another process may read it, or this one may
     /// be killed: of a map that [`Self::create_twice`] made.
     pub(super) fn write_again(&mut self, document: &impl Serialize) -> Result<(), Error> {
-        let text =
-            serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))?;
+        self.write_text_again(&text(document)?)
+    }
+
+    /// The same for its text.
+    pub(super) fn write_text_again(&mut self, text: &[u8]) -> Result<(), Error> {
         let half = self.pieces.len() / 2;
-        self.write_at(half, half, &text)?;
-        self.write_at(0, half, &text)
+        self.write_at(half, half, text)?;
+        self.write_at(0, half, text)
     }
 
     fn write_at(&mut self, first: u32, pieces: u32, text: &[u8]) -> Result<(), Error> {
@@ -387,17 +397,19 @@ impl Document {
                 limit: u32::try_from(room).unwrap_or(u32::MAX),
             });
         }
-        let header = header(text);
-        let bytes: Vec<u8> = header.into_iter().chain(text.iter().copied()).collect();
-        for (index, part) in (first..).zip(bytes.chunks(PIECE)) {
+        let bytes = [&header(text), text].concat();
+        let pieces = bytes.chunks(PIECE).map(|part| {
             let mut piece = [0; PIECE];
             for (to, from) in piece.iter_mut().zip(part) {
                 *to = *from;
             }
+            piece
+        });
+        let pieces: Vec<(u32, Piece)> = (first..).zip(pieces).collect();
+        for pieces in pieces.chunks(AT_ONCE) {
             fault::point(Operation::WriteMap).map_err(Error::call(WRITING))?;
-            self.pieces
-                .set(index, piece, 0)
-                .map_err(Error::map(WRITING))?;
+            table::write(self.handle.fd.as_fd(), pieces.iter().copied())
+                .map_err(Error::call(WRITING))?;
         }
         Ok(())
     }
@@ -439,6 +451,11 @@ impl Document {
         }
         Ok(bytes)
     }
+}
+
+/// A document as it is written.
+pub(super) fn text(document: &impl Serialize) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(document).map_err(|error| Error::Description(error.to_string()))
 }
 
 /// The length of a text and a checksum (FNV-1a): a document is longer than what

@@ -13,9 +13,9 @@ use std::{
     },
 };
 
-use aya::maps::{
-    Array, HashMap, MapData, MapError,
-    lpm_trie::{Key, LpmTrie},
+use aya::{
+    Pod,
+    maps::{Array, MapData, lpm_trie::Key},
 };
 use aya_log::EbpfLogger;
 use keepalive_common::{
@@ -30,8 +30,8 @@ use super::{
     bounds::BoundsProgram,
     death_watch::DeathWatch,
     description::{
-        Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA, STATE,
-        State, now,
+        self, Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA,
+        STATE, State, now,
     },
     fault::{self, Operation},
     map,
@@ -40,6 +40,7 @@ use super::{
     set_record::{BesideSockets, CounterMaps, SetRecord, data},
     sweeper::Sweeper,
     syscalls,
+    table::Table,
 };
 use crate::{
     VERSION,
@@ -77,11 +78,11 @@ pub struct LoadedSet {
     records: PolicySet,
     program: OwnedFd,
     bounds: Option<BoundsProgram>,
-    cgroups: HashMap<MapData, u64, Claim>,
-    policies: Array<MapData, PolicyRecord>,
-    steps: Array<MapData, Step>,
-    remotes: LpmTrie<MapData, RemoteKey, Found>,
-    ports: LpmTrie<MapData, PortKey, Found>,
+    cgroups: Table<u64, Claim>,
+    policies: Table<u32, PolicyRecord>,
+    steps: Table<u32, Step>,
+    remotes: Table<Key<RemoteKey>, Found>,
+    ports: Table<Key<PortKey>, Found>,
     generation: Array<MapData, u64>,
     record: Arc<SetRecord>,
     sweeper: Sweeper,
@@ -151,25 +152,21 @@ const fn port_key(table: u32, port: u16, length: u8) -> Key<PortKey> {
 }
 
 /// Writes to a map, where tests let it.
-fn write(
+fn write<K: Pod, V: Pod>(
     doing: &str,
     what: &'static str,
-    limit: u32,
-    write: impl FnOnce() -> Result<(), MapError>,
+    table: &Table<K, V>,
+    elements: impl IntoIterator<Item = (K, V)>,
 ) -> Result<(), Error> {
     fault::point(Operation::WriteMap).map_err(Error::call(doing))?;
-    match write() {
-        Err(MapError::SyscallError(error))
-            if matches!(
-                error.io_error.raw_os_error(),
-                Some(libc::E2BIG | libc::ENOSPC)
-            ) =>
-        {
-            Err(Error::Full { what, limit })
+    table.write(elements).map_err(|error| {
+        if matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) {
+            let limit = table.capacity();
+            Error::Full { what, limit }
+        } else {
+            Error::call(doing)(error)
         }
-        Err(MapError::OutOfBounds { .. }) => Err(Error::Full { what, limit }),
-        other => other.map_err(Error::map(doing)),
-    }
+    })
 }
 
 impl LoadedSet {
@@ -246,10 +243,10 @@ impl LoadedSet {
             }))
             .collect();
         let counters = CounterMaps::new(
-            object.map(map::COUNTERS)?,
+            &object.map(map::COUNTERS)?,
             object.map(map::SWEPT)?,
             object.map(map::FAILURES)?,
-            object.map(map::DEAD_PEERS)?,
+            &object.map(map::DEAD_PEERS)?,
             slots,
         )?;
         let deaths = DeadPeers::new(
@@ -259,11 +256,11 @@ impl LoadedSet {
         )?;
         let mut set = Self {
             records,
-            cgroups: object.map_as(map::CGROUPS)?,
-            policies: object.map_as(map::POLICIES)?,
-            steps: object.map_as(map::STEPS)?,
-            remotes: object.map_as(map::REMOTES)?,
-            ports: object.map_as(map::PORTS)?,
+            cgroups: Table::new(object.map(map::CGROUPS)?)?,
+            policies: Table::new(object.map(map::POLICIES)?)?,
+            steps: Table::new(object.map(map::STEPS)?)?,
+            remotes: Table::new(object.map(map::REMOTES)?)?,
+            ports: Table::new(object.map(map::PORTS)?)?,
             generation: object.map_as(map::GENERATION)?,
             record: Arc::new(record(&blueprint, counters, beside_sockets, &deaths)?),
             peer_died: Some(
@@ -283,49 +280,39 @@ impl LoadedSet {
 
     /// Writes all records.
     fn fill(&mut self) -> Result<(), Error> {
-        let limit = self.policies.len();
         write(
             "writing that no policy claims a connection",
             "policies",
-            limit,
-            || {
-                self.policies
-                    .set(UNCLAIMED, PolicyRecord::of(&Policy::LEAVE), 0)
-            },
+            &self.policies,
+            [(UNCLAIMED, PolicyRecord::of(&Policy::LEAVE))],
         )?;
         self.write_records(Mark::START)?;
-        write_claims(&mut self.cgroups, self.records.claims())
+        write_claims(&self.cgroups, self.records.claims())
     }
 
     /// Writes the records since a mark, to which no claim leads yet.
-    fn write_records(&mut self, since: Mark) -> Result<(), Error> {
+    fn write_records(&self, since: Mark) -> Result<(), Error> {
         const REMOTE: &str = "telling the kernel which remote ends policies are for";
-        let limit = self.policies.len();
-        for (slot, counted) in self.records.policies(since) {
-            let doing = format!("writing policy {} to the kernel", counted.name);
-            write(&doing, "policies", limit, || {
-                self.policies
-                    .set(slot, PolicyRecord::of(&counted.policy), 0)
-            })?;
-        }
-        for (table, port, length, found) in self.records.ports(since) {
-            write(REMOTE, "ranges of ports", MOST, || {
-                self.ports.insert(&port_key(table, port, length), found, 0)
-            })?;
-        }
-        for (rules, address, length, found) in self.records.remotes(since) {
-            write(REMOTE, "networks", MOST, || {
-                let key = remote_key(rules, address, length);
-                self.remotes.insert(&key, found, 0)
-            })?;
-        }
-        let limit = self.steps.len();
-        for (number, step) in self.records.steps(since) {
-            write(REMOTE, "cgroups with different rules", limit, || {
-                self.steps.set(number, step, 0)
-            })?;
-        }
-        Ok(())
+        let policies = self.records.policies(since);
+        write(
+            "writing the policies to the kernel",
+            "policies",
+            &self.policies,
+            policies.map(|(slot, counted)| (slot, PolicyRecord::of(&counted.policy))),
+        )?;
+        let ports = self.records.ports(since);
+        let ports =
+            ports.map(|(table, port, length, found)| (port_key(table, port, length), found));
+        write(REMOTE, "ranges of ports", &self.ports, ports)?;
+        let remotes = self.records.remotes(since);
+        let remotes = remotes
+            .map(|(rules, address, length, found)| (remote_key(rules, address, length), found));
+        write(REMOTE, "networks", &self.remotes, remotes)?;
+        let steps = self
+            .records
+            .steps(since)
+            .map(|(number, step)| (number, *step));
+        write(REMOTE, "cgroups with different rules", &self.steps, steps)
     }
 
     /// Lets the program keep alive what the agent and others need beside it.
@@ -355,12 +342,9 @@ impl LoadedSet {
         let Some(new) = self.records.claim_for(made, policies)? else {
             return Ok(false);
         };
-        let doing = format!("telling the kernel the policy of cgroup {}", made.path);
-        let written = self.write_records(mark).and_then(|()| {
-            write(&doing, "cgroups", MOST, || {
-                self.cgroups.insert(made.id, new.claim, 0)
-            })
-        });
+        let written = self
+            .write_records(mark)
+            .and_then(|()| write_claims(&self.cgroups, [(made.clone(), new.claim)]));
         if let Err(error) = written {
             self.records.abandon(mark);
             return Err(error);
@@ -418,7 +402,7 @@ impl LoadedSet {
             return self.forget(cgroup.id, "forgetting policies of cgroups");
         }
         let claim = self.records.claim(&cgroup.path);
-        write_claims(&mut self.cgroups, [(cgroup.clone(), claim)])
+        write_claims(&self.cgroups, [(cgroup.clone(), claim)])
     }
 
     /// Says that every connection has been brought along: from here on what a claim
@@ -435,7 +419,7 @@ impl LoadedSet {
     }
 
     fn rewrite(&mut self, rewritten: Rewritten) -> Result<(), Error> {
-        write_claims(&mut self.cgroups, rewritten.claims)?;
+        write_claims(&self.cgroups, rewritten.claims)?;
         for id in rewritten.forgotten {
             self.forget(id, "forgetting policies of cgroups")?;
         }
@@ -493,10 +477,7 @@ impl LoadedSet {
 
     fn forget(&mut self, cgroup: u64, doing: &str) -> Result<(), Error> {
         fault::point(Operation::WriteMap).map_err(Error::call(doing))?;
-        match self.cgroups.remove(&cgroup) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(Error::map(doing)(error)),
-        }
+        self.cgroups.remove(&cgroup).map_err(Error::call(doing))
     }
 
     /// Makes new connections look for their claim again: until here they may go by
@@ -597,16 +578,22 @@ impl LoadedSet {
 }
 
 fn write_claims(
-    cgroups: &mut HashMap<MapData, u64, Claim>,
+    cgroups: &Table<u64, Claim>,
     claims: impl IntoIterator<Item = (Cgroup, Claim)>,
 ) -> Result<(), Error> {
-    for (cgroup, claim) in claims {
-        let doing = format!("telling the kernel the policy of cgroup {}", cgroup.path);
-        write(&doing, "cgroups", MOST, || {
-            cgroups.insert(cgroup.id, claim, 0)
-        })?;
-    }
-    Ok(())
+    let mut of = None;
+    let claims = claims.into_iter().map(|(cgroup, claim)| {
+        let id = cgroup.id;
+        of.get_or_insert(cgroup.path);
+        (id, claim)
+    });
+    let claims: Vec<_> = claims.collect();
+    let Some(first) = of else { return Ok(()) };
+    let doing = match claims.len() {
+        1 => format!("telling the kernel the policy of cgroup {first}"),
+        count => format!("telling the kernel the policies of {count} cgroups, {first} the first"),
+    };
+    write(&doing, "cgroups", cgroups, claims)
 }
 
 /// Writes what the set says of itself.
@@ -675,18 +662,17 @@ fn record(
         done,
         refusals,
     };
-    let size = serde_json::to_vec(&description)
-        .map_err(|error| Error::Description(error.to_string()))?
-        .len();
     let name = super::description::DESCRIPTION;
+    let text = description::text(&description)?;
     let document = if blueprint.config.goes_by_names() {
         // Names come and go, and no other set is needed for that.
-        let mut document = Document::create_twice(name, size.saturating_add(size / 2 + 4096))?;
-        document.write_again(&description)?;
+        let size = text.len() + text.len() / 2 + 4096;
+        let mut document = Document::create_twice(name, size)?;
+        document.write_text_again(&text)?;
         document
     } else {
-        let mut document = Document::create(name, size)?;
-        document.write(&description)?;
+        let mut document = Document::create(name, text.len())?;
+        document.write_text(&text)?;
         document
     };
     Ok(SetRecord::new(

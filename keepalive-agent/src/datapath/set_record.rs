@@ -2,12 +2,15 @@
 //! agent runs or not.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap};
+use aya::{
+    maps::{Map, MapData, PerCpuArray, PerCpuHashMap},
+    util::nr_cpus,
+};
 use keepalive_common::{
     counters::{Counters, Failure, FailureKey, SocketOption},
     dead_peer::DeadPeers,
@@ -22,6 +25,7 @@ use super::{
         Refusals, SCHEMA, State, add_refusals,
     },
     map, syscalls,
+    table::each_in_array,
 };
 use crate::{assignment, config::Config, grant::Grant};
 
@@ -62,10 +66,8 @@ type Totals = (Vec<(Counted, Done)>, Vec<Refusals>);
 
 /// What one set counts.
 pub(super) struct CounterMaps {
-    pub(super) counters: PerCpuArray<MapData, Counters>,
     pub(super) swept: PerCpuArray<MapData, Counters>,
     pub(super) failures: PerCpuHashMap<MapData, FailureKey, Failure>,
-    pub(super) dead_peers: Array<MapData, DeadPeers>,
     /// Descriptors, to keep the maps alive by the program of another set.
     pub(super) handles: [MapHandle; 4],
     pub(super) slots: Vec<(u32, Counted)>,
@@ -73,24 +75,22 @@ pub(super) struct CounterMaps {
 
 impl CounterMaps {
     pub(super) fn new(
-        counters: Map,
+        counters: &Map,
         swept: Map,
         failures: Map,
-        dead_peers: Map,
+        dead_peers: &Map,
         slots: Vec<(u32, Counted)>,
     ) -> Result<Self, Error> {
         let handles = [
-            MapHandle::of(data(&counters)?)?,
+            MapHandle::of(data(counters)?)?,
             MapHandle::of(data(&swept)?)?,
             MapHandle::of(data(&failures)?)?,
-            MapHandle::of(data(&dead_peers)?)?,
+            MapHandle::of(data(dead_peers)?)?,
         ];
         let using = || Error::map("using a map of counters");
         Ok(Self {
-            counters: counters.try_into().map_err(using())?,
             swept: swept.try_into().map_err(using())?,
             failures: failures.try_into().map_err(using())?,
-            dead_peers: dead_peers.try_into().map_err(using())?,
             handles,
             slots,
         })
@@ -98,32 +98,46 @@ impl CounterMaps {
 
     fn open(ids: &MapIds, slots: Vec<(u32, Counted)>) -> Result<Self, Error> {
         Self::new(
-            Map::PerCpuArray(by_id(ids.counters)?),
+            &Map::PerCpuArray(by_id(ids.counters)?),
             Map::PerCpuArray(by_id(ids.swept)?),
             Map::PerCpuHashMap(by_id(ids.failures)?),
-            Map::Array(by_id(ids.dead_peers)?),
+            &Map::Array(by_id(ids.dead_peers)?),
             slots,
         )
     }
 
-    fn done_in(&self, slot: u32) -> Result<Done, Error> {
-        Ok(Done {
-            established: sum(&self.counters, slot)?,
-            existing: sum(&self.swept, slot)?,
-            dead_peers: self
-                .dead_peers
-                .get(&slot, 0)
-                .map_err(Error::map("reading the counters of dead peers"))?,
-        })
-    }
-
     /// What each policy did under this set.
     fn done(&self) -> Result<Vec<(Counted, Done)>, Error> {
-        let mut done = Vec::with_capacity(self.slots.len());
-        for (slot, whose) in &self.slots {
-            done.push((whose.clone(), self.done_in(*slot)?));
-        }
-        let unclaimed = self.done_in(UNCLAIMED)?;
+        const READING: &str = "reading the counters";
+        let [counters, swept, _, dead_peers] = &self.handles;
+        let cpus = nr_cpus().map_err(|(_, error)| Error::call(READING)(error))?;
+        let own = self.slots.iter();
+        let mut done: Vec<_> = own
+            .map(|(_, whose)| (whose.clone(), Done::default()))
+            .collect();
+        let mut unclaimed = Done::default();
+        let slots = self.slots.iter().map(|(slot, _)| *slot);
+        let mut by_slot: HashMap<u32, &mut Done> = slots
+            .zip(done.iter_mut().map(|(_, done)| done))
+            .chain([(UNCLAIMED, &mut unclaimed)])
+            .collect();
+        let mut add = |map: &MapHandle, of: fn(&mut Done) -> &mut Counters| {
+            each_in_array(map.fd.as_fd(), cpus, |slot, of_cpus: &[Counters]| {
+                if let Some(done) = by_slot.get_mut(&slot) {
+                    for of_cpu in of_cpus {
+                        of(done).add(of_cpu);
+                    }
+                }
+            })
+        };
+        add(counters, |done| &mut done.established).map_err(Error::call(READING))?;
+        add(swept, |done| &mut done.existing).map_err(Error::call(READING))?;
+        each_in_array(dead_peers.fd.as_fd(), 1, |slot, found: &[DeadPeers]| {
+            if let (Some(done), [found]) = (by_slot.get_mut(&slot), found) {
+                done.dead_peers = *found;
+            }
+        })
+        .map_err(Error::call(READING))?;
         if unclaimed.established.seen() > 0 || !unclaimed.dead_peers.is_empty() {
             let whose = Counted {
                 name: assignment::UNCLAIMED.to_owned(),
@@ -181,6 +195,14 @@ pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
         | Map::LpmTrie(data)
         | Map::RingBuf(data)
         | Map::SkStorage(data) => Ok(data),
+        _ => Err(Error::Description("a map is of an unknown type".to_owned())),
+    }
+}
+
+/// The same of a map that is not needed otherwise.
+pub(super) fn data_of(map: Map) -> Result<MapData, Error> {
+    match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) => Ok(data),
         _ => Err(Error::Description("a map is of an unknown type".to_owned())),
     }
 }

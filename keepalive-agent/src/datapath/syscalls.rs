@@ -13,6 +13,7 @@ use std::{
     path::Path,
 };
 
+use aya::Pod;
 use aya_obj::generated::{
     bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info,
 };
@@ -243,6 +244,66 @@ pub(super) fn program_info(program: impl AsFd) -> io::Result<ProgramInfo> {
         loaded_at: found.load_time,
         verified_instructions: Some(found.verified_insns).filter(|count| *count != 0),
     })
+}
+
+/// Writes elements of a map whose keys and values are of these types.
+///
+/// # Minimum kernel version
+///
+/// 5.6.
+pub(super) fn update_elements<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
+    debug_assert_eq!(keys.len(), values.len());
+    let mut attr = empty();
+    attr.batch.map_fd = number(map);
+    attr.batch.keys = pointer(keys);
+    attr.batch.values = pointer(values);
+    attr.batch.count = u32::try_from(keys.len()).map_err(io::Error::other)?;
+    call(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// Reads elements of an array, whose keys are numbers, from behind `last` on, as many
+/// as there is room for keys; how many there were, and in `last` the last of them.
+///
+/// # Minimum kernel version
+///
+/// 5.6.
+pub(super) fn lookup_elements<V: Pod>(
+    array: BorrowedFd<'_>,
+    last: &mut Option<u32>,
+    keys: &mut [u32],
+    values: &mut [V],
+) -> io::Result<usize> {
+    let mut end = 0_u32;
+    let mut attr = empty();
+    attr.batch.map_fd = number(array);
+    attr.batch.in_batch = last.as_ref().map_or(0, |last| pointer(last));
+    attr.batch.out_batch = pointer(&raw mut end);
+    attr.batch.keys = pointer(keys.as_mut_ptr());
+    attr.batch.values = pointer(values.as_mut_ptr());
+    attr.batch.count = u32::try_from(keys.len()).map_err(io::Error::other)?;
+    match call(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => {}
+        // The end of the map.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) => return Err(error),
+    }
+    *last = Some(end);
+    // SAFETY: the kernel has written the number there.
+    Ok(unsafe { attr.batch.count } as usize)
+}
+
+/// Removes an element of a map whose keys are of this type: ENOENT where there is none.
+pub(super) fn delete_element<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<()> {
+    let mut attr = empty();
+    // SAFETY: of the union it is the part that this command reads.
+    let asked = unsafe { &mut attr.__bindgen_anon_2 };
+    asked.map_fd = number(map);
+    asked.key = pointer(key);
+    call(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr).map(drop)
 }
 
 /// How many keys a map has, `most` at the most: while elements come and go, the
