@@ -39,13 +39,13 @@ use tokio::{
     sync::oneshot,
     time::{Instant, sleep_until},
 };
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     assignment::{Assignment, Claimants, Warning},
     config::{Config, Sources},
     datapath::{
-        self, Attachment, Bounds, Change, Events, LoadedSet, Origin, Part, PartStatus,
+        self, Attachment, Bounds, Change, Events, InForce, LoadedSet, Origin, Part, PartStatus,
         PinDirectory, Refusals, SetRecord, State, chain,
     },
     grant::Grant,
@@ -210,8 +210,7 @@ async fn enforce(options: &Options, reporter: &mut dyn Reporter) -> Result<()> {
         daemon.publish();
     };
     notify(&[NotifyState::Stopping]);
-    daemon.stop(by, begun.elapsed(), leaves, reporter);
-    Ok(())
+    daemon.stop(by, begun.elapsed(), leaves, reporter)
 }
 
 /// What the daemon is woken by.
@@ -757,7 +756,14 @@ impl Daemon {
         self.exposed.set(source);
     }
 
-    fn stop(mut self, by: &str, after: Duration, leaves: Leaves, reporter: &mut dyn Reporter) {
+    /// Ends. An error where enforcement should end with it and does not.
+    fn stop(
+        mut self,
+        by: &str,
+        after: Duration,
+        mut leaves: Leaves,
+        reporter: &mut dyn Reporter,
+    ) -> Result<()> {
         self.building = None;
         self.sweep = None;
         let Some(enforcement) = self.enforcement.take() else {
@@ -767,21 +773,25 @@ impl Daemon {
                 leaves: Leaves::Nothing,
                 record: self.last_record.as_deref(),
             });
-            return;
+            return Ok(());
         };
         let record = enforcement.set.record().clone();
-        if leaves == Leaves::Enforcement {
+        let mut ended = Ok(());
+        if leaves == Leaves::Nothing {
+            let detached = enforcement.attachment.detach();
+            ended = detached.and(enforcement.bounds.detach());
+            // It may have come off all the same.
+            if ended.is_err() && !matches!(InForce::on(self.root.id), Ok(None)) {
+                leaves = Leaves::Enforcement;
+            }
+        }
+        // Who finds what is left is told that nobody holds it.
+        if leaves == Leaves::Enforcement || ended.is_err() {
             self.state.owner = None;
             self.state.sweep.under_way = false;
             self.state.parts.clear();
             if let Err(error) = record.set_state(&self.state) {
                 debug!("{}", chain(&error));
-            }
-        }
-        if leaves == Leaves::Nothing {
-            let detached = enforcement.attachment.detach();
-            if let Err(error) = detached.and(enforcement.bounds.detach()) {
-                error!("{}", chain(&error));
             }
         }
         reporter.report(&Event::Stopped {
@@ -790,6 +800,7 @@ impl Daemon {
             leaves,
             record: Some(&record),
         });
+        ended.with_context(|| format!("ending enforcement on {}", self.root.path))
     }
 }
 

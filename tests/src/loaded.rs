@@ -50,7 +50,12 @@ impl Loaded {
         let cgroup = cgroup.id()?;
         let links = bpftool(&["link", "show"])?;
         let links = links.as_array().context("no list")?;
-        let Some(link) = links.iter().find(|link| link["cgroup_id"] == cgroup) else {
+        let is_ours = |link: &&Value| {
+            let hook = link["attach_type"].as_str();
+            // There can be one for bounds as well.
+            link["cgroup_id"] == cgroup && hook.is_some_and(|hook| hook.ends_with("sock_ops"))
+        };
+        let Some(link) = links.iter().find(is_ours) else {
             return Ok(None);
         };
         let program = link["prog_id"].as_u64().context("no program")?;

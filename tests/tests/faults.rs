@@ -53,6 +53,8 @@ struct Node {
     pins: Pins,
     file: tempfile::NamedTempFile,
     wanted: Policy,
+    /// Whether a policy has bounds, which takes a link of its own.
+    bounds: bool,
     agent: Option<Agent>,
     /// One process in each cgroup, the first in the one itself.
     probe: Probe,
@@ -92,6 +94,7 @@ impl Node {
                 own: 70,
                 services: 71,
             },
+            bounds: false,
             agent: None,
         };
         node.write(node.wanted)?;
@@ -100,9 +103,14 @@ impl Node {
 
     fn write(&mut self, policy: Policy) -> Result<()> {
         self.wanted = policy;
+        let bounds = if self.bounds {
+            "interval = { default = \"10s\", at-most = \"20s\" }\n"
+        } else {
+            ""
+        };
         let text = format!(
             "[default]\nidle = \"{}s\"\n\
-             [[policy]]\nname = \"services\"\ncgroup = \"{}/s*\"\nidle = \"{}s\"\n\
+             [[policy]]\nname = \"services\"\ncgroup = \"{}/s*\"\nidle = \"{}s\"\n{bounds}\
              [[policy]]\nname = \"some\"\ncgroup = \"{}/s*\"\nremote = \"192.0.2.0/24\"\n\
              port = 443\nidle = \"{}s\"\n",
             policy.own,
@@ -563,6 +571,52 @@ fn config_of(text: &str) -> Result<Config> {
     let file = tempfile::NamedTempFile::with_suffix(".toml")?;
     fs::write(&file, text)?;
     Ok(target::read(&Sources::new(Some(file.path()), &[]), false)?.config)
+}
+
+/// Whatever cannot be taken off, or be removed, is whole until it is, and is taken off
+/// by the next one who is asked to.
+#[test]
+fn an_end_that_fails() -> Result<()> {
+    require!(Need::Program("bpftool"));
+    let _alone = alone();
+    let mut node = Node::new()?;
+    node.services.push(node.cgroup.child("s0")?);
+    // So that there is a second link.
+    node.bounds = true;
+    node.write(node.wanted)?;
+    let failed = at_every_place("detach", |place| {
+        fault::stop();
+        node.start()?;
+        node.recovers()?;
+        fault::arm(Some(place));
+        let ended = node.end(Request::Detach);
+        fault::stop();
+        match node.in_force()? {
+            None => ensure!(node.connection(None)? == Options::UNTOUCHED),
+            Some(_) => {
+                ensure!(ended.is_err(), "it does not say that it is in force still");
+                node.agrees(node.wanted)?;
+            }
+        }
+        detach(&node.cgroup)?;
+        node.has_nothing()
+    })?;
+    for operation in [fault::Operation::LinkDetach, fault::Operation::Unpin] {
+        assert!(failed.contains(&operation), "{operation:?} never failed");
+    }
+    at_every_place("stop", |place| {
+        fault::stop();
+        node.start()?;
+        node.recovers()?;
+        fault::arm(Some(place));
+        let agent = node.agent.take().context("no agent")?;
+        kill_process(getpid(), Signal::TERM)?;
+        agent.thread.join().ok().context("the agent panicked")??;
+        fault::stop();
+        node.agrees(node.wanted)
+    })?;
+    detach(&node.cgroup)?;
+    node.has_nothing()
 }
 
 /// Changes in any order, with failures anywhere.

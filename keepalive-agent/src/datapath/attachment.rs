@@ -181,6 +181,13 @@ impl InForce {
         places.find(|pins| self.is_pinned_in(pins))
     }
 
+    /// The cgroup by which pins are named, which the kernel forgets of a link that was
+    /// taken off.
+    fn root(&self) -> u64 {
+        let record = self.record.as_ref();
+        record.map_or(self.cgroup, |record| record.description.root.id)
+    }
+
     /// Whether the link is pinned in this directory.
     #[must_use]
     pub fn is_pinned_in(&self, pins: &PinDirectory) -> bool {
@@ -190,7 +197,7 @@ impl InForce {
                 .flatten()
                 .map(|link| link.id)
         };
-        let pinned = pins.link(self.cgroup).ok().flatten();
+        let pinned = pins.link(self.root()).ok().flatten();
         pinned.is_some_and(|pinned| id(&pinned).is_some() && id(&pinned) == id(&self.link))
     }
 
@@ -235,14 +242,14 @@ impl InForce {
     /// When the kernel refuses it.
     pub fn detach(self, pins: Option<&PinDirectory>) -> Result<(), Error> {
         let pins = pins.filter(|pins| self.is_pinned_in(pins));
-        if let Some(pins) = pins {
-            pins.unpin(self.cgroup)?;
-        }
-        take_off(&self.link)?;
-        match self.record {
-            Ok(record) => Bounds::of(&record, self.cgroup, pins.cloned())?.detach(),
-            Err(_) => Ok(()),
-        }
+        let root = self.root();
+        let bounds = match self.record {
+            Ok(record) => Bounds::of(&record, root, pins.cloned())?,
+            Err(_) => Bounds::none(root, pins.cloned()),
+        };
+        // What stays pinned does nothing any more once it is taken off.
+        let unpinned = pins.map_or(Ok(()), |pins| pins.unpin(root));
+        take_off(&self.link).and(bounds.detach()).and(unpinned)
     }
 }
 
@@ -366,10 +373,10 @@ impl Attachment {
     ///
     /// When the kernel refuses it.
     pub fn detach(self) -> Result<(), Error> {
-        if let Some(pins) = &self.pins {
-            pins.unpin(self.cgroup)?;
-        }
-        take_off(&self.link)
+        let pins = self.pins.as_ref();
+        // What stays pinned does nothing any more once it is taken off.
+        let unpinned = pins.map_or(Ok(()), |pins| pins.unpin(self.cgroup));
+        take_off(&self.link).and(unpinned)
     }
 }
 

@@ -212,14 +212,15 @@ impl Bounds {
         self.take_off(links)
     }
 
+    /// The first error, after all has been tried.
     fn take_off(&self, links: Vec<Link>) -> Result<(), Error> {
+        let mut all = Ok(());
         for Link { link, cgroup } in links {
-            if let Some(pins) = &self.pins {
-                pins.unpin_bounds(self.root, cgroup)?;
-            }
-            super::attachment::take_off(&link)?;
+            let pins = self.pins.as_ref();
+            let unpinned = pins.map_or(Ok(()), |pins| pins.unpin_bounds(self.root, cgroup));
+            all = all.and(super::attachment::take_off(&link)).and(unpinned);
         }
-        Ok(())
+        all
     }
 }
 
