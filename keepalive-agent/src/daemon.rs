@@ -55,7 +55,7 @@ use crate::{
     sweep::{Progress, SweepJob, Swept},
     unblocked::{self, Stream},
     view,
-    watch::Watch,
+    watch::{self, Watch},
 };
 use building::Built;
 use control::{Asked, Client, Control, Request};
@@ -220,7 +220,7 @@ enum Wake {
     Hangup,
     Asked(std::io::Result<Asked>),
     UserAsked(self_service::Asked),
-    FilesChanged(Result<()>),
+    FilesChanged(Result<(), watch::Error>),
     Refusals(Result<()>),
     DeadPeers(Result<()>),
     Built(Result<Built>),
@@ -454,8 +454,8 @@ impl Daemon {
         self.part(name, Err(reason));
     }
 
-    fn files_unwatched(&mut self, error: &anyhow::Error) {
-        let error = format!("{error:#}; send SIGHUP after a change of the config");
+    fn files_unwatched(&mut self, error: &watch::Error) {
+        let error = format!("{}; send SIGHUP after a change of the config", chain(error));
         warn!("{error}");
         self.watch = None;
         self.part_failed("config files", error);

@@ -9,9 +9,9 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::fs::statfs;
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 pub use path::CgroupPath;
 
@@ -45,6 +45,48 @@ pub struct Cgroup {
     pub id: u64,
 }
 
+/// Why the hierarchy, or a cgroup, cannot be used.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The mounts of this process cannot be read.
+    #[error("reading {}: is /proc mounted?", mountinfo::PATH)]
+    Mounts(#[source] io::Error),
+    /// No cgroup v2 hierarchy can be reached.
+    #[error("{0}: {CURE}")]
+    Unreachable(Unreachable),
+    /// No cgroup can have this path.
+    #[error(
+        "a cgroup path starts with `/`, the root of the hierarchy, and has no `..`: {}",
+        printable_path(.0)
+    )]
+    NoPath(PathBuf),
+    /// There is no such cgroup, or it cannot be looked at.
+    #[error(
+        "cgroup {path} (directory {}) cannot be used",
+        printable_path(directory)
+    )]
+    Unusable {
+        /// Its path from the root.
+        path: CgroupPath,
+        /// Where that is here.
+        directory: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Its directory cannot be opened.
+    #[error("opening cgroup {}", printable_path(directory))]
+    Opening {
+        /// Which one.
+        directory: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
 impl Hierarchy {
     /// Finds it among the mounts of this process: on hybrid hosts it is not at
     /// /sys/fs/cgroup, and what is mounted may be hidden, or a part only.
@@ -53,12 +95,26 @@ impl Hierarchy {
     ///
     /// When no cgroup v2 hierarchy can be reached, and why not.
     pub fn find() -> Result<Self> {
-        let path = mountinfo::PATH;
-        let text = fs::read(path).with_context(|| format!("reading {path}: is /proc mounted?"))?;
+        let text = fs::read(mountinfo::PATH).map_err(Error::Mounts)?;
         let mounts: Vec<_> = mountinfo::parse(&text)
             .filter(|mount| mount.kind == b"cgroup2")
             .collect();
         choose(&mounts, root_at)
+    }
+
+    /// The same, and a cgroup in it if one is wanted; without one there need not be a
+    /// hierarchy.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::find`] and [`Self::existing`], where a cgroup is wanted.
+    pub fn with(cgroup: Option<&Path>) -> Result<(Option<Self>, Option<Cgroup>)> {
+        let Some(path) = cgroup else {
+            return Ok((Self::find().ok(), None));
+        };
+        let hierarchy = Self::find()?;
+        let cgroup = hierarchy.existing(path)?;
+        Ok((Some(hierarchy), Some(cgroup)))
     }
 
     /// Whether all of it can be seen, not only what is in a cgroup namespace.
@@ -99,11 +155,10 @@ impl Hierarchy {
         let path = self.path(path)?;
         self.lookup(&path)
             .and_then(|cgroup| cgroup.ok_or_else(|| io::ErrorKind::NotFound.into()))
-            .with_context(|| {
-                format!(
-                    "cgroup {path} (directory {}) cannot be used",
-                    printable_path(&self.directory(&path))
-                )
+            .map_err(|source| Error::Unusable {
+                directory: self.directory(&path),
+                path,
+                source,
             })
     }
 
@@ -116,10 +171,7 @@ impl Hierarchy {
     pub fn path(&self, path: &Path) -> Result<CgroupPath> {
         let below = path.strip_prefix(&self.mount).unwrap_or(path);
         if path.is_relative() || below.components().any(|part| part == Component::ParentDir) {
-            bail!(
-                "a cgroup path starts with `/`, the root of the hierarchy, and has no `..`: {}",
-                printable_path(path)
-            );
+            return Err(Error::NoPath(path.to_owned()));
         }
         // Slashes in a row, and a dot between them, are one.
         let names = below.components().filter_map(|part| match part {
@@ -259,8 +311,7 @@ impl Hierarchy {
     /// When its directory cannot be opened.
     pub fn open(&self, cgroup: &Cgroup) -> Result<File> {
         let directory = self.directory(&cgroup.path);
-        File::open(&directory)
-            .with_context(|| format!("opening cgroup {}", printable_path(&directory)))
+        File::open(&directory).map_err(|source| Error::Opening { directory, source })
     }
 }
 
@@ -308,36 +359,41 @@ fn root_at(point: &Path) -> io::Result<Option<u64>> {
         .map(|metadata| id(&metadata)))
 }
 
-/// Why no hierarchy can be used.
-#[derive(Debug, thiserror::Error)]
-enum Unreachable {
+/// What there is instead of a hierarchy that can be used.
+#[derive(Debug, Error)]
+pub enum Unreachable {
+    /// Nothing.
     #[error("no cgroup v2 hierarchy is mounted, so there is nothing to attach the program to")]
     NotMounted,
+    /// Something is mounted over it.
     #[error(
         "the cgroup v2 hierarchy is mounted at {}, but something else is mounted over it",
         printable_path(.0)
     )]
     Hidden(PathBuf),
+    /// A part of it: which one, and where.
     #[error(
         "of the cgroup v2 hierarchy only a part can be seen ({}, at {})",
         printable(.0),
         printable_path(.1)
     )]
     Part(Vec<u8>, PathBuf),
+    /// It is there and may not be looked at.
     #[error("the cgroup v2 hierarchy at {} cannot be looked at: {}", printable_path(.0), .1)]
     NotPermitted(PathBuf, io::Error),
 }
+
+/// In another place than /sys/fs/cgroup, where it would hide the controllers of version
+/// 1.
+const CURE: &str = "mount another one in a place of its own, \
+                    `mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2`; in a \
+                    container, mount the host's /sys/fs/cgroup";
 
 /// The mount to use, by what the root of each is.
 fn choose(
     mounts: &[Mount],
     root_at: impl Fn(&Path) -> io::Result<Option<u64>>,
 ) -> Result<Hierarchy> {
-    // In another place than /sys/fs/cgroup, where it would hide the controllers of
-    // version 1.
-    const CURE: &str = "mount another one in a place of its own, \
-                        `mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2`; \
-                        in a container, mount the host's /sys/fs/cgroup";
     let mut found: Option<Hierarchy> = None;
     let mut reason = Unreachable::NotMounted;
     for mount in mounts {
@@ -373,7 +429,7 @@ fn choose(
             found = Some(hierarchy);
         }
     }
-    found.ok_or_else(|| anyhow!("{reason}: {CURE}"))
+    found.ok_or(Error::Unreachable(reason))
 }
 
 #[cfg(test)]

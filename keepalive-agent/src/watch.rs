@@ -16,19 +16,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
-    fs,
+    fs, io,
     mem::MaybeUninit,
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _, unix::fs::MetadataExt as _},
     path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow};
 use rustix::{
     fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
     io::Errno,
     time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec},
 };
+use thiserror::Error;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
@@ -67,6 +67,48 @@ const NAMES: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::MOVED_FROM)
     .union(WatchFlags::MOVED_TO);
 
+/// Why changes of the files cannot be noticed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// There is no instance of inotify to be had.
+    #[error(
+        "making an inotify instance: all that this user may have are in use, or all descriptors \
+         of this process; `sysctl fs.inotify.max_user_instances` shows how many, `sysctl -w` \
+         raises it"
+    )]
+    Instances,
+    /// A directory cannot be watched.
+    #[error("watching {}{limit}", printable_path(path))]
+    Watching {
+        /// Which one.
+        path: PathBuf,
+        /// The limit that may be reached.
+        limit: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+    /// Another call to the kernel failed.
+    #[error("{doing}")]
+    Call {
+        /// What was being done.
+        doing: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A failed call, while `doing` something.
+fn call<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Call {
+        doing,
+        source: error.into(),
+    }
+}
+
 /// Waits for changes of the files that make up a config.
 #[derive(Debug)]
 pub struct Watch {
@@ -101,7 +143,7 @@ impl Watch {
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
         )
-        .context("making a timer")?;
+        .map_err(call("making a timer"))?;
         let armed = Armed::new(sources)?;
         let mut watch = Self {
             sources: sources.clone(),
@@ -109,7 +151,7 @@ impl Watch {
             way: armed.way,
             watched: armed.watched,
             may_differ: false,
-            timer: awaited(timer, Interest::READABLE).context("watching a timer")?,
+            timer: awaited(timer, Interest::READABLE).map_err(call("watching a timer"))?,
             noticed: None,
             writing: HashMap::new(),
         };
@@ -131,7 +173,7 @@ impl Watch {
         loop {
             tokio::select! {
                 ready = self.inotify.readable() => {
-                    let mut ready = ready.context("waiting for changes of the config")?;
+                    let mut ready = ready.map_err(call("waiting for changes of the config"))?;
                     let news = read(ready.get_inner(), &self.watched)?;
                     if news.is_all {
                         ready.clear_ready();
@@ -139,12 +181,12 @@ impl Watch {
                     self.take_in(news)?;
                 }
                 ready = self.timer.readable() => {
-                    let mut ready = ready.context("waiting for a timer")?;
+                    let mut ready = ready.map_err(call("waiting for a timer"))?;
                     ready.clear_ready();
                     match rustix::io::read(ready.get_inner(), &mut [0_u8; 8]) {
                         Ok(_) if self.is_quiet()? => return Ok(()),
                         Ok(_) | Err(Errno::AGAIN) => {}
-                        Err(error) => return Err(error).context("reading a timer"),
+                        Err(error) => return Err(call("reading a timer")(error)),
                     }
                 }
             }
@@ -243,10 +285,11 @@ impl Watch {
     fn set_timer(&self, wait: Duration) -> Result<()> {
         let once = Itimerspec {
             it_interval: Timespec::default(),
-            it_value: wait.try_into().context("setting a timer")?,
+            // All that are set here are short.
+            it_value: wait.try_into().unwrap_or_default(),
         };
         rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)
-            .context("setting a timer")?;
+            .map_err(call("setting a timer"))?;
         Ok(())
     }
 }
@@ -272,12 +315,8 @@ impl Armed {
         let way = Way::to(sources);
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(
             |error| match error {
-                Errno::MFILE => anyhow!(
-                    "making an inotify instance: all that this user may have are in use, or all \
-                     descriptors of this process; `sysctl fs.inotify.max_user_instances` shows how \
-                     many, `sysctl -w` raises it"
-                ),
-                error => anyhow::Error::new(error).context("making an inotify instance"),
+                Errno::MFILE => Error::Instances,
+                error => call("making an inotify instance")(error),
             },
         )?;
         let mut watched = HashMap::<_, Watched>::new();
@@ -302,14 +341,17 @@ impl Armed {
                         Errno::NOSPC => " (fs.inotify.max_user_watches)",
                         _ => "",
                     };
-                    return Err(error)
-                        .with_context(|| format!("watching {}{limit}", printable_path(path)));
+                    return Err(Error::Watching {
+                        path: path.clone(),
+                        limit,
+                        source: error,
+                    });
                 }
             }
         }
         is_outdated |= Way::to(sources) != way;
-        let inotify =
-            awaited(inotify, Interest::READABLE).context("watching the files of the config")?;
+        let inotify = awaited(inotify, Interest::READABLE)
+            .map_err(call("watching the files of the config"))?;
         Ok(Self {
             inotify,
             way,
@@ -494,7 +536,7 @@ fn read(inotify: &OwnedFd, watched: &HashMap<i32, Watched>) -> Result<News> {
                 return Ok(news);
             }
             Err(Errno::INTR) => {}
-            Err(error) => return Err(error).context("reading changes of the config's files"),
+            Err(error) => return Err(call("reading changes of the config's files")(error)),
         }
     }
     // Those that were read into the buffer are lost with it.

@@ -407,12 +407,17 @@ mod tests {
         assert_eq!(Target::step(7).lead(), Lead::Step(7));
     }
 
-    /// Steps 0 to 40, each leading to the next; rules 1 name nothing.
-    struct Endless;
+    /// Steps 0 to 40, each leading to the next and the last to slot 3; rules 1 name
+    /// nothing.
+    struct Long;
 
-    impl Tables for Endless {
+    impl Tables for Long {
         fn step(&self, number: u32) -> Option<Step> {
-            (number <= 40).then(|| Step::new(1, Target::step(number + 1)))
+            match number {
+                0..40 => Some(Step::new(1, Target::step(number + 1))),
+                40 => Some(Step::new(1, Target::slot(3))),
+                _ => None,
+            }
         }
 
         fn remote(&self, _: &RemoteKey) -> Option<Found> {
@@ -431,12 +436,74 @@ mod tests {
             (Target::step(0), UNCLAIMED),
             (Target::step(99), UNCLAIMED),
             (Target::slot(3), 3),
+            // As many as there can be, and one more.
+            (Target::step(41 - MAX_STEPS), 3),
+            (Target::step(40 - MAX_STEPS), UNCLAIMED),
         ] {
             let expected = Resolved {
                 slot,
                 by_port: false,
             };
-            assert_eq!(resolve(&Endless, target, &ends), expected);
+            assert_eq!(resolve(&Long, target, &ends), expected);
+        }
+    }
+
+    /// Step 0 asks by the remote port, step 1 by the local one, step 2 by none and
+    /// step 3 by none as well; each leads to the next where its rules do not name the
+    /// connection. Port 443 is in slot 5, local port 8080 in slot 6; the rules of step 2
+    /// name nothing, those of step 3 slot 7.
+    struct ByPorts;
+
+    impl Tables for ByPorts {
+        fn step(&self, number: u32) -> Option<Step> {
+            (number <= 3).then(|| Step::new(number, Target::step(number + 1)))
+        }
+
+        fn remote(&self, key: &RemoteKey) -> Option<Found> {
+            Some(match key.parts().0 {
+                0 => Found::by_port(0),
+                1 => Found::by_local_port(1),
+                2 => Found::NOTHING,
+                _ => Found::slot(7),
+            })
+        }
+
+        fn port(&self, key: &PortKey) -> Option<Found> {
+            if *key == PortKey::new(0, 443) {
+                Some(Found::slot(5))
+            } else if *key == PortKey::new(1, 8080) {
+                Some(Found::slot(6))
+            } else {
+                None
+            }
+        }
+    }
+
+    /// What was found without any port can be kept for all ports of an address: so it
+    /// has to be told, also of a step whose rules named nothing in the end.
+    #[test]
+    fn whether_a_port_had_a_say_is_told() {
+        for (first, port, local_port, slot, by_port) in [
+            (0, 443, 1, 5, true),
+            (0, 80, 8080, 6, true),
+            (1, 443, 8080, 6, true),
+            // A port was asked for on the way, and the address decides.
+            (0, 80, 1, 7, true),
+            (1, 80, 1, 7, true),
+            (2, 443, 8080, 7, false),
+            (3, 443, 8080, 7, false),
+        ] {
+            let remote = std::net::SocketAddr::from(([192, 0, 2, 1], port));
+            let found = resolve(
+                &ByPorts,
+                Target::step(first),
+                &Ends::new(remote, local_port),
+            );
+            assert_eq!(
+                found,
+                Resolved { slot, by_port },
+                "{first} {port} {local_port}"
+            );
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     assignment::Claimants,
     config::Diagnostics,
     daemon::target,
-    datapath,
+    datapath::{self, chain},
     hierarchy::Hierarchy,
     kernel::{
         self,
@@ -195,7 +195,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
     let capable = preflight::may_enforce();
     findings.push(match &capable {
         Ok(()) => Finding::yes(CAPABILITIES, "may load and attach programs"),
-        Err(error) => Finding::no(CAPABILITIES, format_args!("{error:#}")),
+        Err(error) => Finding::no(CAPABILITIES, chain(error)),
     });
     let kernel = Kernel::running();
     findings.push(match &kernel {
@@ -207,7 +207,7 @@ fn kernel_findings(target: &Target) -> Vec<Finding> {
                 kernel.layout.hz
             ),
         ),
-        Err(error) => Finding::no(TYPES, format_args!("{error:#}")),
+        Err(error) => Finding::no(TYPES, chain(error)),
     });
     let (Ok((hierarchy, root)), Ok(()), Ok(kernel)) = (root, capable, kernel) else {
         for feature in [PROGRAM, SWEEP, DEATHS, EFFECT, CGROUPS] {

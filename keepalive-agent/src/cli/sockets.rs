@@ -139,12 +139,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
-    let hierarchy = Hierarchy::find();
-    let cgroup = match (&arguments.cgroup, &hierarchy) {
-        (None, _) => None,
-        (Some(path), Ok(hierarchy)) => Some(hierarchy.existing(path)?),
-        (Some(_), Err(_)) => return Err(hierarchy.expect_err("matched just above")),
-    };
+    let (hierarchy, cgroup) = Hierarchy::with(arguments.cgroup.as_deref())?;
     let risk = Risk {
         timeout: arguments.at_risk.unwrap_or_else(|| AWS_NAT.into()),
         loopback: arguments.loopback,
@@ -161,7 +156,6 @@ pub(super) fn sockets(arguments: &Arguments) -> Result<ExitCode> {
             .filter(|_| !arguments.summary)
             .map(|_| risk),
     };
-    let hierarchy = hierarchy.ok();
     preflight::may_enforce()?;
     let lister = Lister::load(&Kernel::running()?, &filter.top())?;
     let screen = match arguments.watch {

@@ -197,12 +197,7 @@ pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
         );
     }
     preflight::may_enforce()?;
-    let hierarchy = Hierarchy::find();
-    let cgroup = match (&arguments.cgroup, &hierarchy) {
-        (None, _) => None,
-        (Some(path), Ok(hierarchy)) => Some(hierarchy.existing(path)?),
-        (Some(_), Err(_)) => return Err(hierarchy.expect_err("matched just above")),
-    };
+    let (hierarchy, cgroup) = Hierarchy::with(arguments.cgroup.as_deref())?;
     let filter = Filter {
         cgroup,
         whose: arguments.whose.wanted(),
@@ -213,7 +208,7 @@ pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
         loopback: arguments.loopback,
     };
     let lister = Lister::load(&Kernel::running()?, &filter.top())?;
-    let collector = Collector::new(hierarchy.ok(), lister, filter, risk);
+    let collector = Collector::new(hierarchy, lister, filter, risk);
     let has_colours = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let model = Model::new(arguments.by, has_colours);
 

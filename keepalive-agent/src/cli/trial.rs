@@ -168,7 +168,7 @@ impl Scratch {
             Ok(cgroup) => Ok(scratch(cgroup)),
             Err(error) => {
                 drop(scratch(root.clone()));
-                Err(error)
+                Err(error.into())
             }
         }
     }

@@ -208,7 +208,7 @@ impl LoadedObject {
             Some(hook) => self
                 .kernel
                 .number(hook)
-                .map_err(|error| Error::Kernel(format!("{error:#}")))?,
+                .map_err(|error| Error::Kernel(error.to_string()))?,
             None => 0,
         };
         self.attempt(name, function, purpose, number, &mut [])

@@ -1,14 +1,13 @@
 //! Takes the [`Layout`] from the kernel's BTF.
 
-use std::path::Path;
+use std::{io, path::Path};
 
-use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_common::layout::{Field, Layout};
 use rustix::time::{ClockId, Timespec, clock_getres};
 use thiserror::Error;
 
 use super::{
-    btf::{Btf, Kind},
+    btf::{Btf, BtfError, Kind},
     mapped_file::MappedFile,
 };
 
@@ -78,6 +77,47 @@ impl Hook {
     }
 }
 
+/// Why a kernel's types do not do.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// They cannot be read.
+    #[error("{WITHOUT_TYPES}")]
+    Reading(#[source] io::Error),
+    /// They are not in the form that is known.
+    #[error("{WITHOUT_TYPES}")]
+    Btf(#[from] BtfError),
+    /// Timers cannot be read.
+    #[error(transparent)]
+    Tick(#[from] UnknownTick),
+    /// Something is not among them.
+    #[error("the kernel's BTF has no {0}")]
+    Lacks(String),
+    /// A structure has no such field.
+    #[error("struct {structure} of this kernel has no field {field}")]
+    NoField {
+        /// The structure.
+        structure: String,
+        /// The field, by its dotted path.
+        field: String,
+    },
+    /// A field is there and cannot be read as it is.
+    #[error("{structure}.{field} {why} in this kernel")]
+    Field {
+        /// The structure.
+        structure: String,
+        /// The field, by its dotted path.
+        field: String,
+        /// What is odd about it.
+        why: String,
+    },
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+const WITHOUT_TYPES: &str = "reading the kernel's types from /sys/kernel/btf/vmlinux: without them \
+                             no program can be loaded; the kernel must be built with \
+                             CONFIG_DEBUG_INFO_BTF=y";
+
 impl Kernel {
     /// The running one.
     ///
@@ -86,14 +126,8 @@ impl Kernel {
     /// When the kernel shows no BTF, or one in which a field cannot be found: an
     /// offset is never guessed.
     pub fn running() -> Result<Self> {
-        let reading = || {
-            format!(
-                "reading the kernel's types from {KERNEL_BTF}: without them no program can be \
-                 loaded; the kernel must be built with CONFIG_DEBUG_INFO_BTF=y"
-            )
-        };
-        let types = MappedFile::open(Path::new(KERNEL_BTF)).with_context(reading)?;
-        let btf = Btf::parse(&types).with_context(reading)?;
+        let types = MappedFile::open(Path::new(KERNEL_BTF)).map_err(Error::Reading)?;
+        let btf = Btf::parse(&types)?;
         let mut numbers = [None; Hook::ALL.len()];
         for (number, hook) in numbers.iter_mut().zip(Hook::ALL) {
             *number = btf.find(hook.kind(), &hook.type_name())?;
@@ -110,8 +144,7 @@ impl Kernel {
     ///
     /// When the kernel has no such hook.
     pub fn number(&self, hook: Hook) -> Result<u32> {
-        self.numbers[hook as usize]
-            .with_context(|| format!("the kernel's BTF has no {}", hook.type_name()))
+        self.numbers[hook as usize].ok_or_else(|| Error::Lacks(hook.type_name()))
     }
 }
 
@@ -121,7 +154,7 @@ impl Kernel {
 /// # Errors
 ///
 /// When the tick is not one of a known rate.
-pub fn jiffies_per_second() -> Result<u32, UnknownTick> {
+pub fn jiffies_per_second() -> std::result::Result<u32, UnknownTick> {
     let tick = clock_getres(ClockId::MonotonicCoarse);
     hz_of_tick(tick.tv_sec, tick.tv_nsec).ok_or(UnknownTick(tick))
 }
@@ -233,20 +266,28 @@ impl<'a> Structure<'a> {
     fn named(btf: &'a Btf<'a>, name: &'a str) -> Result<Self> {
         let number = btf
             .find(Kind::Struct, name)?
-            .with_context(|| format!("the kernel's BTF has no struct {name}"))?;
+            .ok_or_else(|| Error::Lacks(format!("struct {name}")))?;
         Ok(Self { btf, name, number })
     }
 
     /// A field of a width that one load can read, by its dotted path.
     fn number(&self, path: &str) -> Result<Field> {
         let field = self.field(path)?;
-        ensure!(
-            matches!(field.width, 1 | 2 | 4 | 8),
-            "{}.{path} is {} bytes wide in this kernel: it cannot be read in one load",
-            self.name,
-            field.width
-        );
-        Ok(field)
+        match field.width {
+            1 | 2 | 4 | 8 => Ok(field),
+            width => Err(self.odd(
+                path,
+                format!("is {width} bytes wide, so that no load can read it,"),
+            )),
+        }
+    }
+
+    fn odd(&self, path: &str, why: impl Into<String>) -> Error {
+        Error::Field {
+            structure: self.name.to_owned(),
+            field: path.to_owned(),
+            why: why.into(),
+        }
     }
 
     /// Any field, by its dotted path. Members of anonymous structures and
@@ -259,20 +300,18 @@ impl<'a> Structure<'a> {
         };
         for name in path.split('.') {
             let Some(structure) = within else {
-                bail!("{}.{path}: a part of it is not a structure", self.name);
+                return Err(self.odd(path, "has a part that is no structure"));
             };
-            let member = self.btf.member(structure, name)?.with_context(|| {
-                format!("struct {} of this kernel has no field {path}", self.name)
+            let member = self.btf.member(structure, name)?;
+            let member = member.ok_or_else(|| Error::NoField {
+                structure: self.name.to_owned(),
+                field: path.to_owned(),
             })?;
-            ensure!(
-                !member.is_bit_field,
-                "{}.{path} is a bit field in this kernel",
-                self.name
-            );
-            let content = self
-                .btf
-                .content(&member)?
-                .with_context(|| format!("{}.{path} has no type", self.name))?;
+            if member.is_bit_field {
+                return Err(self.odd(path, "is a bit field"));
+            }
+            let content = self.btf.content(&member)?;
+            let content = content.ok_or_else(|| self.odd(path, "has no type"))?;
             field = Field {
                 offset: field.offset.saturating_add(member.bit_offset / 8),
                 width: content.size,
@@ -291,12 +330,12 @@ fn enumerators<const COUNT: usize>(
 ) -> Result<[u32; COUNT]> {
     let number = btf
         .find(Kind::Enum, name)?
-        .with_context(|| format!("the kernel's BTF has no enum {name}"))?;
+        .ok_or_else(|| Error::Lacks(format!("enum {name}")))?;
     let mut values = [0; COUNT];
     for (value, wanted) in values.iter_mut().zip(wanted) {
         *value = btf
             .enumerator(number, wanted)?
-            .with_context(|| format!("the kernel's BTF has no {wanted} in enum {name}"))?;
+            .ok_or_else(|| Error::Lacks(format!("{wanted} in enum {name}")))?;
     }
     Ok(values)
 }

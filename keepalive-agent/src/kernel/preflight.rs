@@ -3,8 +3,11 @@
 
 use std::fs;
 
-use anyhow::{Context as _, Result, bail};
-use rustix::thread::{CapabilitySet, capabilities};
+use rustix::{
+    io::Errno,
+    thread::{CapabilitySet, capabilities},
+};
+use thiserror::Error;
 
 use crate::view;
 
@@ -19,29 +22,44 @@ const NEEDED: [(CapabilitySet, &str); 3] = [
 /// Where the kernel shows how far it is locked down (since Linux 5.4).
 const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 
+/// Why this process may not load and attach programs.
+#[derive(Debug, Error)]
+pub enum NotPermitted {
+    /// Capabilities in a user namespace do not count.
+    #[error(
+        "this process is in a user namespace, where capabilities do not count for BPF: the kernel \
+         lets it neither load programs nor attach them; run it as root of the host, not in a \
+         rootless container"
+    )]
+    UserNamespace,
+    /// It cannot be told.
+    #[error("reading the capabilities of this process")]
+    Unknown(#[source] Errno),
+    /// Those that it has not.
+    #[error(
+        "missing {}: the kernel lets this process neither load BPF programs nor attach them; run \
+         it as root",
+        .0.join(", ")
+    )]
+    Missing(Vec<&'static str>),
+}
+
 /// Whether this process may load and attach programs.
 ///
 /// # Errors
 ///
 /// Names the capabilities that are missing.
-pub fn may_enforce() -> Result<()> {
+pub fn may_enforce() -> Result<(), NotPermitted> {
     if view::has_initial_user_namespace() == Some(false) {
-        bail!(
-            "this process is in a user namespace, where capabilities do not count for BPF: the \
-             kernel lets it neither load programs nor attach them; run it as root of the host, \
-             not in a rootless container"
-        );
+        return Err(NotPermitted::UserNamespace);
     }
-    let sets = capabilities(None).context("reading the capabilities of this process")?;
+    let sets = capabilities(None).map_err(NotPermitted::Unknown)?;
     let missing = missing(sets.effective);
-    if !missing.is_empty() {
-        bail!(
-            "missing {}: the kernel lets this process neither load BPF programs nor attach them; \
-             run it as root",
-            missing.join(", ")
-        );
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(NotPermitted::Missing(missing))
     }
-    Ok(())
 }
 
 /// Why the kernel refuses a program that it takes elsewhere, as far as that can be

@@ -15,7 +15,7 @@ const KERNELS: [(&str, &[u8]); 3] = [
 ];
 
 fn layout(types: &[u8]) -> anyhow::Result<Layout> {
-    resolve(&Btf::parse(types)?, 250)
+    Ok(resolve(&Btf::parse(types)?, 250)?)
 }
 
 #[test]
