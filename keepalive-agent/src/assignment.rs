@@ -19,7 +19,7 @@ use crate::{
     duration,
     grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
-    identity::{Identities, Identity, Selector},
+    identity::{Identities, Identity, Renaming, Selector},
     rules::Rules,
 };
 
@@ -564,45 +564,66 @@ impl Claimants {
         warnings
     }
 
-    /// Whether others, whose policies are the same but for names of units, containers
-    /// and pods, claim each cgroup that exists for the same of them.
+    /// The cgroups that exist of which others, whose policies are the same but for names
+    /// of units, containers and pods, select other ones. Of those one below another the
+    /// topmost: what is below may be claimed for others, too.
     ///
     /// # Errors
     ///
     /// When the hierarchy cannot be read.
-    pub fn claim_same(&self, others: &Self, hierarchy: &Hierarchy) -> io::Result<bool> {
-        if others.needs_names {
-            others.identities.learn(&self.identities);
-        }
+    pub fn differing(&self, others: &Self, hierarchy: &Hierarchy) -> io::Result<Vec<Cgroup>> {
+        self.teach(others);
         let both = || self.by_selector.iter().zip(&others.by_selector);
         let changed: Vec<_> = both().filter(|(one, other)| one != other).collect();
         let are_pods = |(one, other): &(&(usize, Selector), &(usize, Selector))| {
             one.1.is_of_pods() && other.1.is_of_pods()
         };
+        let renamings = changed.iter();
+        let renamings: Vec<_> = renamings
+            .map(|(one, other)| Renaming::new(&one.1, &other.1))
+            .collect();
+        let concerned =
+            |identity: &Identity| renamings.iter().any(|renaming| renaming.concerns(identity));
         if changed.iter().all(are_pods) {
             // What containers there are in pods is known without looking.
-            let selects_same = |pod: &Identity| {
-                let mut changed = changed.iter();
-                changed.all(|(before, now)| before.1.selects(pod) == now.1.selects(pod))
-            };
-            return Ok(self.identities.pods().iter().all(selects_same));
+            let found = self.identities.pods(concerned).into_iter();
+            let cgroups = found.map(|path| hierarchy.lookup(&path));
+            return cgroups.filter_map(io::Result::transpose).collect();
         }
-        let mut all_same = true;
-        hierarchy.descend(&self.root, &(), |cgroup, ()| {
-            if !all_same {
-                return;
-            }
+        let mut differing = Vec::new();
+        hierarchy.descend(&self.root, &false, |cgroup, is_above| {
             let (one, other) = (self.identity(&cgroup.path), others.identity(&cgroup.path));
-            let is_same = |(before, now): (&(usize, Selector), &(usize, Selector))| {
-                before.1.selects(&one) == now.1.selects(&other)
-            };
-            all_same = if one == other {
-                changed.iter().copied().all(is_same)
+            let is_other = if one == other {
+                concerned(&one)
             } else {
-                both().all(is_same)
+                both().any(|(before, now)| before.1.selects(&one) != now.1.selects(&other))
             };
+            if is_other && !is_above {
+                differing.push(cgroup.clone());
+            }
+            is_other || *is_above
         })?;
-        Ok(all_same)
+        Ok(differing)
+    }
+
+    /// Lets others know what was read of containers, as far as that stays as it is.
+    pub fn teach(&self, others: &Self) {
+        others.learn(&self.identities);
+    }
+
+    /// Takes over what was read of containers, likewise.
+    pub fn learn(&self, known: &Identities) {
+        if self.needs_names {
+            self.identities.learn(known);
+        }
+    }
+
+    /// What was read of containers.
+    #[must_use]
+    pub fn known(&self) -> Identities {
+        let known = Identities::default();
+        known.learn(&self.identities);
+        known
     }
 
     fn path_warning(

@@ -20,13 +20,17 @@ mod text;
 mod timer;
 mod trusted_file;
 
-use std::{fmt, path::Path};
+use std::{collections::HashMap, fmt, path::Path};
 
 use globset::{Glob, GlobBuilder};
 use keepalive_common::policy::Policy;
 use serde::{Deserialize, Serialize};
 
-use crate::{assignment::DEFAULT, identity::Selector, rules::Rules};
+use crate::{
+    assignment::DEFAULT,
+    identity::{Attribute, NamePattern, Selector},
+    rules::Rules,
+};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use origin::{ConfigOrigins, Origin, Origins, Place, SelfServiceOrigins, TimerOrigin};
@@ -114,6 +118,26 @@ impl Config {
             && self.self_service == other.self_service
             && self.policies.len() == other.policies.len()
             && self.policies.iter().zip(&other.policies).all(is_same)
+    }
+
+    /// The same config, its policies also for those units, containers and pods that
+    /// another config has the policies of the same names for, where this is true of the
+    /// name.
+    #[must_use]
+    pub fn with_names_of(
+        &self,
+        other: &Self,
+        may: impl Fn(Attribute, &NamePattern) -> bool,
+    ) -> Self {
+        let others = other.policies.iter();
+        let others: HashMap<_, _> = others.map(|named| (&named.name, &named.selector)).collect();
+        let mut config = self.clone();
+        for named in &mut config.policies {
+            if let Some(selector) = others.get(&named.name) {
+                named.selector.add_names_of(selector, &may);
+            }
+        }
+        config
     }
 
     /// The policy of this name; [`DEFAULT`] is the one for unclaimed sockets.

@@ -282,6 +282,8 @@ struct Daemon {
     reload_waiting: Option<Why>,
     /// Whether it waits for the end of a sweep, too.
     reload_awaits_sweep: bool,
+    /// What the files said that were read while a set is being built.
+    latest: Option<Config>,
     sweep: Option<SweepJob>,
     /// That of an earlier set, until it has stopped: two at a time would undo what
     /// the other one does.
@@ -367,6 +369,7 @@ impl Daemon {
             reloads: None,
             reload_waiting: None,
             reload_awaits_sweep: false,
+            latest: None,
             sweep: None,
             earlier_sweep: None,
             sweep_again: false,

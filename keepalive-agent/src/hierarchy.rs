@@ -227,7 +227,13 @@ impl Hierarchy {
         /// its dot (`kernfs_refresh_inode()` in fs/kernfs/inode.c). To read
         /// one takes much longer: it is full of files.
         const NONE_BELOW: u64 = 2;
-        let mut unread = vec![(top.path.clone(), visit(top, above))];
+        let visited = visit(top, above);
+        let has_none_below = fs::metadata(self.directory(&top.path))
+            .is_ok_and(|metadata| metadata.nlink() == NONE_BELOW);
+        if has_none_below {
+            return Ok(());
+        }
+        let mut unread = vec![(top.path.clone(), visited)];
         while let Some((parent, above)) = unread.pop() {
             let entries = match fs::read_dir(self.directory(&parent)) {
                 Ok(entries) => entries,

@@ -14,15 +14,15 @@ mod wanted;
 use std::{
     collections::HashMap,
     fmt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::names::printable;
-pub(crate) use container_names::DOCKER_FILE;
+use crate::{hierarchy::CgroupPath, names::printable};
 pub use container_names::{ContainerNames, Runtime};
+pub(crate) use container_names::{DOCKER_FILE, STORED};
 pub use location::{ContainerId, Location};
-pub use selector::{Attribute, NamePattern, Selector};
+pub use selector::{Attribute, NamePattern, Renaming, Selector};
 pub use wanted::Wanted;
 
 /// Digits of a container's id that are shown, as `docker ps` does.
@@ -113,21 +113,40 @@ impl fmt::Display for Identity {
     }
 }
 
-/// The directories in which docker may keep its file of the container whose outermost
-/// cgroup has this path; none where it can be none of docker's.
-pub(crate) fn docker_directories(path: &[u8]) -> Vec<PathBuf> {
-    let location = Location::of(path);
-    let (Some(id), Some(container)) = (location.container_of_its_own, location.containers.first())
-    else {
-        return Vec::new();
-    };
-    let is_dockers = matches!(container.runtime, None | Some(Runtime::Docker));
-    if !is_dockers || container.pod.is_some() || container.is_rootless {
-        return Vec::new();
+/// Where a runtime writes anew what it calls a container, when that changes while the
+/// container runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NamesFile {
+    /// Docker's file of one container, in one of these directories.
+    Docker(Vec<PathBuf>),
+    /// The files of podman's storage in this directory, and the container's id.
+    Podman(PathBuf, String),
+}
+
+impl NamesFile {
+    /// That of the container whose outermost cgroup has this path; none where it can be
+    /// of neither.
+    pub(crate) fn of(path: &[u8]) -> Option<Self> {
+        let location = Location::of(path);
+        let id = location.container_of_its_own?;
+        let container = location.containers.first()?;
+        if container.pod.is_some() || container.is_rootless {
+            return None;
+        }
+        let files = container_names::Files::default();
+        match container.runtime {
+            None | Some(Runtime::Docker) => {
+                Some(Self::Docker(files.docker_directories(id).collect()))
+            }
+            Some(Runtime::Podman) => Some(Self::Podman(files.storage_of(id)?, id.to_owned())),
+            Some(Runtime::Containerd | Runtime::CriO) => None,
+        }
     }
-    container_names::Files::default()
-        .docker_directories(id)
-        .collect()
+}
+
+/// What podman calls its containers, by their ids, in a directory of its storage.
+pub(crate) fn stored_names(directory: &Path) -> HashMap<String, String> {
+    container_names::Files::default().stored_names(directory)
 }
 
 /// The identities of this machine's cgroups. What a container is called is read
@@ -135,7 +154,15 @@ pub(crate) fn docker_directories(path: &[u8]) -> Vec<PathBuf> {
 #[derive(Debug, Default)]
 pub struct Identities {
     files: container_names::Files,
-    known: Mutex<HashMap<String, Arc<ContainerNames>>>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+/// A container that is known.
+#[derive(Clone, Debug)]
+struct Known {
+    names: Arc<ContainerNames>,
+    /// The path of its outermost cgroup.
+    cgroup: CgroupPath,
 }
 
 impl Identities {
@@ -157,27 +184,28 @@ impl Identities {
         Identity::new(&location, location.containers.first(), Arc::default())
     }
 
-    /// The containers in pods that are known, by what their runtime tells of them.
+    /// The cgroups of containers in pods that are known, those of which this is true by
+    /// what their runtime tells of them.
     #[must_use]
-    pub fn pods(&self) -> Vec<Identity> {
+    pub fn pods(&self, mut which: impl FnMut(&Identity) -> bool) -> Vec<CgroupPath> {
         let known = self.known();
-        let pods = known.values().filter(|names| names.pod.is_some());
-        let identity = |names: &Arc<ContainerNames>| Identity {
-            names: names.clone(),
+        let pods = known.values().filter(|known| known.names.pod.is_some());
+        let identity = |known: &&Known| Identity {
+            names: known.names.clone(),
             ..Identity::default()
         };
-        pods.map(identity).collect()
+        let found = pods.filter(|known| which(&identity(known)));
+        found.map(|known| known.cgroup.clone()).collect()
     }
 
     /// Takes over what others have read of containers in pods, of which nothing changes
-    /// while they live, and of docker's, whose renames are followed. Others can be
-    /// renamed and nobody tells.
+    /// while they live, and of those whose renames are followed.
     pub fn learn(&self, others: &Self) {
         let others = others.known();
-        let stays =
-            |names: &ContainerNames| names.pod.is_some() || names.runtime == Some(Runtime::Docker);
-        let learnt = others.iter().filter(|(_, names)| stays(names));
-        let learnt = learnt.map(|(id, names)| (id.clone(), names.clone()));
+        let is_followed = |runtime| matches!(runtime, Some(Runtime::Docker | Runtime::Podman));
+        let stays = |names: &ContainerNames| names.pod.is_some() || is_followed(names.runtime);
+        let learnt = others.iter().filter(|(_, known)| stays(&known.names));
+        let learnt = learnt.map(|(id, known)| (id.clone(), known.clone()));
         self.known().extend(learnt);
     }
 
@@ -193,16 +221,20 @@ impl Identities {
         if container.is_rootless {
             return None;
         }
-        if let Some(names) = self.known().get(container.id) {
-            return Some(names.clone());
+        if let Some(known) = self.known().get(container.id) {
+            return Some(known.names.clone());
         }
         // What is not there may still come.
-        let names = Arc::new(self.files.read(container.id)?);
-        self.known().insert(container.id.to_owned(), names.clone());
+        let names = Arc::new(self.files.read(container.id, container.pod.is_some())?);
+        let known = Known {
+            names: names.clone(),
+            cgroup: CgroupPath::from(container.cgroup),
+        };
+        self.known().insert(container.id.to_owned(), known);
         Some(names)
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<ContainerNames>>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -75,6 +75,8 @@ pub struct PolicySet {
     ports: Pool<PortTable>,
     /// The slot of each policy of the assignment, and its rules.
     assigned: Vec<(u32, Rules)>,
+    /// The same of the assignment before.
+    assigned_before: Vec<(u32, Rules)>,
     /// Policies by index → the number of their compiled rules.
     compiled: HashMap<Vec<usize>, u32>,
     /// Path → what it claimed itself in the set before. Once settled, what was in force
@@ -139,7 +141,7 @@ pub struct NewClaim {
 }
 
 /// Claims that take the place of others.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Rewritten {
     /// Those that are others than they were.
     pub claims: Vec<(Cgroup, Claim)>,
@@ -160,6 +162,7 @@ impl PolicySet {
             rules: Pool::new(Mark::START.rules),
             ports: Pool::new(Mark::START.ports),
             assigned: Vec::new(),
+            assigned_before: Vec::new(),
             compiled: HashMap::new(),
             before: BTreeMap::new(),
             is_settled: false,
@@ -170,7 +173,7 @@ impl PolicySet {
         (set.assigned, set.now) = set.place(now)?;
         if let Some(before) = before {
             let compiled = std::mem::take(&mut set.compiled);
-            (_, set.before) = set.place(before)?;
+            (set.assigned_before, set.before) = set.place(before)?;
             set.compiled = compiled;
         }
         let grants = now.grants.iter();
@@ -327,6 +330,35 @@ impl PolicySet {
         }))
     }
 
+    /// Says which policies of the assignment before, by index, have claimed a cgroup: one
+    /// that came, or got another name, since that assignment was made.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`]; nothing has changed then.
+    pub fn claimed_before(&mut self, cgroup: &Cgroup, policies: &[usize]) -> Result<(), Error> {
+        let mark = self.mark();
+        let above = cgroup.path.parent();
+        let above = above.map_or(Target::UNCLAIMED, |above| nearest(&self.before, &above));
+        let assigned = std::mem::take(&mut self.assigned_before);
+        // By the indices of now.
+        let compiled = std::mem::take(&mut self.compiled);
+        let target = self.target(&assigned, &cgroup.path, policies, above);
+        (self.assigned_before, self.compiled) = (assigned, compiled);
+        let target = target.inspect_err(|_| self.abandon(mark))?;
+        let id = cgroup.id;
+        self.before
+            .insert(cgroup.path.clone(), OwnClaim { id, target });
+        Ok(())
+    }
+
+    /// Has a cgroup go by the claims above it.
+    pub fn withdraw(&mut self, cgroup: &Cgroup) {
+        if (self.now.get(&cgroup.path)).is_some_and(|own| own.id == cgroup.id) {
+            self.now.remove(&cgroup.path);
+        }
+    }
+
     /// Goes over to another assignment of the same policies: what was claimed up to
     /// here was claimed before. What is to be written, which leads to records since
     /// [`Self::mark`] too.
@@ -342,7 +374,7 @@ impl PolicySet {
             .claims()
             .map(|(cgroup, claim)| (cgroup.id, claim))
             .collect();
-        self.assigned = assigned;
+        self.assigned_before = std::mem::replace(&mut self.assigned, assigned);
         self.before = std::mem::replace(&mut self.now, now);
         self.is_settled = false;
         let grants = assignment.grants.iter();
@@ -378,8 +410,8 @@ impl PolicySet {
     }
 
     /// All connections have been brought along: no value is of an earlier claim any
-    /// more. Claims that change by that, as they are to be written.
-    pub fn settle(&mut self) -> Vec<(Cgroup, Claim)> {
+    /// more. Claims that change by that, and those that go with what they were before.
+    pub fn settle(&mut self) -> Rewritten {
         let unsettled: Vec<_> = if self.is_settled {
             // What has come since. So it is after most sweeps, and mostly it is nothing.
             let own = self.before.iter();
@@ -392,14 +424,19 @@ impl PolicySet {
         } else {
             self.claims().collect()
         };
-        let changed = unsettled
-            .into_iter()
-            .filter(|(_, claim)| claim.before != claim.now)
-            .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
-            .collect();
         self.before.clear();
         self.is_settled = true;
-        changed
+        let (stay, go): (Vec<_>, Vec<_>) = unsettled
+            .into_iter()
+            .partition(|(cgroup, _)| self.has_claim_of(cgroup));
+        let changed = stay.into_iter();
+        let changed = changed.filter(|(_, claim)| claim.before != claim.now);
+        Rewritten {
+            claims: changed
+                .map(|(cgroup, Claim { now, .. })| (cgroup, Claim { now, before: now }))
+                .collect(),
+            forgotten: go.into_iter().map(|(cgroup, _)| cgroup.id).collect(),
+        }
     }
 
     /// Whether a cgroup has a claim of its own.

@@ -114,8 +114,11 @@ fn call<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Error {
 pub struct Watch {
     sources: Sources,
     inotify: AsyncFd<OwnedFd>,
+    way: Way,
     /// What each watch is for, by its descriptor.
     watched: HashMap<i32, Watched>,
+    /// Whether the way may be another by now.
+    may_differ: bool,
     timer: AsyncFd<OwnedFd>,
     /// When the first of the changes came that were not told yet.
     noticed: Option<Instant>,
@@ -145,7 +148,9 @@ impl Watch {
         let mut watch = Self {
             sources: sources.clone(),
             inotify: armed.inotify,
+            way: armed.way,
             watched: armed.watched,
+            may_differ: false,
             timer: awaited(timer, Interest::READABLE).map_err(call("watching a timer"))?,
             noticed: None,
             writing: HashMap::new(),
@@ -220,7 +225,14 @@ impl Watch {
     /// is something to wait for after all.
     fn is_quiet(&mut self) -> Result<bool> {
         let noticed = self.noticed.take();
-        self.rearm(true)?;
+        // Mostly a drop-in was put in the place of another one: then the watches that
+        // are there are those to be made.
+        if self.may_differ || Way::to(&self.sources) != self.way {
+            self.rearm(true)?;
+        } else {
+            let news = read(self.inotify.get_ref(), &self.watched)?;
+            self.take_in(news)?;
+        }
         self.writing
             .retain(|_, last| last.elapsed() < LONGEST_WRITE);
         let Some(last) = self.writing.values().max() else {
@@ -239,7 +251,10 @@ impl Watch {
         let mut news = read(self.inotify.get_ref(), &self.watched)?;
         news.is_change &= counts;
         self.inotify = armed.inotify;
+        self.way = armed.way;
         self.watched = armed.watched;
+        // What the old watches had to say is found.
+        (news.may_differ, self.may_differ) = (false, false);
         news.is_change |= armed.is_outdated;
         self.take_in(news)
     }
@@ -252,6 +267,7 @@ impl Watch {
                 self.writing.remove(&path);
             }
         }
+        self.may_differ |= news.may_differ;
         if news.is_change {
             self.notice()?;
         }
@@ -281,6 +297,7 @@ impl Watch {
 /// A set of watches.
 struct Armed {
     inotify: AsyncFd<OwnedFd>,
+    way: Way,
     watched: HashMap<i32, Watched>,
     /// Whether something changed while the watches were made.
     is_outdated: bool,
@@ -337,6 +354,7 @@ impl Armed {
             .map_err(call("watching the files of the config"))?;
         Ok(Self {
             inotify,
+            way,
             watched,
             is_outdated,
         })
@@ -498,6 +516,8 @@ fn put_ahead(ahead: &mut Vec<OsString>, path: &Path) {
 struct News {
     /// One of them may have changed the config.
     is_change: bool,
+    /// One of them is about more than the drop-ins of a directory.
+    may_differ: bool,
     /// Files that were written, and whether they are open still.
     writes: Vec<(PathBuf, bool)>,
     /// There are no more events for now.
@@ -520,7 +540,7 @@ fn read(inotify: &OwnedFd, watched: &HashMap<i32, Watched>) -> Result<News> {
         }
     }
     // Those that were read into the buffer are lost with it.
-    news.is_change = true;
+    (news.is_change, news.may_differ) = (true, true);
     Ok(news)
 }
 
@@ -529,7 +549,7 @@ impl News {
         let kind = event.events();
         let end = ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::UNMOUNT;
         if kind.intersects(end | ReadFlags::QUEUE_OVERFLOW) {
-            self.is_change = true;
+            (self.is_change, self.may_differ) = (true, true);
             return;
         }
         let Some(watched) = watched.get(&event.wd()) else {
@@ -541,9 +561,13 @@ impl News {
                 if !watched.want.has(name) {
                     return;
                 }
+                self.may_differ |= watched.want.names.contains(name);
                 watched.path.join(name)
             }
-            None if watched.want.is_file => watched.path.clone(),
+            None if watched.want.is_file => {
+                self.may_differ = true;
+                watched.path.clone()
+            }
             None => return,
         };
         // Whoever makes a file has it open still; what has two names was complete

@@ -73,3 +73,18 @@ impl Kind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_has_the_domain_has_the_same() {
+        assert_eq!(ANNOTATION, format!("{GROUP}/policy"));
+        let roles = include_str!("../../packaging/kubernetes/base/rbac.yaml");
+        let groups = roles.lines().filter(|line| line.contains("apiGroups"));
+        let ours: Vec<_> = groups.filter(|line| line.contains("keepalive")).collect();
+        assert!(!ours.is_empty());
+        assert!(ours.iter().all(|line| line.contains(GROUP)), "{ours:?}");
+    }
+}

@@ -16,19 +16,17 @@ use kube::core::{Selector, SelectorExt as _};
 
 use crate::{
     bounds,
-    objects::{Objects, PodId, PolicyId},
+    objects::{Labels, Pod, PodId, PolicyId, PolicyObject},
     policy::{self, Policy, Refusal},
 };
 
-/// What objects come to.
+/// A drop-in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Compiled {
-    /// The drop-in.
+    /// What is in it.
     pub text: String,
     /// What the policies in it are called.
     pub names: BTreeSet<String>,
-    /// Whether each policy is in it, or would be if it selected a pod of this node.
-    pub verdicts: BTreeMap<PolicyId, Result<(), Refusal>>,
 }
 
 const HEAD: &str = "# Written by keepalive-kube, which writes it anew each time.\n";
@@ -38,6 +36,9 @@ const PREFIX: &str = "kube:";
 
 /// How long a policy's name may be in a config, in characters.
 const LONGEST: usize = 64;
+
+/// More policies in the cluster are not written before they select a pod of the node.
+const MOST_AHEAD: usize = 32;
 
 /// What no pod or namespace is called.
 const NOBODY: &str = "-";
@@ -51,148 +52,205 @@ pub fn names(text: &str) -> BTreeSet<String> {
     policies.map(|policy| policy.name).collect()
 }
 
-/// Makes a drop-in of all that is known.
-///
-/// A policy comes into it with the first pod of this node that it selects. Of those
-/// that were `written` before, one that selects none any more stays, for nobody: a
-/// policy that comes or goes takes a policy set of the agent, another name takes
-/// nothing.
-#[must_use]
-pub fn compile(objects: &Objects, written: &BTreeSet<String>) -> Compiled {
-    let mut verdicts = BTreeMap::new();
-    let mut policies = BTreeMap::new();
-    for (id, object) in &objects.policies {
-        match Policy::read(id, &object.spec) {
-            Ok(policy) => {
-                policies.insert(id, policy);
-            }
-            Err(refusal) => {
-                verdicts.insert(id.clone(), Err(refusal));
+/// What policies come to, whatever pods there are: reading them takes far longer than
+/// finding the pods that they select, and they change far more rarely.
+#[derive(Debug, Default)]
+pub struct Rules {
+    /// In the order of precedence.
+    rules: Vec<Rule>,
+    /// Whether each policy is in a drop-in, or would be if it selected a pod of the node.
+    pub verdicts: BTreeMap<PolicyId, Result<(), Refusal>>,
+}
+
+/// One `[[policy]]` of a drop-in.
+#[derive(Debug)]
+struct Rule {
+    name: String,
+    /// Its lines but for the names of those that it selects.
+    lines: String,
+    whom: Whom,
+}
+
+/// For whom a policy is.
+#[derive(Debug)]
+enum Whom {
+    /// Whatever it says itself, as its namespace.
+    Given,
+    /// The namespaces that it selects.
+    Namespaces(Vec<String>),
+    /// Pods of a namespace whose annotation names a policy.
+    Annotated(String, String),
+    /// Pods of a namespace.
+    PodsOf(String, Selector),
+    /// Pods of these namespaces.
+    Pods(BTreeSet<String>, Selector),
+}
+
+impl Rules {
+    /// The rules of these policies, in these namespaces.
+    #[must_use]
+    pub fn new(
+        objects: &BTreeMap<PolicyId, PolicyObject>,
+        namespaces: &BTreeMap<String, Labels>,
+    ) -> Self {
+        let mut verdicts = BTreeMap::new();
+        let mut policies = BTreeMap::new();
+        for (id, object) in objects {
+            match Policy::read(id, &object.spec) {
+                Ok(policy) => {
+                    policies.insert(id, policy);
+                }
+                Err(refusal) => {
+                    verdicts.insert(id.clone(), Err(refusal));
+                }
             }
         }
+        let mut ranks: [Vec<Rule>; 3] = Default::default();
+        for (id, policy) in &policies {
+            let rules = match &id.namespace {
+                Some(namespace) => of_namespace(policy, namespace, namespaces, &policies),
+                None => of_cluster(policy, namespaces).map(|rule| [None, None, Some(rule)]),
+            };
+            let verdict = rules.map(|rules| {
+                for (rank, rule) in ranks.iter_mut().zip(rules) {
+                    rank.extend(rule);
+                }
+            });
+            verdicts.insert((*id).clone(), verdict);
+        }
+        Self {
+            rules: ranks.into_iter().flatten().collect(),
+            verdicts,
+        }
     }
-    let mut ranks: [Vec<toml::Table>; 3] = Default::default();
-    for (id, policy) in &policies {
-        let tables = match &id.namespace {
-            Some(namespace) => of_namespace(objects, policy, namespace, &policies, written),
-            None => of_cluster(objects, policy, written).map(|table| [None, None, table]),
-        };
-        let verdict = tables.map(|tables| {
-            for (rank, table) in ranks.iter_mut().zip(tables) {
-                rank.extend(table);
-            }
-        });
-        verdicts.insert((*id).clone(), verdict);
+
+    /// The names of policies that are to be written before they select a pod: the first
+    /// pod that one selects then has it with its first connection, without another
+    /// policy set. Where there are too many that is only for those that once selected
+    /// one.
+    #[must_use]
+    pub fn ahead(&self) -> BTreeSet<String> {
+        if self.verdicts.len() > MOST_AHEAD {
+            return BTreeSet::new();
+        }
+        self.rules.iter().map(|rule| rule.name.clone()).collect()
     }
-    let tables = || ranks.iter().flatten();
-    let name = |table: &toml::Table| table.get("name")?.as_str().map(str::to_owned);
-    Compiled {
-        text: format!("{HEAD}{}", policy::text(tables())),
-        names: tables().filter_map(name).collect(),
-        verdicts,
+
+    /// Makes a drop-in.
+    ///
+    /// A policy comes into it with the first pod that it selects. Of those that were
+    /// `written` before, one that selects none any more stays, for nobody: a policy
+    /// that comes or goes takes a policy set of the agent, another name takes nothing.
+    #[must_use]
+    pub fn drop_in(&self, pods: &BTreeMap<PodId, Pod>, written: &BTreeSet<String>) -> Compiled {
+        let mut text = HEAD.to_owned();
+        let mut names = BTreeSet::new();
+        for rule in &self.rules {
+            let Some(whom) = rule.whom(pods, written) else {
+                continue;
+            };
+            text.push_str("[[policy]]\n");
+            text.push_str(&rule.lines);
+            text.push_str(&whom);
+            names.insert(rule.name.clone());
+        }
+        Compiled { text, names }
     }
 }
 
-/// The names of pods or namespaces that a policy is for; none where it is not to be
-/// written, as a list must not be empty.
-fn whom(
-    selected: Vec<toml::Value>,
-    policy: &str,
-    written: &BTreeSet<String>,
-) -> Option<toml::Value> {
-    if !selected.is_empty() {
-        return Some(selected.into());
+impl Rule {
+    fn new(name: String, mut keys: toml::Table, whom: Whom) -> Self {
+        keys.insert("name".to_owned(), name.clone().into());
+        Self {
+            name,
+            lines: policy::lines(&keys),
+            whom,
+        }
     }
-    written.contains(policy).then(|| vec![NOBODY].into())
+
+    /// The line that says for whom it is; none where it is not to be written, as a list
+    /// must not be empty.
+    fn whom(&self, pods: &BTreeMap<PodId, Pod>, written: &BTreeSet<String>) -> Option<String> {
+        let plain = || pods.iter().filter(|(id, _)| is_plain(&id.name));
+        let (key, names): (_, Vec<_>) = match &self.whom {
+            Whom::Given => return Some(String::new()),
+            Whom::Namespaces(names) => ("namespace", names.clone()),
+            Whom::Annotated(namespace, policy) => {
+                let named = plain().filter(|(id, pod)| {
+                    id.namespace == *namespace && pod.policy.as_ref() == Some(policy)
+                });
+                ("pod", named.map(|(id, _)| id.name.clone()).collect())
+            }
+            Whom::PodsOf(namespace, selector) => {
+                let selected = plain().filter(|(id, pod)| {
+                    id.namespace == *namespace && selector.matches(&pod.labels)
+                });
+                ("pod", selected.map(|(id, _)| id.name.clone()).collect())
+            }
+            Whom::Pods(namespaces, selector) => {
+                let selected = plain().filter(|(id, pod)| {
+                    namespaces.contains(&id.namespace) && selector.matches(&pod.labels)
+                });
+                let name = |id: &PodId| format!("{}/{}", id.namespace, id.name);
+                ("pod", selected.map(|(id, _)| name(id)).collect())
+            }
+        };
+        let names = if !names.is_empty() {
+            names.join("\", \"")
+        } else if written.contains(&self.name) {
+            NOBODY.to_owned()
+        } else {
+            return None;
+        };
+        Some(format!("{key} = [\"{names}\"]\n"))
+    }
 }
 
 /// What a policy of a namespace comes to: for the pods whose annotation names it,
 /// and for those that it selects.
 fn of_namespace(
-    objects: &Objects,
     policy: &Policy,
     namespace: &str,
+    namespaces: &BTreeMap<String, Labels>,
     policies: &BTreeMap<&PolicyId, Policy>,
-    written: &BTreeSet<String>,
-) -> Result<[Option<toml::Table>; 3], Refusal> {
+) -> Result<[Option<Rule>; 3], Refusal> {
     // Without its labels nobody knows which bounds hold.
-    let Some(labels) = objects.namespaces.get(namespace) else {
+    let Some(labels) = namespaces.get(namespace) else {
         return Ok([None, None, None]);
     };
     let is_above =
-        |above: &&Policy| above.id.namespace.is_none() && selects(&above.namespaces, labels);
+        |above: &&Policy| above.id.namespace.is_none() && above.namespaces.matches(labels);
     let cluster: Vec<_> = policies.values().filter(is_above).collect();
-    let keys = bounds::within(policy, &cluster)?;
-    let table = |name: String, pods: Option<Vec<toml::Value>>| {
-        let mut table = keys.clone();
-        if let Some(pods) = pods {
-            table.insert("pod".to_owned(), whom(pods, &name, written)?);
-        }
-        table.insert("name".to_owned(), name.into());
-        table.insert("namespace".to_owned(), namespace.into());
-        Some(table)
+    let mut keys = bounds::within(policy, &cluster)?;
+    check(&keys)?;
+    keys.insert("namespace".to_owned(), namespace.into());
+    let annotated = Whom::Annotated(namespace.to_owned(), policy.id.name.clone());
+    let selected = if policy.pods.selects_all() {
+        Whom::Given
+    } else {
+        Whom::PodsOf(namespace.to_owned(), policy.pods.clone())
     };
-    let own = objects
-        .pods
-        .iter()
-        .filter(|(id, _)| id.namespace == namespace && is_plain(&id.name));
-    let named = own
-        .clone()
-        .filter(|(_, pod)| pod.policy.as_ref() == Some(&policy.id.name))
-        .map(|(id, _)| id.name.clone().into());
-    let selected = own
-        .filter(|(_, pod)| selects(&policy.pods, &pod.labels))
-        .map(|(id, _)| id.name.clone().into());
-    let selected = (!policy.pods.selects_all()).then(|| selected.collect());
-    let tables = [
-        table(name(&policy.id, " by annotation"), Some(named.collect())),
-        table(name(&policy.id, ""), selected),
-        None,
-    ];
-    check(&keys).map(|()| tables)
+    let annotated = Rule::new(name(&policy.id, " by annotation"), keys.clone(), annotated);
+    let selected = Rule::new(name(&policy.id, ""), keys, selected);
+    Ok([Some(annotated), Some(selected), None])
 }
 
 /// What a policy of the cluster comes to.
-fn of_cluster(
-    objects: &Objects,
-    policy: &Policy,
-    written: &BTreeSet<String>,
-) -> Result<Option<toml::Table>, Refusal> {
-    let mut table = policy.keys.clone();
-    let name = name(&policy.id, "");
-    let namespaces: BTreeSet<_> = objects
-        .namespaces
+fn of_cluster(policy: &Policy, namespaces: &BTreeMap<String, Labels>) -> Result<Rule, Refusal> {
+    let selected = namespaces
         .iter()
-        .filter(|(id, labels)| is_plain(id) && selects(&policy.namespaces, labels))
-        .map(|(id, _)| id.as_str())
-        .collect();
-    let value = |text: &str| toml::Value::String(text.to_owned());
-    let (key, values): (_, Vec<_>) = if !policy.pods.selects_all() {
-        let is_selected = |(id, labels): (&PodId, _)| {
-            is_plain(&id.name)
-                && namespaces.contains(id.namespace.as_str())
-                && selects(&policy.pods, labels)
-        };
-        let pods = objects.pods.iter().map(|(id, pod)| (id, &pod.labels));
-        let pods = pods.filter(|pod| is_selected(*pod));
-        (
-            "pod",
-            pods.map(|(id, _)| value(&format!("{}/{}", id.namespace, id.name)))
-                .collect(),
-        )
+        .filter(|(id, labels)| is_plain(id) && policy.namespaces.matches(labels));
+    let selected = selected.map(|(id, _)| id.clone());
+    let whom = if !policy.pods.selects_all() {
+        Whom::Pods(selected.collect(), policy.pods.clone())
     } else if policy.namespaces.selects_all() {
         // New namespaces too, before anybody has told of them.
-        ("namespace", vec![value("*")])
+        Whom::Namespaces(vec!["*".to_owned()])
     } else {
-        ("namespace", namespaces.into_iter().map(value).collect())
+        Whom::Namespaces(selected.collect())
     };
     check(&policy.keys)?;
-    let Some(whom) = whom(values, &name, written) else {
-        return Ok(None);
-    };
-    table.insert(key.to_owned(), whom);
-    table.insert("name".to_owned(), name.into());
-    Ok(Some(table))
+    Ok(Rule::new(name(&policy.id, ""), policy.keys.clone(), whom))
 }
 
 /// One error in a drop-in, and the agent uses nothing of its whole config. So what
@@ -204,11 +262,6 @@ fn check(keys: &toml::Table) -> Result<(), Refusal> {
     let read = policy::parse(&policy::text([&table])).map(drop);
     // Each was right by itself.
     read.map_err(|refusal| Refusal::OutOfBounds(refusal.to_string()))
-}
-
-/// An empty selector selects everything.
-fn selects(selector: &Selector, labels: &BTreeMap<String, String>) -> bool {
-    selector.matches(labels)
 }
 
 /// Whether a name is one that the API gives, so that none becomes a glob.

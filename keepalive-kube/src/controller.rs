@@ -2,7 +2,7 @@
 //! why, and on how many nodes they are in force. One for the cluster; a second
 //! beside it writes the same.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
 use anyhow::Result;
 use futures::StreamExt as _;
@@ -18,7 +18,7 @@ use tracing::warn;
 
 use crate::{
     api::{CONTROLLER, Kind},
-    config,
+    config::Rules,
     objects::{NodeReport, PolicyId, PolicyObject},
     policy::Refusal,
     watch::{self, Audience, Watched},
@@ -57,7 +57,7 @@ pub async fn run(client: Client, until: impl Future<Output = ()>) -> Result<()> 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                is_new |= watched.apply_all(change, &mut changes);
+                is_new |= watched.apply_all(change, &mut changes).is_any();
             }
             _ = ticks.tick() => {
                 if is_new && watched.is_complete(&audience) && pace.is_due(Instant::now()) {
@@ -97,7 +97,7 @@ impl Pace {
 async fn write_all(client: &Client, recorder: &Recorder, watched: &Watched) -> bool {
     let objects = &watched.objects;
     let mut all = true;
-    for (id, verdict) in config::compile(objects, &BTreeSet::new()).verdicts {
+    for (id, verdict) in Rules::new(&objects.policies, &objects.namespaces).verdicts {
         let Some(object) = objects.policies.get(&id) else {
             continue;
         };

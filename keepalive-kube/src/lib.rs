@@ -17,6 +17,7 @@ pub mod config;
 pub mod controller;
 pub mod crd;
 pub mod evidence;
+mod metadata;
 pub mod node;
 pub mod objects;
 pub mod policy;

@@ -17,12 +17,13 @@ use kube::{
     api::{DynamicObject, PartialObjectMeta, Patch, PatchParams},
 };
 use serde_json::json;
+use tempfile::NamedTempFile;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::{
     api::{CONTROLLER, Kind},
-    config::{self, Compiled},
+    config::{self, Rules},
     evidence,
     objects::{NodeReport, Objects},
     watch::{self, Audience, Watched},
@@ -31,9 +32,9 @@ use crate::{
 /// The drop-in, between those of packages and of people.
 pub const FILE: &str = "60-kubernetes.toml";
 
-/// What the names of files begin with that are not complete. Hidden, so they are
-/// no drop-ins.
-const TEMPORARY: &str = ".60-kubernetes.";
+/// The directory for files that are not complete. One of its own, below that of the
+/// drop-ins: in that one the agent is woken by each write.
+const INCOMPLETE: &str = ".60-kubernetes";
 
 /// How often is looked what the agent has in force, and reported if it is another.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -60,6 +61,7 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
     let mut watched = Watched::default();
     let file = DropIn::open(&options.directory)?;
     let mut reporter = Reporter::new(client, options);
+    let mut rules = None;
     let mut compiled = None;
     let mut written = file.names();
     let mut again = interval(REPORT_EVERY);
@@ -70,24 +72,29 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
             () = &mut until => return Ok(()),
             change = changes.next() => {
                 let Some(change) = change else { return Ok(()) };
-                let is_news = watched.apply_all(change, &mut changes);
-                if !is_news || !watched.is_complete(&audience) {
+                let news = watched.apply_all(change, &mut changes);
+                if news.rules {
+                    rules = None;
+                }
+                if !news.is_any() || !watched.is_complete(&audience) {
                     continue;
                 }
-                let new = config::compile(&watched.objects, &written);
+                let objects = &watched.objects;
+                let rules = rules
+                    .get_or_insert_with(|| Rules::new(&objects.policies, &objects.namespaces));
+                written.append(&mut rules.ahead());
+                let new = rules.drop_in(&objects.pods, &written);
                 written.clone_from(&new.names);
-                compiled = Some(new);
+                compiled = Some((new.text, report(objects, rules)));
             }
             _ = again.tick() => {}
         }
         // Also what could not be written before.
-        let Some(compiled) = &compiled else { continue };
-        match file.write(&compiled.text) {
-            Ok(written) => {
-                reporter
-                    .report(&report(&watched.objects, compiled), written)
-                    .await;
-            }
+        let Some((text, report)) = &compiled else {
+            continue;
+        };
+        match file.write(text) {
+            Ok(written) => reporter.report(report, written).await,
             Err(error) => warn!(
                 "writing {}: {error}; what is there goes on",
                 file.path.display()
@@ -97,11 +104,8 @@ pub async fn run(client: Client, options: &Options, until: impl Future<Output = 
 }
 
 /// Every policy that is written, with its generation.
-fn report(objects: &Objects, compiled: &Compiled) -> NodeReport {
-    let accepted = compiled
-        .verdicts
-        .iter()
-        .filter(|(_, verdict)| verdict.is_ok());
+fn report(objects: &Objects, rules: &Rules) -> NodeReport {
+    let accepted = rules.verdicts.iter().filter(|(_, verdict)| verdict.is_ok());
     let generation = |id| {
         objects
             .policies
@@ -118,7 +122,8 @@ fn report(objects: &Objects, compiled: &Compiled) -> NodeReport {
 /// The file that the agent reads.
 #[derive(Debug)]
 pub struct DropIn {
-    directory: PathBuf,
+    /// Where it is written.
+    incomplete: PathBuf,
     path: PathBuf,
 }
 
@@ -130,12 +135,13 @@ impl DropIn {
     /// The directory cannot be made or read.
     pub fn open(directory: &Path) -> Result<Self> {
         let context = || format!("the directory of drop-ins {}", directory.display());
-        fs::create_dir_all(directory).with_context(context)?;
-        remove_leftovers(directory).with_context(context)?;
-        Ok(Self {
-            directory: directory.to_owned(),
+        let file = Self {
+            incomplete: directory.join(INCOMPLETE),
             path: directory.join(FILE),
-        })
+        };
+        fs::create_dir_all(&file.incomplete).with_context(context)?;
+        remove_leftovers(&file.incomplete).with_context(context)?;
+        Ok(file)
     }
 
     /// What the policies in it are called.
@@ -155,9 +161,7 @@ impl DropIn {
         if fs::read(&self.path).is_ok_and(|there| there == text.as_bytes()) {
             return fs::metadata(&self.path)?.modified();
         }
-        let mut file = tempfile::Builder::new()
-            .prefix(TEMPORARY)
-            .tempfile_in(&self.directory)?;
+        let mut file = NamedTempFile::new_in(&self.incomplete)?;
         file.write_all(text.as_bytes())?;
         file.as_file().sync_all()?;
         let file = file.persist(&self.path).map_err(|error| error.error)?;
@@ -171,7 +175,6 @@ impl DropIn {
 fn remove_leftovers(directory: &Path) -> io::Result<()> {
     const OLD: Duration = Duration::from_mins(1);
     for entry in fs::read_dir(directory)?.flatten() {
-        let is_temporary = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
         let age = || {
             entry
                 .metadata()?
@@ -179,7 +182,7 @@ fn remove_leftovers(directory: &Path) -> io::Result<()> {
                 .elapsed()
                 .map_err(io::Error::other)
         };
-        if is_temporary && age().is_ok_and(|age| age > OLD) {
+        if age().is_ok_and(|age| age > OLD) {
             fs::remove_file(entry.path())?;
         }
     }
@@ -278,18 +281,16 @@ mod tests {
         file.write("b").unwrap();
         assert_ne!(inode(), before);
         assert_eq!(fs::read_to_string(below.join(FILE)).unwrap(), "b");
-        let names: Vec<_> = fs::read_dir(&below)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        assert_eq!(names, [FILE]);
+        assert_eq!(fs::read_dir(below.join(INCOMPLETE)).unwrap().count(), 0);
     }
 
     #[test]
     fn what_a_killed_companion_left_is_removed() {
         let directory = tempfile::tempdir().unwrap();
-        let old = directory.path().join(format!("{TEMPORARY}old"));
-        let new = directory.path().join(format!("{TEMPORARY}new"));
+        let incomplete = directory.path().join(INCOMPLETE);
+        fs::create_dir(&incomplete).unwrap();
+        let old = incomplete.join("old");
+        let new = incomplete.join("new");
         let other = directory.path().join("50-mine.toml");
         for path in [&old, &new, &other] {
             fs::write(path, "half").unwrap();
@@ -315,7 +316,7 @@ mod tests {
         file.write("a").unwrap();
         let path = directory.path().join(FILE);
         let gone = DropIn {
-            directory: directory.path().join("gone"),
+            incomplete: directory.path().join("gone"),
             path: path.clone(),
         };
         assert!(gone.write("b").is_err());

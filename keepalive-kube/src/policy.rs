@@ -105,17 +105,24 @@ impl Policy {
     }
 }
 
-/// Policies as a config, each key on a line of its own.
+/// Policies as a config.
 pub(crate) fn text<'a>(policies: impl IntoIterator<Item = &'a toml::Table>) -> String {
     let mut text = String::new();
     for policy in policies {
         text.push_str("[[policy]]\n");
-        for (key, value) in policy {
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "{key} = {value}");
-        }
+        text.push_str(&lines(policy));
     }
     text
+}
+
+/// Each key of a policy on a line of its own.
+pub(crate) fn lines(policy: &toml::Table) -> String {
+    let mut lines = String::new();
+    for (key, value) in policy {
+        // Writing to a string cannot fail.
+        let _ = writeln!(lines, "{key} = {value}");
+    }
+    lines
 }
 
 /// Reads a config as the agent does; what is wrong is told by the keys of a spec.

@@ -9,7 +9,7 @@ use futures::{FutureExt as _, Stream, StreamExt as _, future::ready, stream::sel
 use k8s_openapi::api::core::v1 as core;
 use kube::{
     Api, Client, Resource,
-    api::{DynamicObject, PartialObjectMeta},
+    api::DynamicObject,
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde::de::DeserializeOwned;
@@ -18,6 +18,7 @@ use tracing::warn;
 
 use crate::{
     api::{ANNOTATION, Kind},
+    metadata::Named,
     objects::{Labels, NodeReport, Objects, Pod, PodId, PolicyId, PolicyObject, pod_id},
 };
 
@@ -72,7 +73,7 @@ pub fn changes(client: &Client, audience: &Audience) -> Changes {
     let mut streams = vec![
         steps(
             "namespaces",
-            Api::<PartialObjectMeta<core::Namespace>>::all(client.clone()),
+            Api::<Named<core::Namespace>>::all(client.clone()),
             all(),
             |object| {
                 Some((
@@ -100,7 +101,7 @@ pub fn changes(client: &Client, audience: &Audience) -> Changes {
     streams.push(match audience {
         Audience::Node(node) => steps(
             "pods",
-            Api::<PartialObjectMeta<core::Pod>>::all(client.clone()),
+            Api::<Named<core::Pod>>::all(client.clone()),
             all().fields(&format!("spec.nodeName={node}")),
             pod,
             Change::Pod,
@@ -154,7 +155,7 @@ where
         .boxed()
 }
 
-fn pod(object: PartialObjectMeta<core::Pod>) -> Option<(PodId, Pod)> {
+fn pod(object: Named<core::Pod>) -> Option<(PodId, Pod)> {
     let id = pod_id(&object.metadata)?;
     let mut annotations = object.metadata.annotations.unwrap_or_default();
     Some((
@@ -201,6 +202,23 @@ fn report(object: DynamicObject) -> Option<(String, NodeReport)> {
     Some((object.metadata.name?, NodeReport(policies)))
 }
 
+/// What is known now that was not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Of policies or namespaces.
+    pub rules: bool,
+    /// Of anything else.
+    pub others: bool,
+}
+
+impl News {
+    /// Whether there is any.
+    #[must_use]
+    pub const fn is_any(self) -> bool {
+        self.rules || self.others
+    }
+}
+
 /// What is known, and how far the lists are.
 #[derive(Debug, Default)]
 pub struct Watched {
@@ -215,14 +233,28 @@ pub struct Watched {
 
 impl Watched {
     /// Takes over a change, and what else is there already, to be written with it.
-    /// Whether anything is known now that was not: most of what the API tells of a
-    /// pod is about its status.
-    pub fn apply_all(&mut self, change: Change, more: &mut Changes) -> bool {
-        let mut is_news = self.apply(change);
+    /// What is known now that was not: most of what the API tells of a pod is about its
+    /// status.
+    pub fn apply_all(&mut self, change: Change, more: &mut Changes) -> News {
+        let mut news = self.apply_one(change);
         while let Some(Some(change)) = more.next().now_or_never() {
-            is_news |= self.apply(change);
+            let more = self.apply_one(change);
+            news.rules |= more.rules;
+            news.others |= more.others;
         }
-        is_news
+        news
+    }
+
+    fn apply_one(&mut self, change: Change) -> News {
+        let is_of_rules = matches!(
+            change,
+            Change::Namespace(_) | Change::Policy(_) | Change::ClusterPolicy(_)
+        );
+        let is_news = self.apply(change);
+        News {
+            rules: is_news && is_of_rules,
+            others: is_news && !is_of_rules,
+        }
     }
 
     /// Takes over a change; whether anything is known now that was not.

@@ -3,8 +3,9 @@
 # etcd, API server, kubelet, containerd with runc and CNI, agent and companion, in
 # mount and network namespaces and a cgroup of their own.
 #
-#   node.sh KUBE_APISERVER KUBELET [PODS]
+#   node.sh KUBE_APISERVER KUBELET [PODS [SECONDS]]
 #
+# A policy changes every 20 SECONDS; 0: none does.
 # The two are of Kubernetes 1.20; docs/development.md says how they come to be had.
 # Needs root, etcd, containerd, runc, the plugins of CNI, kubectl, ip, cc, python3, a
 # host with cgroup v1 beside v2, and the release builds of agent and companion. What
@@ -16,10 +17,10 @@ if [ -z "${KEEPALIVE_NODE:-}" ]; then
     apiserver=$(realpath "$1") kubelet=$(realpath "$2")
     here=$(cd "$(dirname "$0")" && pwd)
     # The driver ends what it started; the namespaces go with it.
-    KEEPALIVE_NODE=1 exec unshare --mount --net "$here/node.sh" "$apiserver" "$kubelet" "${3:-100}"
+    KEEPALIVE_NODE=1 exec unshare --mount --net "$here/node.sh" "$apiserver" "$kubelet" "${3:-100}" "${4:-20}"
 fi
 
-apiserver=$1 kubelet=$2 pods=$3
+apiserver=$1 kubelet=$2 pods=$3 seconds=$4
 here=$(cd "$(dirname "$0")" && pwd)
 release=${KEEPALIVE_RELEASE:-$here/../../target/release}
 PATH=$PATH:/usr/sbin:/sbin
@@ -214,4 +215,4 @@ KUBECONFIG=$work/companion.kubeconfig start companion "$release/keepalive-kube" 
     --drop-in-dir /run/keepalive/kubernetes --agent /run/keepalive/kubernetes/metrics.sock
 companion=${pids[-1]}
 await "the companion's drop-in" test -e /run/keepalive/kubernetes/60-kubernetes.toml
-python3 "$here/pods.py" "$name" "$pods" "$agent" "$companion" "$group"
+python3 "$here/pods.py" "$name" "$pods" "$agent" "$companion" "$seconds"

@@ -62,6 +62,12 @@ def state(pid):
     return {"own KiB": int(own), "descriptors": descriptors, "entries": entries(pid), "cgroups": groups, "cpu s": cpu}
 
 
+def idles(name):
+    """The idle times of a container's connections."""
+    lines = run(RELEASE / "keepalive-agent", "sockets", "--json", "--container", name).splitlines()
+    return {json.loads(line)["idle_s"] for line in lines}
+
+
 run("mount", "--make-rprivate", "/")
 for directory in ("/run", "/var/lib/containers"):
     os.makedirs(directory, exist_ok=True)
@@ -108,6 +114,20 @@ try:
         print("agent at the end:     ", json.dumps(after))
         each = (after["cpu s"] - before["cpu s"]) / (COUNT - len(NAMES)) * 1000
         print(f"{each:.2f} ms of the agent's CPU time for each")
+
+        # One that is called something else while it runs.
+        podman("run", "--detach", *options, "--name", "db-runs", "first:1", "/first", "60")
+        for name, idle in ("db-runs", 61), ("web-runs", 62), ("other-runs", 60), ("db-runs", 61):
+            if name != "db-runs" or idles("db-runs") != {idle}:
+                podman("rename", renamed, name)
+            renamed = name
+            until = time.time() + 10
+            while idles(name) != {idle} and time.time() < until:
+                time.sleep(0.05)
+            if idles(name) != {idle}:
+                wrong.append((name, idles(name)))
+                print("renamed:", *wrong[-1])
+        podman("rm", "--force", "--time", "0", renamed)
         counts = ("descriptors", "entries", "cgroups")
         ended = 1 if wrong or any(before[count] != after[count] for count in counts) else 0
 finally:

@@ -1,10 +1,11 @@
 """Pods that connect in their first millisecond, for node.sh, which runs it:
-pods.py NODE COUNT AGENT COMPANION CGROUP
+pods.py NODE COUNT AGENT COMPANION SECONDS
 
 Each has one of three policies, by its labels, or none. The idle time of one of the
-policies changes all the while; of its pods those count that were made when it was
-not being changed, and the others must have one of the two values. Prints what was
-seen and what it cost; ends with 0 when every pod had its policy.
+policies changes every so many SECONDS, unless that is 0; of its pods those count that
+were made when it was not being changed, and the others must have one of the two
+values. Prints what was seen and what it cost; ends with 0 when every pod had its
+policy.
 """
 import glob
 import http.client
@@ -15,13 +16,12 @@ import sys
 import time
 from collections import deque
 
-NODE, COUNT, AGENT, COMPANION, GROUP = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+NODE, COUNT, AGENT, COMPANION, CHANGED_EVERY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
 AT_ONCE = 8
 NAMESPACE = "/api/v1/namespaces/shop/pods"
 POLICIES = "/apis/keepalive.internal/v1alpha1/namespaces/shop/keepalivepolicies"
 # Seconds after a change in which a pod may have either value.
 CHANGING = 5
-CHANGED_EVERY = 20
 # Seconds that a pod is kept after it has ended.
 KEPT = 10
 
@@ -81,7 +81,7 @@ before = state()
 last_list = 0
 while made < COUNT or running:
     now = time.time()
-    if now - changed_at > CHANGED_EVERY:
+    if CHANGED_EVERY and now - changed_at > CHANGED_EVERY:
         web, web_before, changed_at = 70 + (web - 69) % 20, web, now
         ask("PATCH", f"{POLICIES}/web", {"spec": {"idle": f"{web}s"}}, "application/merge-patch+json")
         changes += 1

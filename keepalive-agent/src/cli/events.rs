@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::{RunningAgent, output};
+use super::{RunningAgent, Whose, output};
 use crate::{
     daemon::{
         control::{Answer, Request},
@@ -20,8 +20,10 @@ use crate::{
     },
     duration,
     hierarchy::{CgroupPath, Hierarchy},
+    identity::{Identities, Identity},
     kernel::preflight,
     names::printable,
+    sockets::format::IdentityRecord,
 };
 
 #[derive(Args, Debug)]
@@ -34,11 +36,15 @@ use crate::{
                   keepalive-agent events                        from now on\n  \
                   keepalive-agent events --since 1h             the last hour, and on\n  \
                   keepalive-agent events --since 1d --no-follow\n  \
+                  keepalive-agent events --container 'db-*'     of these containers only\n  \
                   keepalive-agent events --json | jq 'select(.event == \"dead_peer\")'"
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
     agent: RunningAgent,
+
+    #[command(flatten)]
+    whose: Whose,
 
     /// Also what happened so long ago at most, such as 10m or 1d
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
@@ -66,6 +72,7 @@ pub(super) fn events(arguments: &Arguments) -> Result<ExitCode> {
         }),
         follow: !arguments.no_follow,
     };
+    let whose = arguments.whose.wanted();
     let mut lines = client
         .ask_for_lines(Request::Events(wanted))
         .context("asking the agent")?;
@@ -85,14 +92,30 @@ pub(super) fn events(arguments: &Arguments) -> Result<ExitCode> {
         }
         let entry: Entry = serde_json::from_str(&line)
             .with_context(|| format!("an event that is not understood: {}", printable(&line)))?;
-        let cgroup = match &entry.what {
+        let of_peer = match &entry.what {
             What::DeadPeer(peer) => paths.of(peer.cgroup_id),
             _ => None,
         };
+        let cgroup = match &entry.what {
+            What::CgroupAssigned { cgroup, .. } | What::ContainerRenamed { cgroup, .. } => {
+                Some(cgroup)
+            }
+            _ => of_peer.as_ref(),
+        };
+        // Read anew each time: a container may have been renamed.
+        let identity = cgroup.map(|path| Identities::default().of(path.as_bytes()));
+        let is_wanted = whose.is_any() || identity.as_ref().is_some_and(|own| whose.includes(own));
+        if !is_wanted {
+            continue;
+        }
         if arguments.json {
-            output::json(&Line { entry, cgroup })?;
+            output::json(&Line {
+                identity: identity.as_ref().map(|own| IdentityRecord::new(Some(own))),
+                cgroup: of_peer.as_ref(),
+                entry: &entry,
+            })?;
         } else {
-            output::text(text(&entry, cgroup.as_ref()))?;
+            output::text(text(&entry, of_peer.as_ref(), identity.as_ref()))?;
         }
     }
     if wanted.follow {
@@ -103,12 +126,15 @@ pub(super) fn events(arguments: &Arguments) -> Result<ExitCode> {
 
 /// An event as it is printed for machines.
 #[derive(Serialize)]
-struct Line {
+struct Line<'a> {
     #[serde(flatten)]
-    entry: Entry,
+    entry: &'a Entry,
     /// The path of the dead peer's cgroup, if that still exists.
     #[serde(skip_serializing_if = "Option::is_none")]
-    cgroup: Option<CgroupPath>,
+    cgroup: Option<&'a CgroupPath>,
+    /// What the cgroup is that an event is about.
+    #[serde(flatten)]
+    identity: Option<IdentityRecord<'a>>,
 }
 
 /// The paths of cgroups by their ids.
@@ -140,17 +166,22 @@ impl Paths {
 }
 
 /// One line for people, with the time of day in UTC.
-fn text(entry: &Entry, cgroup: Option<&CgroupPath>) -> String {
+fn text(entry: &Entry, cgroup: Option<&CgroupPath>, identity: Option<&Identity>) -> String {
     let at = UNIX_EPOCH + Duration::from_millis(entry.at_ms);
     format!(
         "{}  {}\n",
         humantime::format_rfc3339_millis(at),
-        printable(&what(&entry.what, cgroup))
+        printable(&what(&entry.what, cgroup, identity))
     )
 }
 
-/// What happened, on one line.
-pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
+/// What happened, on one line; where a dead peer's connection was, as far as that is
+/// known.
+pub(super) fn what(
+    what: &What,
+    cgroup: Option<&CgroupPath>,
+    identity: Option<&Identity>,
+) -> String {
     match what {
         What::Started {
             cgroup,
@@ -186,7 +217,7 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
             if *more > 0 {
                 let _ = write!(text, " {more} names more;");
             }
-            text + " none of these is there, so no connection changes"
+            text + " nothing that is called so has connections"
         }
         What::ContainerRenamed {
             cgroup,
@@ -216,11 +247,17 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
             text
         }
         What::CgroupAssigned { cgroup, policies } => {
-            format!("new cgroup {cgroup}: {}", policies.join(", "))
+            let whose = identity.filter(|own| own.is_known());
+            let whose = whose.map(|own| format!(" of {own}")).unwrap_or_default();
+            let policies = match policies.as_slice() {
+                [] => "the policies above it".to_owned(),
+                policies => policies.join(", "),
+            };
+            format!("cgroup {cgroup}{whose}: {policies}")
         }
         What::PartFailed { part, error } => format!("failed: {part}: {error}"),
         What::PartWorks { part } => format!("works again: {part}"),
-        What::DeadPeer(peer) => dead_peer(peer, cgroup),
+        What::DeadPeer(peer) => dead_peer(peer, cgroup, identity),
         What::DeadPeersLost { lost } => {
             format!("{lost} more dead peers were counted, so many at once that no more is known")
         }
@@ -230,7 +267,11 @@ pub(super) fn what(what: &What, cgroup: Option<&CgroupPath>) -> String {
 }
 
 /// `dead peer 10.0.0.1:5000 → 10.0.0.2:80 in /a by probes: 3 unanswered, silent for 5s (policy default)`
-fn dead_peer(peer: &DeadPeerRecord, cgroup: Option<&CgroupPath>) -> String {
+fn dead_peer(
+    peer: &DeadPeerRecord,
+    cgroup: Option<&CgroupPath>,
+    identity: Option<&Identity>,
+) -> String {
     let DeadPeerRecord {
         policy,
         cause,
@@ -241,10 +282,12 @@ fn dead_peer(peer: &DeadPeerRecord, cgroup: Option<&CgroupPath>) -> String {
         probes,
         silent_ms,
     } = peer;
-    let place = match (cgroup, cgroup_id) {
-        (Some(path), _) => format!(" in {path}"),
-        (None, 0) => String::new(),
-        (None, id) => format!(" in cgroup {id}, which is gone"),
+    let known = identity.filter(|identity| identity.is_known());
+    let place = match (known, cgroup, cgroup_id) {
+        (Some(known), ..) => format!(" in {known}"),
+        (None, Some(path), _) => format!(" in {path}"),
+        (None, None, 0) => String::new(),
+        (None, None, id) => format!(" in cgroup {id}, which is gone"),
     };
     let error = std::io::Error::from_raw_os_error(i32::try_from(*errno).unwrap_or(0));
     // Without the number that the library puts behind it.
@@ -278,11 +321,14 @@ mod tests {
         };
         let path = CgroupPath::from("/a");
         assert_eq!(
-            text(&entry, Some(&path)),
+            text(&entry, Some(&path), None),
             "2023-11-14T22:13:20.123Z  dead peer 10.0.0.1:6379 → 10.0.0.2:40000 in /a, found by \
              probes after 2m of silence, 6 probes unanswered; policy redis\\n; the application \
              gets: Connection timed out\n"
         );
-        assert!(text(&entry, None).contains(" in cgroup 7, which is gone,"));
+        assert!(text(&entry, None, None).contains(" in cgroup 7, which is gone,"));
+        let unit = Identity::of_path(b"/system.slice/redis.service");
+        let told = text(&entry, Some(&path), Some(&unit));
+        assert!(told.contains(" in redis.service, found by"), "{told}");
     }
 }

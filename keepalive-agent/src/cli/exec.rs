@@ -15,6 +15,7 @@ use std::{
     os::{fd::AsFd, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{self, Command, ExitCode, Stdio},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -415,6 +416,7 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attach
         origin: Origin::default(),
         before: None,
         previous: None,
+        known: Arc::default(),
         grants: Vec::new(),
     };
     let mut set = job.build()?.set;

@@ -69,7 +69,7 @@ impl Reporter for Report {
 /// One line, with the fields that `events --json` has.
 fn to_journal(event: &daemon::Event<'_>) {
     let what = What::from(event);
-    let message = super::events::what(&what, None);
+    let message = super::events::what(&what, None, None);
     let mut record = log::Record::new(Level::INFO, &message);
     // Numbers and strings cannot fail to be written.
     if let Ok(Value::Object(fields)) = serde_json::to_value(&what) {

@@ -28,7 +28,7 @@ use ratatui::{
     crossterm::event::{self, Event},
 };
 
-use super::{screen, table};
+use super::{Whose, screen, table};
 use crate::{
     datapath::Lister,
     hierarchy::Hierarchy,
@@ -53,7 +53,8 @@ use model::{Action, By, Model};
                   Examples:\n  \
                   keepalive-agent top\n  \
                   keepalive-agent top --path azure-lb --by container\n  \
-                  keepalive-agent top --cgroup /system.slice --every 10"
+                  keepalive-agent top --cgroup /system.slice --every 10\n  \
+                  keepalive-agent top --pod 'shop/*'"
 )]
 pub(super) struct Arguments {
     /// Count at risk what a path with this idle timeout forgets: a duration, or
@@ -68,6 +69,9 @@ pub(super) struct Arguments {
     /// Only connections of this cgroup and what is below it
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
+
+    #[command(flatten)]
+    whose: Whose,
 
     /// Begin with a row for each of these
     #[arg(long, value_name = "GROUP", default_value = "cgroup")]
@@ -196,6 +200,7 @@ pub(super) fn top(arguments: &Arguments) -> Result<ExitCode> {
     let (hierarchy, cgroup) = Hierarchy::with(arguments.cgroup.as_deref())?;
     let filter = Filter {
         cgroup,
+        whose: arguments.whose.wanted(),
         ..Filter::default()
     };
     let risk = Risk {

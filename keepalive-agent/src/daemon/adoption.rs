@@ -1,19 +1,24 @@
 //! Adoption: going over to another config, or to other names of what is there, with
 //! the set in force.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, warn};
 
 use super::{
-    Daemon, Event, Reporter, building::allowed, journal::What, reload::Why, renames::Renames,
+    Daemon, Event, Reporter,
+    building::{Built, allowed},
+    early,
+    journal::What,
+    reload::Why,
+    renames::Renames,
     seconds_since_1970, target,
 };
 use crate::{
     assignment::Claimants,
     config::Config,
-    datapath::{Origin, Reload, chain},
-    hierarchy::CgroupPath,
+    datapath::{self, Change, Origin, Reload, chain},
+    hierarchy::{Cgroup, CgroupPath},
 };
 
 /// What came of going over to a config without building a set.
@@ -38,39 +43,196 @@ impl Daemon {
         if !config.differs_in_names_only(&self.config) {
             return Adopted::No;
         }
-        let Some(enforcement) = &self.enforcement else {
+        let Some((claimants, others)) = self.others_by(config) else {
             return Adopted::No;
         };
-        let Ok(claimants) = Claimants::new(config, &self.root) else {
-            return Adopted::No;
-        };
-        let claims_same = self.claimants.claim_same(&claimants, &self.hierarchy);
-        if !claims_same.unwrap_or(false) {
+        if !others.iter().all(|cgroup| self.is_free(cgroup)) {
             return self.claim_anew(config, origin, claimants, Why::FilesChanged, reporter);
         }
-        let said = enforcement.set.record().say_config(config, origin, None);
-        if let Err(error) = said {
-            debug!("{}", chain(&error));
-            return Adopted::No;
+        if self.adopt_at_once(config, origin, claimants, &others) {
+            Adopted::Yes
+        } else {
+            Adopted::No
+        }
+    }
+
+    /// Has those names of a config count that can at once, while something else has to
+    /// be waited for until the config can be in force: the first connection of a
+    /// container does not wait. Names that are gone count until then.
+    pub(super) fn adopt_early(&mut self, config: &Config) {
+        let mut more = self.config.with_names_of(config, |_, _| true);
+        let Some((mut claimants, mut others)) = self.others_by(&more) else {
+            return;
+        };
+        let busy = others.iter().filter(|cgroup| !self.is_free(cgroup));
+        let busy: Vec<_> = busy
+            .map(|cgroup| self.claimants.identity(&cgroup.path))
+            .collect();
+        if !busy.is_empty() {
+            more = self.config.with_names_of(config, |attribute, name| {
+                let mut busy = busy.iter();
+                !busy.any(|identity| attribute.matches([name], identity))
+            });
+            let Some(left) = self.others_by(&more) else {
+                return;
+            };
+            (claimants, others) = left;
+        }
+        if more != self.config && others.iter().all(|cgroup| self.is_free(cgroup)) {
+            let origin = self.origin.clone();
+            self.adopt_at_once(&more, &origin, claimants, &others);
+        }
+    }
+
+    /// Who claims what by a config of the same policies, and the cgroups for which that
+    /// makes a difference.
+    fn others_by(&self, config: &Config) -> Option<(Claimants, Vec<Cgroup>)> {
+        self.enforcement.as_ref()?;
+        let claimants = Claimants::new(config, &self.root).ok()?;
+        let others = self.claimants.differing(&claimants, &self.hierarchy);
+        let others = others.inspect_err(|error| debug!("reading the hierarchy: {error}"));
+        Some((claimants, others.ok()?))
+    }
+
+    /// Whether no connection changes with the policies of a cgroup: its processes have
+    /// none, and none was made for somebody else.
+    fn is_free(&self, cgroup: &Cgroup) -> bool {
+        let mut grants = self.grants.iter();
+        !grants.any(|grant| cgroup.contains(&grant.cgroup.path))
+            && !early::may_be_in(cgroup, &self.hierarchy)
+    }
+
+    /// Goes over to another config of the same policies, for which these cgroups have
+    /// others, in none of which there are connections. That can be at any time: during a
+    /// sweep, which has nothing to do there, and while a set is built, which gets it
+    /// too. Whether it could be.
+    fn adopt_at_once(
+        &mut self,
+        config: &Config,
+        origin: &Origin,
+        claimants: Claimants,
+        others: &[Cgroup],
+    ) -> bool {
+        let Some(enforcement) = &mut self.enforcement else {
+            return false;
+        };
+        let record = enforcement.set.record().clone();
+        let is_settled = self.state.settled;
+        let mut assigned = Vec::new();
+        let mut adopt = || {
+            // Whoever goes on from here, should this agent be killed before the claims are
+            // written, brings along what is made until then.
+            let before = (is_settled && !others.is_empty()).then_some(&self.config);
+            if before.is_some() {
+                self.state.settled = false;
+                record.set_state(&self.state)?;
+            }
+            record.say_config(config, origin, before)?;
+            for top in others {
+                for cgroup in self.hierarchy.walk(top).unwrap_or_default() {
+                    let policies = claimants.claim_of(&cgroup.path);
+                    if enforcement.set.assign(&cgroup, &policies)? {
+                        assigned.push((cgroup, policies));
+                    }
+                }
+            }
+            Ok(())
+        };
+        let adopted: Result<(), datapath::Error> = adopt();
+        self.state.settled = is_settled;
+        if let Err(error) = adopted {
+            debug!("{}: another set is built", chain(&error));
+            // What was written down last is not what stands there.
+            self.published = Default::default();
+            return false;
         }
         for (before, now) in self.config.policies.iter().zip(&config.policies) {
-            if before.selector.words() != now.selector.words() {
-                self.journal.note(What::names_changed(
-                    &now.name,
-                    Why::FilesChanged.words(),
-                    &before.selector,
-                    &now.selector,
-                ));
+            let words = Why::FilesChanged.words();
+            if before.selector != now.selector
+                && let Some(changed) =
+                    What::names_changed(&now.name, words, &before.selector, &now.selector)
+            {
+                self.journal.note(changed);
             }
         }
         self.went_over_to(config, origin, claimants);
+        for (cgroup, policies) in assigned {
+            self.journal.note(What::CgroupAssigned {
+                cgroup: cgroup.path.clone(),
+                policies: self.claimants.names(&policies),
+            });
+        }
+        for cgroup in others {
+            // Since they were looked at.
+            if early::may_be_in(cgroup, &self.hierarchy) {
+                self.sweep_later(cgroup);
+            }
+        }
+        let others = others.iter().cloned().map(Change::Made);
+        self.remember(&others.collect::<Vec<_>>());
         // What is being swept is finished by the sweep.
         if self.state.settled
             && let Some(ownership) = &mut self.ownership
         {
             ownership.finish(&self.config);
         }
-        Adopted::Yes
+        true
+    }
+
+    /// Gives a set that is about to be put in force what came while it was built:
+    /// cgroups, and names.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more, or cannot be written. What is missing then comes when
+    /// the set is in force.
+    pub(super) fn catch_up(&mut self, built: &mut Built) -> Result<(), datapath::Error> {
+        let mut cgroups: BTreeMap<CgroupPath, Cgroup> = BTreeMap::new();
+        for change in &self.changes {
+            match change {
+                Change::Made(cgroup) => {
+                    cgroups.insert(cgroup.path.clone(), cgroup.clone());
+                }
+                Change::Removed(cgroup) => {
+                    cgroups.remove(&cgroup.path);
+                }
+                // Another set is built.
+                Change::Lost => return Ok(()),
+            }
+        }
+        self.claimants.teach(&built.claimants);
+        let latest = self.latest.take().map(|latest| {
+            if latest.differs_in_names_only(&built.config) {
+                latest
+            } else {
+                built.config.with_names_of(&latest, |_, _| true)
+            }
+        });
+        if let Some(config) = latest.filter(|latest| *latest != built.config)
+            && let Ok(claimants) = Claimants::new(&config, &self.root)
+            && let Ok(others) = built.claimants.differing(&claimants, &self.hierarchy)
+        {
+            let others = others.into_iter();
+            cgroups.extend(others.map(|cgroup| (cgroup.path.clone(), cgroup)));
+            built
+                .set
+                .record()
+                .say_config(&config, &built.origin, None)?;
+            (built.config, built.claimants) = (config, claimants);
+        }
+        for top in cgroups.values() {
+            for cgroup in self.hierarchy.walk(top).unwrap_or_default() {
+                if self.grants.iter().any(|grant| grant.cgroup == cgroup) {
+                    continue;
+                }
+                let before = self.claimants.claim_of(&cgroup.path);
+                let now = built.claimants.claim_of(&cgroup.path);
+                if !before.is_empty() || !now.is_empty() {
+                    built.set.assign_late(&cgroup, &before, &now)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The same where a name is that of something that is there: by other claims in the
@@ -201,9 +363,15 @@ impl Daemon {
             return;
         }
         let (config, origin) = (self.config.clone(), self.origin.clone());
-        let claimed = Claimants::new(&config, &self.root).map_or(Adopted::No, |claimants| {
-            self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
-        });
+        let claimants = Claimants::new(&config, &self.root);
+        let claimed = match claimants {
+            // The set that is being built knows the old names.
+            Ok(claimants) if self.building.is_none() => {
+                self.claimants.teach(&claimants);
+                self.claim_anew(&config, &origin, claimants, Why::Renamed, reporter)
+            }
+            _ => Adopted::No,
+        };
         if claimed != Adopted::Yes {
             self.build_again();
         }

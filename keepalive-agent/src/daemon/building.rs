@@ -13,6 +13,7 @@ use crate::{
     datapath::{Blueprint, LoadedSet, Origin, SetRecord},
     grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
+    identity::Identities,
     kernel::layout::Kernel,
 };
 
@@ -28,6 +29,8 @@ pub(crate) struct Job {
     pub(crate) before: Option<Config>,
     /// The set in force.
     pub(crate) previous: Option<Arc<SetRecord>>,
+    /// What is known of containers.
+    pub(crate) known: Arc<Identities>,
     /// What users were given; what a config does not let them have is left out.
     pub(crate) grants: Vec<Grant>,
 }
@@ -72,11 +75,13 @@ impl Job {
     /// is left then.
     pub(crate) fn build(self) -> Result<Built> {
         let claimants = Claimants::new(&self.config, &self.root)?;
+        claimants.learn(&self.known);
         let (mut assignment, warnings) = target::assign(&claimants, &self.hierarchy)?;
         assignment.grants = allowed(&self.config, &self.grants);
         let before = match &self.before {
             Some(config) => {
                 let earlier = Claimants::new(config, &self.root)?;
+                earlier.learn(&self.known);
                 let mut before = match earlier.assigned_like(&claimants, &assignment) {
                     Some(before) => before,
                     None => target::assign(&earlier, &self.hierarchy)?.0,

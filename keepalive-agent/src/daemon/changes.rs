@@ -29,14 +29,20 @@ impl Daemon {
                 return;
             }
         };
-        if self.building.is_some() {
-            if self.changes.len() + changes.len() > REMEMBERED {
-                self.changes = vec![Change::Lost];
-            } else {
-                self.changes.extend(changes.iter().cloned());
-            }
-        }
+        self.remember(&changes);
         self.follow_changes(&changes, reporter);
+    }
+
+    /// Has a set that is being built get these changes, too.
+    pub(super) fn remember(&mut self, changes: &[Change]) {
+        if self.building.is_none() {
+            return;
+        }
+        if self.changes.len() + changes.len() > REMEMBERED {
+            self.changes = vec![Change::Lost];
+        } else {
+            self.changes.extend(changes.iter().cloned());
+        }
     }
 
     /// Gives new cgroups their policy, and forgets those that are gone. What goes

@@ -71,8 +71,8 @@ pub enum What {
         /// Names of the policies.
         policies: Vec<String>,
     },
-    /// A policy is for other names than before, none of which is there: that takes
-    /// no other policy set, and no connection changes.
+    /// A policy is for other names than before, and nothing that is called so has
+    /// connections: that takes no other policy set and no sweep.
     NamesChanged {
         /// Name of the policy.
         policy: String,
@@ -158,7 +158,7 @@ impl What {
         why: &str,
         before: &Selector,
         now: &Selector,
-    ) -> Self {
+    ) -> Option<Self> {
         let (before, now) = (before.words(), now.words());
         let mut more = 0;
         let mut those = |names: &BTreeSet<String>, without: &BTreeSet<String>| {
@@ -167,13 +167,15 @@ impl What {
             names.truncate(MOST_NAMES);
             names
         };
-        Self::NamesChanged {
+        let (added, removed) = (those(&now, &before), those(&before, &now));
+        let is_change = !added.is_empty() || !removed.is_empty();
+        is_change.then(|| Self::NamesChanged {
             policy: policy.to_owned(),
             why: why.to_owned(),
-            added: those(&now, &before),
-            removed: those(&before, &now),
+            added,
+            removed,
             more,
-        }
+        })
     }
 }
 
@@ -478,12 +480,12 @@ mod tests {
     #[test]
     fn other_names_are_told_and_not_more_than_can_be_read() {
         let changed = |before, now| match What::names_changed("p", "w", &before, &now) {
-            What::NamesChanged {
+            Some(What::NamesChanged {
                 added,
                 removed,
                 more,
                 ..
-            } => (added, removed, more),
+            }) => (added, removed, more),
             other => panic!("{other:?}"),
         };
         let name = |n| format!("pod = shop/web-{n:03}");
@@ -491,7 +493,7 @@ mod tests {
             changed(pods([1, 2]), pods([2, 3])),
             (vec![name(3)], vec![name(1)], 0)
         );
-        assert_eq!(changed(pods([1]), pods([1])), (vec![], vec![], 0));
+        assert_eq!(What::names_changed("p", "w", &pods([1]), &pods([1])), None);
         let (added, removed, more) = changed(pods([0]), pods(1..=MOST_NAMES + 5));
         assert_eq!((added.len(), removed.len(), more), (MOST_NAMES, 1, 5));
     }

@@ -1,6 +1,8 @@
 //! Reload: the config is read again, and another set is built and put in the place of
 //! the one in force.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use sd_notify::NotifyState;
 use tracing::{debug, error, warn};
@@ -68,6 +70,7 @@ impl Daemon {
                 None => previous.as_ref().map(|set| set.description.config.clone()),
             },
             previous,
+            known: Arc::new(self.claimants.known()),
             grants: self.grants.clone(),
         }
     }
@@ -79,6 +82,9 @@ impl Daemon {
         // concern it, and what they are for may be there in a moment.
         if self.building.is_some() || (self.is_first_pass() && why.demands()) {
             self.reload_later(why);
+            if why == Why::FilesChanged {
+                self.names_changed_meanwhile();
+            }
             return;
         }
         self.reload_waiting = None;
@@ -96,6 +102,9 @@ impl Daemon {
                     Adopted::No
                 };
                 self.reload_awaits_sweep = adopted == Adopted::AfterSweep;
+                if adopted != Adopted::Yes && why == Why::FilesChanged {
+                    self.adopt_early(&config);
+                }
                 if self.reload_awaits_sweep || adopted == Adopted::No && self.is_first_pass() {
                     self.reload_later(why);
                     return;
@@ -110,6 +119,24 @@ impl Daemon {
             }
             Err(error) => self.reload_failed(&error, why.demands()),
         }
+    }
+
+    /// Looks for new names while a set is being built. What else is new is seen to, and
+    /// what is wrong is told, when the set is in force.
+    fn names_changed_meanwhile(&mut self) {
+        self.latest = None;
+        let Some(watch) = &mut self.watch else {
+            return;
+        };
+        let Ok(read) = target::read(&self.options.sources, self.options.dry_run) else {
+            return;
+        };
+        // What is being written is told of again.
+        if watch.has_news().unwrap_or(true) {
+            return;
+        }
+        self.adopt_early(&read.config);
+        self.latest = Some(read.config);
     }
 
     /// Remembers that the config is to be read when what is under way is over.
@@ -199,6 +226,7 @@ impl Daemon {
             return;
         }
         self.changes.clear();
+        self.latest = None;
         self.reloads = reloads;
         match self.job(config, origin).start() {
             Ok(building) => self.building = Some(building),
@@ -233,6 +261,12 @@ impl Daemon {
     ) -> Option<(&'static str, Leaves)> {
         self.building = None;
         let replaced = built.and_then(|mut built| {
+            if self.enforcement.is_some()
+                && let Err(error) = self.catch_up(&mut built)
+            {
+                debug!("{}", chain(&error));
+                self.reload_waiting = Some(Why::Cgroups);
+            }
             let Some(mut enforcement) = self.enforcement.take() else {
                 bail!("the cgroup went away meanwhile");
             };

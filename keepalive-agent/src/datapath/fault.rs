@@ -42,16 +42,17 @@ pub(super) const fn point(_: Operation) -> io::Result<()> {
 }
 
 #[cfg(feature = "fault-injection")]
-pub use armed::{arm, arm_to_kill, point, stop};
+pub use armed::{Hold, arm, arm_to_kill, point, stop};
 
 #[cfg(feature = "fault-injection")]
 mod armed {
     use std::{
         io,
         sync::{
-            Mutex, PoisonError,
+            Condvar, Mutex, PoisonError,
             atomic::{AtomicBool, AtomicI64, Ordering},
         },
+        thread,
     };
 
     use rustix::process::{Signal, getpid, kill_process};
@@ -63,6 +64,49 @@ mod armed {
     /// Whether that call ends the process, as SIGKILL does.
     static KILLS: AtomicBool = AtomicBool::new(false);
     static FAILED: Mutex<Option<Operation>> = Mutex::new(None);
+
+    /// The threads of which name wait, and how many do.
+    static HELD: Mutex<Option<(&str, u32)>> = Mutex::new(None);
+    static RELEASED: Condvar = Condvar::new();
+
+    /// Has the threads of one name wait at their next call, as long as it lives. There
+    /// is one at a time.
+    #[derive(Debug)]
+    pub struct Hold;
+
+    impl Hold {
+        /// Begins.
+        #[must_use]
+        pub fn on(name: &'static str) -> Self {
+            *HELD.lock().unwrap_or_else(PoisonError::into_inner) = Some((name, 0));
+            Self
+        }
+
+        /// Whether a thread waits.
+        #[must_use]
+        pub fn is_met(&self) -> bool {
+            let held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+            held.is_some_and(|(_, waiting)| waiting > 0)
+        }
+    }
+
+    impl Drop for Hold {
+        fn drop(&mut self) {
+            *HELD.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            RELEASED.notify_all();
+        }
+    }
+
+    fn wait() {
+        let own = thread::current();
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((name, waiting)) = &mut *held
+            && own.name() == Some(*name)
+        {
+            *waiting += 1;
+            held = RELEASED.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 
     /// Lets the call fail that comes after so many others, once; tells which one
     /// failed since the last time.
@@ -88,6 +132,7 @@ mod armed {
     ///
     /// ENOMEM, if so armed.
     pub fn point(operation: Operation) -> io::Result<()> {
+        wait();
         if COUNTDOWN.fetch_sub(1, Ordering::SeqCst) != 0 {
             return Ok(());
         }

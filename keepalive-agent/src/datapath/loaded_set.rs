@@ -49,7 +49,7 @@ use crate::{
     grant::Grant,
     hierarchy::Cgroup,
     kernel::layout::{Hook, Kernel},
-    policy_set::{Mark, PolicySet, Sizes},
+    policy_set::{Mark, PolicySet, Rewritten, Sizes},
 };
 
 /// Everything that a set is built from.
@@ -354,6 +354,57 @@ impl LoadedSet {
         Ok(true)
     }
 
+    /// Gives a cgroup other policies than it had, or those of the cgroups above it where
+    /// there are none; whether anything is different by that.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::add_cgroup`].
+    pub fn assign(&mut self, cgroup: &Cgroup, policies: &[usize]) -> Result<bool, Error> {
+        if !policies.is_empty() {
+            return self.add_cgroup(cgroup, policies);
+        }
+        if !self.records.has_claim_of(cgroup) {
+            return Ok(false);
+        }
+        self.records.withdraw(cgroup);
+        self.write_claim_of(cgroup)?;
+        self.begin_generation()?;
+        Ok(true)
+    }
+
+    /// The same for a set by which nothing goes yet, of a cgroup that came or was renamed
+    /// while it was built, and was claimed by other policies of the assignment before.
+    ///
+    /// # Errors
+    ///
+    /// When a map takes no more.
+    pub fn assign_late(
+        &mut self,
+        cgroup: &Cgroup,
+        before: &[usize],
+        now: &[usize],
+    ) -> Result<(), Error> {
+        let mark = self.records.mark();
+        self.records.claimed_before(cgroup, before)?;
+        if now.is_empty() {
+            self.records.withdraw(cgroup);
+        } else if let Some(new) = self.records.claim_for(cgroup, now)? {
+            self.records.add(&new);
+        }
+        self.write_records(mark)?;
+        self.write_claim_of(cgroup)
+    }
+
+    /// Writes what is known of a cgroup.
+    fn write_claim_of(&mut self, cgroup: &Cgroup) -> Result<(), Error> {
+        if !self.records.has_claim_of(cgroup) {
+            return self.forget(cgroup.id, "forgetting policies of cgroups");
+        }
+        let claim = self.records.claim(&cgroup.path);
+        write_claims(&self.cgroups, [(cgroup.clone(), claim)])
+    }
+
     /// Says that every connection has been brought along: from here on what a claim
     /// was before is what it is.
     ///
@@ -363,7 +414,16 @@ impl LoadedSet {
     /// brought along is wrong then only where an application sets just what an
     /// earlier policy gave.
     pub fn settle(&mut self) -> Result<(), Error> {
-        write_claims(&self.cgroups, self.records.settle())
+        let settled = self.records.settle();
+        self.rewrite(settled)
+    }
+
+    fn rewrite(&mut self, rewritten: Rewritten) -> Result<(), Error> {
+        write_claims(&self.cgroups, rewritten.claims)?;
+        for id in rewritten.forgotten {
+            self.forget(id, "forgetting policies of cgroups")?;
+        }
+        Ok(())
     }
 
     /// Goes over to another assignment of the same policies, without other programs.
@@ -377,10 +437,7 @@ impl LoadedSet {
         let mark = self.records.mark();
         let rewritten = self.records.claim_anew(assignment)?;
         self.write_records(mark)?;
-        write_claims(&self.cgroups, rewritten.claims)?;
-        for id in rewritten.forgotten {
-            self.forget(id, "forgetting policies of cgroups")?;
-        }
+        self.rewrite(rewritten)?;
         self.begin_generation()
     }
 

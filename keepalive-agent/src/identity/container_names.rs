@@ -90,6 +90,14 @@ impl Default for Files {
     }
 }
 
+/// A container of a storage.
+#[derive(Deserialize)]
+struct StoredContainer {
+    id: String,
+    names: Option<Vec<String>>,
+    metadata: Option<String>,
+}
+
 /// Where docker keeps its data by itself, and its file of a container.
 const DOCKER: &str = "var/lib/docker";
 pub(crate) const DOCKER_FILE: &str = "config.v2.json";
@@ -105,6 +113,10 @@ const CONTAINERD: [&str; 3] = [
 /// boot.
 const STORAGES: [&str; 2] = ["var/lib/containers/storage", "run/containers/storage"];
 
+/// The files in which a storage has the names of its containers, all those of a kind
+/// together.
+pub(crate) const STORED: [&str; 2] = ["containers.json", "volatile-containers.json"];
+
 /// What storage is called that has a driver's name before it.
 const DRIVERS: [&str; 4] = ["overlay", "vfs", "btrfs", "zfs"];
 
@@ -117,12 +129,16 @@ impl Files {
         }
     }
 
-    /// What the container with this id is called; none where no runtime knows it.
-    pub(super) fn read(&self, id: &str) -> Option<ContainerNames> {
-        let found = self
-            .docker(id)
-            .or_else(|| self.containerd(id))
-            .or_else(|| self.storage(id));
+    /// What the container with this id is called; none where no runtime knows it. Where
+    /// it is in a pod, docker is asked last.
+    pub(super) fn read(&self, id: &str, is_in_pod: bool) -> Option<ContainerNames> {
+        let docker = || self.docker(id);
+        let others = || self.containerd(id).or_else(|| self.storage(id));
+        let found = if is_in_pod {
+            others().or_else(docker)
+        } else {
+            docker().or_else(others)
+        };
         found.map(ContainerNames::bounded)
     }
 
@@ -217,33 +233,46 @@ impl Files {
     /// What the storage says of a container.
     fn stored(&self, storage: &str, driver: &str, id: &str) -> Option<ContainerNames> {
         #[derive(Deserialize)]
-        struct Container {
-            id: String,
-            names: Option<Vec<String>>,
-            metadata: Option<String>,
-        }
-        #[derive(Deserialize)]
         struct Metadata {
             #[serde(rename = "image-name")]
             image_name: Option<String>,
         }
-        ["containers.json", "volatile-containers.json"]
-            .iter()
-            .find_map(|file| {
-                let file = format!("{driver}-containers/{file}");
-                let containers: Vec<Container> = self.json(storage.as_ref(), &file)?;
-                let container = containers
-                    .into_iter()
-                    .find(|container| container.id == id)?;
-                let metadata = container.metadata.as_deref();
-                let metadata: Option<Metadata> =
-                    metadata.and_then(|text| serde_json::from_str(text).ok());
-                Some(ContainerNames {
-                    name: container.names.and_then(|names| names.into_iter().next()),
-                    image: metadata.and_then(|metadata| metadata.image_name),
-                    ..ContainerNames::default()
-                })
-            })
+        let directory = Path::new(storage).join(format!("{driver}-containers"));
+        let container = self
+            .all_stored(&directory)
+            .find(|container| container.id == id)?;
+        let metadata = container.metadata.as_deref();
+        let metadata: Option<Metadata> = metadata.and_then(|text| serde_json::from_str(text).ok());
+        Some(ContainerNames {
+            name: container.names.and_then(|names| names.into_iter().next()),
+            image: metadata.and_then(|metadata| metadata.image_name),
+            ..ContainerNames::default()
+        })
+    }
+
+    fn all_stored(&self, directory: &Path) -> impl Iterator<Item = StoredContainer> {
+        STORED.iter().flat_map(move |file| {
+            let stored: Option<Vec<StoredContainer>> = self.json(directory, file);
+            stored.into_iter().flatten()
+        })
+    }
+
+    /// The directory of the storage that has a container.
+    pub(super) fn storage_of(&self, id: &str) -> Option<PathBuf> {
+        let directories = STORAGES.iter().flat_map(|storage| {
+            let of = move |driver| self.root.join(storage).join(format!("{driver}-containers"));
+            DRIVERS.iter().map(of)
+        });
+        directories
+            .into_iter()
+            .find(|directory| directory.join(id).symlink_metadata().is_ok())
+    }
+
+    /// What the containers in a directory of the storage are called, by their ids.
+    pub(super) fn stored_names(&self, directory: &Path) -> HashMap<String, String> {
+        let directory = directory.strip_prefix(&self.root).unwrap_or(directory);
+        let name = |stored: StoredContainer| Some((stored.id, stored.names?.into_iter().next()?));
+        self.all_stored(directory).filter_map(name).collect()
     }
 
     /// Reads a file of JSON below a directory; none where there is none, and where

@@ -28,6 +28,8 @@ pub struct Location<'a> {
 pub struct ContainerId<'a> {
     /// 64 hexadecimal digits.
     pub id: &'a str,
+    /// The path of its outermost cgroup.
+    pub cgroup: &'a [u8],
     /// What runs it, where the path says so.
     pub runtime: Option<Runtime>,
     /// The uid of the pod that it is in.
@@ -44,7 +46,9 @@ impl<'a> Location<'a> {
         let mut slices = Slices::Within;
         let (mut in_kubepods, mut is_rootless) = (false, false);
         let mut above = "";
+        let mut end = 0;
         for part in path.split(|byte| *byte == b'/') {
+            end += part.len() + 1;
             location.container_of_its_own = None;
             if part.is_empty() {
                 continue;
@@ -80,6 +84,7 @@ impl<'a> Location<'a> {
             if let Some((runtime, id)) = found {
                 location.containers.push(ContainerId {
                     id,
+                    cgroup: path.get(..end - 1).unwrap_or(path),
                     runtime,
                     pod: location.pod.clone(),
                     is_rootless,
@@ -303,10 +308,13 @@ mod tests {
         ] {
             let path = filled(path);
             let found = Location::of(path.as_bytes());
+            let end = path.find(&id('a')).unwrap() + id('a').len();
+            let end = end + path[end..].find('/').unwrap_or(path.len() - end);
             assert_eq!(
                 found.containers,
                 [ContainerId {
                     id: &id('a'),
+                    cgroup: &path.as_bytes()[..end],
                     runtime,
                     pod: pod.map(str::to_owned),
                     is_rootless: false,

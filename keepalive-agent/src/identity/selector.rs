@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
     str::FromStr,
 };
@@ -60,6 +60,27 @@ impl Attribute {
             Self::Pod => names.pod.as_deref(),
         }
     }
+
+    /// Whether any of these patterns is for an identity.
+    #[must_use]
+    pub fn matches<'a>(
+        self,
+        patterns: impl IntoIterator<Item = &'a NamePattern>,
+        identity: &Identity,
+    ) -> bool {
+        let Some(value) = self.of(identity) else {
+            return false;
+        };
+        let longer = match self {
+            // A template stands for its instances.
+            Self::Unit => Some(template_of(value)),
+            Self::Pod => identity.names.pod_with_namespace().map(Cow::from),
+            _ => None,
+        };
+        patterns.into_iter().any(|pattern| {
+            pattern.matches(value) || longer.as_ref().is_some_and(|name| pattern.matches(name))
+        })
+    }
 }
 
 /// Which cgroups a policy is for, by what they are. All that is named must match.
@@ -96,24 +117,34 @@ impl Selector {
     #[must_use]
     pub fn selects(&self, identity: &Identity) -> bool {
         let attribute = |(attribute, patterns): (&Attribute, &Vec<NamePattern>)| {
-            let Some(value) = attribute.of(identity) else {
-                return false;
-            };
-            let longer = match attribute {
-                // A template stands for its instances.
-                Attribute::Unit => Some(template_of(value)),
-                Attribute::Pod => identity.names.pod_with_namespace().map(Cow::from),
-                _ => None,
-            };
-            patterns.iter().any(|pattern| {
-                pattern.matches(value) || longer.as_ref().is_some_and(|name| pattern.matches(name))
-            })
+            attribute.matches(patterns, identity)
         };
         let labels = &identity.names.labels;
         let label = |(key, pattern): (&String, &NamePattern)| {
             labels.get(key).is_some_and(|value| pattern.matches(value))
         };
         !self.is_empty() && self.attributes.iter().all(attribute) && self.labels.iter().all(label)
+    }
+
+    /// Whether another one goes by the same attributes and labels, of which the
+    /// attributes may have other names.
+    fn differs_in_names_only(&self, other: &Self) -> bool {
+        self.labels == other.labels && self.attributes.keys().eq(other.attributes.keys())
+    }
+
+    /// Adds names that another one has, those of which this is true, where it goes by
+    /// the same attributes.
+    pub fn add_names_of(&mut self, other: &Self, may: impl Fn(Attribute, &NamePattern) -> bool) {
+        if !self.differs_in_names_only(other) {
+            return;
+        }
+        for (attribute, own) in &mut self.attributes {
+            let others = other.attributes.get(attribute).into_iter().flatten();
+            let known: HashSet<_> = own.iter().map(NamePattern::as_str).collect();
+            let new = others.filter(|name| !known.contains(name.as_str()) && may(*attribute, name));
+            let new: Vec<_> = new.cloned().collect();
+            own.extend(new);
+        }
     }
 
     /// All that it names, each as `pod = shop/web-0` or `label app = web`.
@@ -126,6 +157,47 @@ impl Selector {
         let labels = self.labels.iter();
         let labels = labels.map(|(key, pattern)| format!("label {key} = {pattern}"));
         attributes.chain(labels).collect()
+    }
+}
+
+/// A selector and what is in its place now.
+#[derive(Debug)]
+pub struct Renaming<'a> {
+    before: &'a Selector,
+    now: &'a Selector,
+    /// Names that only one of them has, where they differ in nothing else.
+    names: Option<Vec<(Attribute, Vec<&'a NamePattern>)>>,
+}
+
+impl<'a> Renaming<'a> {
+    /// What is different.
+    #[must_use]
+    pub fn new(before: &'a Selector, now: &'a Selector) -> Self {
+        let only_in_one = |one: &'a [NamePattern], other: &'a [NamePattern]| {
+            let known: HashSet<_> = other.iter().map(NamePattern::as_str).collect();
+            one.iter()
+                .filter(move |name| !known.contains(name.as_str()))
+        };
+        let names = before.differs_in_names_only(now).then(|| {
+            let both = before.attributes.iter().zip(now.attributes.values());
+            both.map(|((attribute, before), now)| {
+                let names = only_in_one(before, now).chain(only_in_one(now, before));
+                (*attribute, names.collect())
+            })
+            .collect()
+        });
+        Self { before, now, names }
+    }
+
+    /// Whether it changes whether an identity is selected. Only few names are looked at
+    /// where few are others.
+    #[must_use]
+    pub fn concerns(&self, identity: &Identity) -> bool {
+        let is_named = self.names.as_ref().is_none_or(|names| {
+            let mut names = names.iter();
+            names.any(|(attribute, names)| attribute.matches(names.iter().copied(), identity))
+        });
+        is_named && self.before.selects(identity) != self.now.selects(identity)
     }
 }
 

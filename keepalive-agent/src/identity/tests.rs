@@ -146,6 +146,13 @@ fn podman_and_cri_o_share_a_storage() {
     let found = identities.of(&path("/libpod_parent/libpod-AID/container"));
     assert_eq!(found.to_string(), "podman:db");
     assert_eq!(found.names.image.as_deref(), Some("localhost/bb:1"));
+    let files = container_names::Files::below(disk.0.path());
+    let directory = files.storage_of(&id('a')).unwrap();
+    assert_eq!(directory, disk.0.path().join(storage));
+    assert_eq!(files.storage_of(&id('d')), None);
+    let names = files.stored_names(&directory);
+    assert_eq!(names[&id('a')], "db");
+    assert_eq!(names[&id('c')], "other");
     let found = identities.of(&path("/kubepods.slice/crio-BID.scope"));
     assert_eq!(found.to_string(), "shop/web-0/app");
     assert_eq!(found.runtime, Some(Runtime::CriO));

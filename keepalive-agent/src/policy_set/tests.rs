@@ -442,16 +442,44 @@ fn a_cgroup_that_comes_later_had_the_policy_above() {
         ..claim
     };
     let claims = [(at("/a"), settled(above)), (cgroup, settled(new.claim))];
-    assert_eq!(set.settle(), claims);
+    assert_eq!(set.settle().claims, claims);
     assert_eq!(set.claims().collect::<Vec<_>>(), claims);
-    assert_eq!(set.settle(), []);
+    assert_eq!(set.settle().claims, []);
     // And one that comes after that.
     let later = at("/b");
     let new = set.claim_for(&later, &[1]).unwrap().unwrap();
     assert_eq!(new.claim.before, Target::UNCLAIMED);
     set.add(&new);
     assert_eq!(set.claim(&later.path), new.claim);
-    assert_eq!(set.settle(), [(later, settled(new.claim))]);
+    assert_eq!(set.settle().claims, [(later, settled(new.claim))]);
+}
+
+/// What only was claimed before is looked for above when the sweep is over: a claim of
+/// its own would hide what comes there.
+#[test]
+fn what_claims_nothing_any_more_is_forgotten() {
+    let mut both = one("/a", 1, None);
+    both.claims.extend(one("/b", 1, None).claims);
+    let mut set = PolicySet::new(Some(&both), &one("/a", 1, None)).unwrap();
+    let settled = set.settle();
+    assert_eq!(settled.claims, []);
+    assert_eq!(settled.forgotten, [at("/b").id]);
+}
+
+/// A cgroup that was made while the set was built went by the policies before.
+#[test]
+fn what_came_while_a_set_was_built_was_claimed_before() {
+    let mut set = PolicySet::new(Some(&one("/a", 1, None)), &one("/a", 3, None)).unwrap();
+    let late = at("/late");
+    set.claimed_before(&late, &[0]).unwrap();
+    let new = set.claim_for(&late, &[0]).unwrap().unwrap();
+    assert_eq!(new.claim, set.claim(&"/a".into()));
+    set.add(&new);
+    assert_eq!(set.claim(&late.path), new.claim);
+    // One that claims nothing by itself.
+    set.withdraw(&late);
+    assert_eq!(set.claim(&late.path).now, Target::UNCLAIMED);
+    assert_eq!(set.claim(&late.path).before, new.claim.before);
 }
 
 #[test]

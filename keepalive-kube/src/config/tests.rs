@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::objects::{Labels, Pod, PolicyObject};
+use crate::objects::Objects;
 
 fn labels(value: &Value) -> Labels {
     serde_json::from_value(value.clone()).unwrap()
@@ -57,18 +57,25 @@ impl Objects {
         self
     }
 
-    /// What is written for the agent, without the head.
+    fn rules(&self) -> Rules {
+        Rules::new(&self.policies, &self.namespaces)
+    }
+
+    /// What is written for the agent, where these policies are written already.
+    fn drop_in(&self, written: &BTreeSet<String>) -> Compiled {
+        self.rules().drop_in(&self.pods, written)
+    }
+
+    /// The same without the head.
     fn text(&self) -> String {
-        let text = compile(self, &BTreeSet::new()).text;
+        let text = self.drop_in(&BTreeSet::new()).text;
         // Whatever it is, the agent takes it.
         read(&text);
         text.strip_prefix(HEAD).unwrap().to_owned()
     }
 
     fn verdict(&self, policy: &str) -> Result<(), String> {
-        let compiled = compile(self, &BTreeSet::new());
-        read(&compiled.text);
-        compiled.verdicts[&id(policy)]
+        self.rules().verdicts[&id(policy)]
             .clone()
             .map_err(|refusal| format!("{}: {refusal}", refusal.reason()))
     }
@@ -124,8 +131,8 @@ fn pods_are_selected_by_labels() {
     assert_eq!(
         objects.clone().policy("shop/web", &spec).text(),
         "[[policy]]\ncontainer = [\"app\"]\nidle = { at-most = \"2m\", default = \"30s\" }\n\
-         name = \"kube:shop/web\"\nnamespace = \"shop\"\npod = [\"web-0\"]\n\
-         port = [5432, \"8000-8999\"]\nremote = [\"10.0.0.0/8\"]\n"
+         name = \"kube:shop/web\"\nnamespace = \"shop\"\n\
+         port = [5432, \"8000-8999\"]\nremote = [\"10.0.0.0/8\"]\npod = [\"web-0\"]\n"
     );
     // Over all namespaces a pod's name alone could mean several.
     let spec = json!({ "podSelector": { "matchLabels": { "app": "web" } }, "idle": "30s" });
@@ -169,9 +176,9 @@ fn a_policy_stays_that_was_written_once() {
         let policies = read(&compiled.text).policies;
         policies.into_iter().map(|policy| policy.name).collect()
     };
-    let before = compile(&policies, &BTreeSet::new());
+    let before = policies.drop_in(&BTreeSet::new());
     assert!(before.names.is_empty() && named(&before).is_empty());
-    let during = compile(&with_pods, &before.names);
+    let during = with_pods.drop_in(&before.names);
     let all = [
         "kube:shop/named by annotation",
         "kube:shop/web",
@@ -179,7 +186,7 @@ fn a_policy_stays_that_was_written_once() {
         "kube:teams",
     ];
     assert_eq!(named(&during), all);
-    let after = compile(&policies, &during.names);
+    let after = policies.drop_in(&during.names);
     assert_eq!(named(&after), all);
     assert_eq!(after.names, during.names);
     assert!(read(&after.text).differs_in_names_only(&read(&during.text)));
@@ -193,8 +200,33 @@ fn a_policy_stays_that_was_written_once() {
     // A policy that is gone goes.
     let mut left = policies;
     left.policies.remove(&id("shop/web"));
-    let left = compile(&left, &after.names);
+    let left = left.drop_in(&after.names);
     assert_eq!(named(&left), [all[0], all[2], all[3]]);
+}
+
+/// The first pod of a policy on a node is only a name more, so that its first connection
+/// need not wait for a policy set.
+#[test]
+fn policies_are_written_before_there_are_pods() {
+    let selecting = json!({ "idle": "30s", "podSelector": { "matchLabels": { "app": "web" } } });
+    let mut policies = cluster()
+        .policy("shop/web", &selecting)
+        .policy("all", &selecting);
+    let ahead = policies.rules().ahead();
+    let before = policies.drop_in(&ahead);
+    assert_eq!(before.names, ahead);
+    assert_eq!(claim(&read(&before.text), "shop", "web-0"), None);
+    let with_pod = policies
+        .clone()
+        .pod("shop", "web-0", &json!({ "app": "web" }), Some("web"));
+    let after = read(&with_pod.drop_in(&ahead).text);
+    assert!(after.differs_in_names_only(&read(&before.text)));
+    let found = claim(&after, "shop", "web-0").unwrap();
+    assert_eq!(found.name, "kube:shop/web by annotation");
+    for number in 0..MOST_AHEAD {
+        policies = policies.policy(&format!("bank/{number}"), &selecting);
+    }
+    assert!(policies.rules().ahead().is_empty());
 }
 
 #[test]
@@ -242,7 +274,7 @@ fn precedence() {
         .pod("shop", "annotated", &json!({ "a": "b" }), Some("z"))
         .pod("shop", "elsewhere", &json!({ "a": "b" }), Some("none"))
         .pod("bank", "annotated", &json!({ "a": "b" }), Some("z"));
-    let config = read(&compile(&objects, &BTreeSet::new()).text);
+    let config = read(&objects.drop_in(&BTreeSet::new()).text);
     for (namespace, pod, expected) in [
         ("shop", "annotated", "kube:shop/z by annotation"),
         ("shop", "labelled", "kube:shop/a"),
@@ -540,7 +572,7 @@ proptest! {
     #[test]
     fn no_namespace_leaves_the_bounds(above in spec(), also in spec(), own in spec()) {
         let objects = cluster().policy("a", &above).policy("b", &also).policy("shop/web", &own);
-        let compiled = compile(&objects, &BTreeSet::new());
+        let compiled = objects.drop_in(&BTreeSet::new());
         let config = read(&compiled.text);
         let find = |name: &str| config.policies.iter().find(|policy| policy.name == name);
         if let Some(own) = find("kube:shop/web") {

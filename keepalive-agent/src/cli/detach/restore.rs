@@ -153,6 +153,7 @@ fn job(record: &Arc<SetRecord>, config: Config, before: Config) -> Result<Job> {
         origin: Origin::default(),
         before: Some(before),
         previous: Some(record.clone()),
+        known: Arc::default(),
         grants: record.grants(),
     })
 }

@@ -136,11 +136,11 @@ impl Collector {
             let mut record = SocketRecord::NOTHING;
             record.cgroup = *id;
             let (known, _) = cgroups.get(&record)?;
-            let is_wanted = match (&self.filter.cgroup, known) {
-                (Some(wanted), Some(known)) => wanted.contains(&known.path),
-                (Some(_), None) => false,
-                (None, _) => true,
-            };
+            let Filter { cgroup, whose, .. } = &self.filter;
+            let is_in = |wanted: &Cgroup| known.is_some_and(|known| wanted.contains(&known.path));
+            let identity = known.and_then(Known::identity);
+            let is_wanted = cgroup.as_ref().is_none_or(is_in)
+                && (whose.is_any() || identity.is_some_and(|own| whose.includes(own)));
             if is_wanted {
                 dead.push((names.place(*id, known), *count));
             }
