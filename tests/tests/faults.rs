@@ -591,12 +591,11 @@ fn an_end_that_fails() -> Result<()> {
         fault::arm(Some(place));
         let ended = node.end(Request::Detach);
         fault::stop();
-        match node.in_force()? {
-            None => ensure!(node.connection(None)? == Options::UNTOUCHED),
-            Some(_) => {
-                ensure!(ended.is_err(), "it does not say that it is in force still");
-                node.agrees(node.wanted)?;
-            }
+        if node.in_force()?.is_some() {
+            ensure!(ended.is_err(), "it does not say that it is in force still");
+            node.agrees(node.wanted)?;
+        } else {
+            ensure!(node.connection(None)? == Options::UNTOUCHED);
         }
         detach(&node.cgroup)?;
         node.has_nothing()

@@ -148,6 +148,22 @@ fn nested_and_renamed() -> Result<()> {
     assert_eq!(renamed["now"], "docker:web");
     let own = format!("{}/docker/{id}", cgroup.path());
     assert_eq!(renamed["cgroup"], own);
+    let of_container = |name: &str| {
+        let whose = [cgroup.path(), "--container", name];
+        ask(&docker, &[&words[..], &whose].concat())
+    };
+    assert_eq!(of_container("db-1")?, "", "it is called web");
+    let told = of_container("web")?;
+    for line in told.lines() {
+        let line: Value = serde_json::from_str(line)?;
+        assert_eq!(line["container_name"], "web", "{told}");
+        assert!(
+            line["cgroup"]
+                .as_str()
+                .is_some_and(|path| path.starts_with(&own))
+        );
+    }
+    assert!(told.contains("container_renamed"), "{told}");
     docker.run(&["rename", "web", "db-2"])?;
     agent.reloaded()?;
     assert_eq!(probe.options(socket)?, Options::on(61, 10, 6));
