@@ -183,8 +183,8 @@ impl Cgroups {
     ///
     /// A cgroup that is not known was removed, or is out of sight in a container.
     /// Its connections have the policies of the root: of the agent that governs
-    /// all cgroups, or of another one if it wants nothing to be changed on the
-    /// connection.
+    /// all cgroups, else of one that gives just what the connection has, or of one that
+    /// wants nothing to be changed on it.
     ///
     /// # Errors
     ///
@@ -242,17 +242,32 @@ impl Cgroups {
     /// The policy of the root that claims a connection.
     fn of_root(&self, record: &SocketRecord) -> Option<&Assigned> {
         let has = record.options();
-        self.agents.iter().find_map(|agent| {
+        let is_set = has != Options::default();
+        let wants = |assigned: &Assigned, of: &Options| {
+            plan(&assigned.policy, of, &record.environment).wants == has
+        };
+        let claiming = self.agents.iter().filter_map(|agent| {
             let root = &agent.claimants.root().path;
             let claim = Claim {
                 policies: agent.claimants.of(root),
                 above: None,
             };
             let assigned = claim.policy(&agent.policies, &Ends::of(record))?;
-            let fits = has != Options::default()
-                && plan(&assigned.policy, &has, &record.environment).wants == has;
-            (root.depth() == 0 || fits).then_some(assigned)
-        })
+            Some((root.depth() == 0, assigned))
+        });
+        // The first of the best.
+        let found = claiming.filter_map(|(governs_all, assigned)| {
+            let fits = [
+                governs_all,
+                is_set && wants(assigned, &Options::default()),
+                is_set && wants(assigned, &has),
+            ];
+            let rank = fits.iter().position(|fits| *fits)?;
+            Some((rank, assigned))
+        });
+        found
+            .min_by_key(|(rank, _)| *rank)
+            .map(|(_, assigned)| assigned)
     }
 
     fn walk(&mut self) -> io::Result<()> {
@@ -319,7 +334,10 @@ fn found(agent: &mut Agent, path: &CgroupPath, id: u64, above: Option<&Found>) -
 mod tests {
     use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-    use keepalive_common::{environment::Environment, policy::Policy};
+    use keepalive_common::{
+        environment::Environment,
+        policy::{Policy, Range},
+    };
 
     use super::*;
     use crate::{
@@ -486,6 +504,11 @@ mod tests {
         assert_eq!(name(vec![root()], &untouched).as_deref(), Some("root"));
         assert_eq!(name(vec![part()], &untouched), None);
         assert_eq!(name(vec![part()], &shaped).as_deref(), Some("part"));
+        // It would leave an application's own values as well.
+        let mut other = running("/other", &[("of another agent", "/other")]);
+        other.config.policies[0].policy.idle = Range::default_only(33);
+        let agents = vec![other, part()];
+        assert_eq!(name(agents, &shaped).as_deref(), Some("part"));
     }
 
     #[test]
