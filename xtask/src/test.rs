@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::{apt, bpf, build, dist, exec, vm, workspace};
+use crate::{apt, bpf, build, dist, exec, tool, vm, workspace};
 use report::{Outcome, Report, Step};
 
 /// Check formatting, lints, documentation, dependencies and the BPF object, and
@@ -87,7 +87,8 @@ pub(crate) fn main(options: &Options) -> ExitCode {
     if filter.is_none() {
         report.add(lints());
         report.add(documentation());
-        for step in [dependencies(), mutants()].into_iter().flatten() {
+        let mutants = mutants(options.no_install);
+        for step in [dependencies(), mutants].into_iter().flatten() {
             report.add(step);
         }
     }
@@ -221,26 +222,34 @@ fn is_installed(command: &str) -> bool {
 }
 
 /// Whether a test fails for every fault that can be put into what this branch, or on
-/// main the last commit, changes of keepalive-common. Where cargo-mutants is
-/// installed, as with [`dependencies`].
-fn mutants() -> Option<Step> {
-    if !is_installed("mutants") {
+/// main the last commit, changes of keepalive-common. Nothing is built where that is
+/// nothing.
+fn mutants(no_install: bool) -> Option<Step> {
+    const VERSION: &str = "27.1.0";
+    let diff = match changes("keepalive-common") {
+        Ok(diff) if diff.trim().is_empty() => return None,
+        Ok(diff) => diff,
+        Err(error) => {
+            // A clone without history.
+            exec::say(&format!("mutants are left out: {error:#}"));
+            return None;
+        }
+    };
+    if no_install && !is_installed("mutants") {
         return None;
     }
-    let git = |words: &[&str]| {
-        let mut git = Command::new("git");
-        exec::output(git.current_dir(workspace::root()).args(words))
-    };
     let step = Step::run("mutants", |_| {
-        let mut base = git(&["merge-base", "HEAD", "origin/main"]).unwrap_or_default();
-        if base.trim().is_empty() || base == git(&["rev-parse", "HEAD"])? {
-            "HEAD~1".clone_into(&mut base);
-        }
-        let diff = git(&["diff", base.trim(), "--", "keepalive-common"])?;
         let file = workspace::target_dir().join("mutants.diff");
         fs::write(&file, diff).with_context(|| format!("cannot write {}", file.display()))?;
-        exec::run(
+        let mut mutants = if no_install {
             workspace::cargo()
+        } else {
+            tool::installed("cargo-mutants", VERSION)?
+        };
+        exec::run(
+            mutants
+                // It builds copies of the workspace, each for itself.
+                .env_remove("CARGO_TARGET_DIR")
                 .args(["mutants", "--package", "keepalive-common", "--in-diff"])
                 .arg(&file)
                 .arg("--output")
@@ -251,6 +260,19 @@ fn mutants() -> Option<Step> {
         )
     });
     Some(step.remedy("write a test that fails for it; see docs/development.md"))
+}
+
+/// What this branch, or on main the last commit, changes below a directory.
+fn changes(directory: &str) -> Result<String> {
+    let git = |words: &[&str]| {
+        let mut git = Command::new("git");
+        exec::output(git.current_dir(workspace::root()).args(words))
+    };
+    let mut base = git(&["merge-base", "HEAD", "origin/main"]).unwrap_or_default();
+    if base.trim().is_empty() || base == git(&["rev-parse", "HEAD"])? {
+        "HEAD~1".clone_into(&mut base);
+    }
+    git(&["diff", base.trim(), "--", directory])
 }
 
 /// The tests on the real kernel. Cargo builds them as the user who runs this;
