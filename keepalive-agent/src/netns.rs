@@ -178,10 +178,6 @@ pub fn of_sockets(sockets: &BTreeMap<u64, Descriptor>) -> Result<Vec<Namespace>>
     let own = own_id()?;
     let mut found = Found::default();
     for (id, socket) in sockets {
-        if *id == own {
-            found.0.insert(own, Namespace::host(own));
-            continue;
-        }
         // The process is in it, mostly.
         found.of_process(socket.process);
         let name = format!("pid {}", socket.process);
@@ -202,9 +198,6 @@ pub fn of_processes(processes: &[u32]) -> Result<Vec<Namespace>> {
     let mut found = Found::default();
     for process in processes {
         found.of_process(*process);
-    }
-    if let Some(host) = found.0.get_mut(&own) {
-        *host = Namespace::host(own);
     }
     Ok(found.sorted(own))
 }
@@ -269,7 +262,11 @@ impl Found {
         }
     }
 
-    fn sorted(self, own: u64) -> Vec<Namespace> {
+    /// The agent's own is called so, and comes first.
+    fn sorted(mut self, own: u64) -> Vec<Namespace> {
+        if let Some(host) = self.0.get_mut(&own) {
+            *host = Namespace::host(own);
+        }
         let mut namespaces: Vec<_> = self.0.into_values().collect();
         namespaces.sort_by_key(|namespace| (namespace.id != own, namespace.name.clone()));
         namespaces

@@ -118,7 +118,7 @@ pub enum Progress {
 /// A sweep on a thread of its own. Dropping it makes it stop soon.
 #[derive(Debug)]
 pub struct SweepJob {
-    reach: Reach,
+    is_of_node: bool,
     stop: Arc<AtomicBool>,
     probed: Arc<AtomicU64>,
     progress: UnboundedReceiver<Progress>,
@@ -131,12 +131,13 @@ impl SweepJob {
     ///
     /// When no thread can be started.
     pub fn start(sweeper: &Sweeper, reach: Reach) -> io::Result<Self> {
+        let is_of_node = matches!(reach, Reach::Node);
         let (sender, progress) = unbounded_channel();
         let stop = Arc::new(AtomicBool::new(false));
         let probed = Arc::new(AtomicU64::new(0));
         let passes = Passes {
             sweeper: sweeper.clone(),
-            reach: reach.clone(),
+            reach,
             dry_run: false,
             stop: stop.clone(),
             probed: probed.clone(),
@@ -145,20 +146,17 @@ impl SweepJob {
             .name("sweep".to_owned())
             .spawn(move || passes.run(&sender))?;
         Ok(Self {
-            reach,
+            is_of_node,
             stop,
             probed,
             progress,
         })
     }
 
-    /// The new cgroups that it is for; none where it is for the node.
+    /// Whether it is for all connections of the node.
     #[must_use]
-    pub fn new_cgroups(&self) -> &[Cgroup] {
-        match &self.reach {
-            Reach::Node => &[],
-            Reach::NewCgroups(_, cgroups) => cgroups,
-        }
+    pub const fn is_of_node(&self) -> bool {
+        self.is_of_node
     }
 
     /// Waits for news; none when it is over. May be dropped while it waits:

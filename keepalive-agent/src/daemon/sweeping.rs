@@ -50,7 +50,7 @@ impl Daemon {
         };
         match SweepJob::start(enforcement.set.sweeper(), reach) {
             Ok(sweep) => {
-                self.state.sweep.under_way = sweep.new_cgroups().is_empty();
+                self.state.sweep.under_way = sweep.is_of_node();
                 self.sweep = Some(sweep);
             }
             Err(error) => {
@@ -98,7 +98,7 @@ impl Daemon {
 
     fn sweeps_new_cgroups(&self) -> bool {
         let sweep = self.sweep.as_ref();
-        sweep.is_some_and(|sweep| !sweep.new_cgroups().is_empty())
+        sweep.is_some_and(|sweep| !sweep.is_of_node())
     }
 
     /// A pass for new cgroups is over. Where there is more to do than it does itself, a

@@ -256,11 +256,11 @@ impl LoadedSet {
         )?;
         let mut set = Self {
             records,
-            cgroups: Table::new(object.map(map::CGROUPS)?)?,
-            policies: Table::new(object.map(map::POLICIES)?)?,
-            steps: Table::new(object.map(map::STEPS)?)?,
-            remotes: Table::new(object.map(map::REMOTES)?)?,
-            ports: Table::new(object.map(map::PORTS)?)?,
+            cgroups: Table::new(&object.map(map::CGROUPS)?)?,
+            policies: Table::new(&object.map(map::POLICIES)?)?,
+            steps: Table::new(&object.map(map::STEPS)?)?,
+            remotes: Table::new(&object.map(map::REMOTES)?)?,
+            ports: Table::new(&object.map(map::PORTS)?)?,
             generation: object.map_as(map::GENERATION)?,
             record: Arc::new(record(&blueprint, counters, beside_sockets, &deaths)?),
             peer_died: Some(
@@ -581,18 +581,17 @@ fn write_claims(
     cgroups: &Table<u64, Claim>,
     claims: impl IntoIterator<Item = (Cgroup, Claim)>,
 ) -> Result<(), Error> {
-    let mut of = None;
-    let claims = claims.into_iter().map(|(cgroup, claim)| {
-        let id = cgroup.id;
-        of.get_or_insert(cgroup.path);
-        (id, claim)
-    });
-    let claims: Vec<_> = claims.collect();
-    let Some(first) = of else { return Ok(()) };
-    let doing = match claims.len() {
-        1 => format!("telling the kernel the policy of cgroup {first}"),
-        count => format!("telling the kernel the policies of {count} cgroups, {first} the first"),
+    let claims: Vec<_> = claims.into_iter().collect();
+    let doing = match &claims[..] {
+        [] => return Ok(()),
+        [(only, _)] => format!("telling the kernel the policy of cgroup {}", only.path),
+        [(first, _), ..] => format!(
+            "telling the kernel the policies of {} cgroups, {} the first",
+            claims.len(),
+            first.path
+        ),
     };
+    let claims = claims.into_iter().map(|(cgroup, claim)| (cgroup.id, claim));
     write(&doing, "cgroups", cgroups, claims)
 }
 

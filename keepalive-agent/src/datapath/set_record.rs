@@ -199,14 +199,6 @@ pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
     }
 }
 
-/// The same of a map that is not needed otherwise.
-pub(super) fn data_of(map: Map) -> Result<MapData, Error> {
-    match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) => Ok(data),
-        _ => Err(Error::Description("a map is of an unknown type".to_owned())),
-    }
-}
-
 impl std::fmt::Debug for SetRecord {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SetRecord")

@@ -166,20 +166,18 @@ impl Sweeper {
                 if pause() { Ok(()) } else { Err(Ended::Stopped) }
             })
         });
-        let swept = match swept.map_err(Error::from).map_err(Ended::Failed) {
+        let failed = match swept {
             Ok(None) => return Ok(Step::Gone),
-            Ok(Some(swept)) => swept,
-            Err(error) => Err(error),
+            Ok(Some(Err(Ended::Stopped))) => return Ok(Step::Stopped),
+            Ok(Some(Ok(()))) => None,
+            Ok(Some(Err(Ended::Failed(error)))) => Some(error),
+            Err(error) => Some(error.into()),
         };
-        match swept {
-            Ok(()) => {}
-            Err(Ended::Stopped) => return Ok(Step::Stopped),
-            Err(Ended::Failed(source)) => {
-                return Err(Error::Sweeping {
-                    name: namespace.name.clone(),
-                    source: Box::new(source),
-                });
-            }
+        if let Some(source) = failed {
+            return Err(Error::Sweeping {
+                name: namespace.name.clone(),
+                source: Box::new(source),
+            });
         }
         let done = self.inner().pass.get(&0, 0);
         Ok(Step::Done(done.map_err(Error::map("ending a pass"))?))

@@ -7,16 +7,13 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd},
 };
 
-use aya::{
-    Pod,
-    maps::{Map, MapData},
-};
+use aya::{Pod, maps::Map};
 
-use super::{Error, set_record::data_of, syscalls};
+use super::{Error, description::MapHandle, set_record::data, syscalls};
 
 /// A map of records.
 pub(super) struct Table<K, V> {
-    data: MapData,
+    map: MapHandle,
     capacity: u32,
     of: PhantomData<(K, V)>,
 }
@@ -27,8 +24,8 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// # Errors
     ///
     /// When its elements are of other sizes, as in an object of another build.
-    pub(super) fn new(map: Map) -> Result<Self, Error> {
-        let data = data_of(map)?;
+    pub(super) fn new(map: &Map) -> Result<Self, Error> {
+        let data = data(map)?;
         let info = data.info().map_err(Error::map("looking at a map"))?;
         let sizes = [info.key_size(), info.value_size()].map(|size| size as usize);
         if sizes != [size_of::<K>(), size_of::<V>()] {
@@ -39,7 +36,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         }
         Ok(Self {
             capacity: info.max_entries(),
-            data,
+            map: MapHandle::of(data)?,
             of: PhantomData,
         })
     }
@@ -55,7 +52,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     ///
     /// E2BIG or ENOSPC where there is no room.
     pub(super) fn write(&self, elements: impl IntoIterator<Item = (K, V)>) -> io::Result<()> {
-        write(self.data.fd().as_fd(), elements)
+        write(self.map.fd.as_fd(), elements)
     }
 
     /// Removes an element, if it is there.
@@ -64,7 +61,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     ///
     /// The kernel's.
     pub(super) fn remove(&self, key: &K) -> io::Result<()> {
-        match syscalls::delete_element(self.data.fd().as_fd(), key) {
+        match syscalls::delete_element(self.map.fd.as_fd(), key) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             done => done,
         }
