@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod agent_thread;
 mod capture;
 mod cgroup;
 mod connections;
@@ -29,6 +30,7 @@ mod skip;
 mod ss;
 
 pub use agent::{Agent, Finished, agent_binary, agent_command};
+pub use agent_thread::AgentThread;
 pub use capture::{Capture, Segment, first_probes};
 pub use cgroup::{Cgroup, hierarchy};
 pub use connections::Connection;

@@ -8,22 +8,19 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, exit};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use keepalive_agent::config::{Config, Sources};
-use keepalive_agent::daemon::control::{Client, Request};
-use keepalive_agent::daemon::{self, Event, Reporter, target};
+use keepalive_agent::daemon::control::Request;
+use keepalive_agent::daemon::target;
 use keepalive_agent::datapath::{InForce, PartStatus, State, fault};
-use keepalive_agent::hierarchy::CgroupPath;
 use keepalive_tests::{
-    Cgroup, Loaded, Need, Options, Pins, Probe, Program, bpftool, detach, hierarchy, output,
-    require, wait_until,
+    AgentThread, Cgroup, Loaded, Need, Options, Pins, Probe, Program, bpftool, detach, hierarchy,
+    output, require, wait_until,
 };
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -55,30 +52,9 @@ struct Node {
     wanted: Policy,
     /// Whether a policy has bounds, which takes a link of its own.
     bounds: bool,
-    agent: Option<Agent>,
+    agent: Option<AgentThread>,
     /// One process in each cgroup, the first in the one itself.
     probe: Probe,
-}
-
-/// The agent on its thread.
-struct Agent {
-    events: Receiver<&'static str>,
-    thread: JoinHandle<Result<()>>,
-}
-
-struct Recorder(Sender<&'static str>);
-
-impl Reporter for Recorder {
-    fn report(&mut self, event: &Event<'_>) {
-        let name = match event {
-            Event::Started { .. } => "started",
-            Event::Waiting { .. } => "waiting",
-            Event::Reloaded { .. } => "reloaded",
-            Event::Swept(_) => "swept",
-            Event::Stopped { .. } => "stopped",
-        };
-        let _ = self.0.send(name);
-    }
 }
 
 impl Node {
@@ -133,25 +109,15 @@ impl Node {
 
     /// Starts an agent; its error where it ends instead.
     fn start(&mut self) -> Result<()> {
-        let options = daemon::Options {
-            sources: self.sources(),
-            cgroup: self.cgroup.path().into(),
-            dry_run: false,
-            pin: Some(PathBuf::from(self.pins.name())),
-            take_over: false,
-            metrics: None,
-        };
-        let (sender, events) = channel();
-        let thread = spawn(move || daemon::run(&options, &mut Recorder(sender)));
-        match events.recv_timeout(LIMIT) {
+        let agent = AgentThread::start(self.cgroup.path(), self.pins.name(), self.file.path());
+        match agent.events.recv_timeout(LIMIT) {
             Ok("started") => {
-                self.agent = Some(Agent { events, thread });
+                self.agent = Some(agent);
                 Ok(())
             }
             Ok(other) => bail!("{other} instead of started"),
             Err(_) => {
-                let ended = thread.join().ok().context("the agent panicked")?;
-                ended?;
+                agent.ended()?;
                 bail!("it ended without a word")
             }
         }
@@ -160,8 +126,7 @@ impl Node {
     /// Asks it to end, and waits until it has.
     fn end(&mut self, request: Request) -> Result<()> {
         let agent = self.agent.take().context("no agent")?;
-        Client::connect(&CgroupPath::from(self.cgroup.path()))?.ask(request)?;
-        agent.thread.join().ok().context("the agent panicked")?
+        agent.end(self.cgroup.path(), request)
     }
 
     fn lives(&self) -> Result<()> {
@@ -386,7 +351,7 @@ fn a_start_on_what_is_in_force() -> Result<()> {
         // As if it had been killed: it ends and leaves what is pinned.
         kill_process(getpid(), Signal::TERM)?;
         let agent = node.agent.take().context("no agent")?;
-        agent.thread.join().ok().context("the agent panicked")?
+        agent.ended()
     };
     process(&mut node)?;
     let mut before = node.wanted;
@@ -490,25 +455,16 @@ fn victim(told: &str) -> Result<()> {
     let id = fs::metadata(id)?.ino();
     let sources = Sources::new(Some(Path::new(file)), &[]);
     let config = || Ok::<_, anyhow::Error>(target::read(&sources, false)?.config);
-    let (sender, events) = channel();
-    let options = daemon::Options {
-        sources: sources.clone(),
-        cgroup: cgroup.into(),
-        dry_run: false,
-        pin: Some(PathBuf::from(pins)),
-        take_over: false,
-        metrics: None,
-    };
-    spawn(move || daemon::run(&options, &mut Recorder(sender)));
+    let agent = AgentThread::start(cgroup, pins, Path::new(file));
     let says = |expected: &Config| -> Result<bool> {
         let found = InForce::on(id)?.context("nothing is in force")?;
         let record = found.record?;
         Ok(record.state()?.settled && record.description.config == *expected)
     };
-    ensure!(events.recv_timeout(LIMIT)? == "started");
+    ensure!(agent.events.recv_timeout(LIMIT)? == "started");
     let before = config()?;
     wait_until(LIMIT, "the agent to be settled", || says(&before))?;
-    while events.try_recv().is_ok() {}
+    while agent.events.try_recv().is_ok() {}
     fault::arm_to_kill(place.parse()?);
     fs::write(
         file,
@@ -517,7 +473,7 @@ fn victim(told: &str) -> Result<()> {
     let after = config()?;
     wait_until(LIMIT, "the other names to be said", || says(&after))?;
     fault::stop();
-    ensure!(events.try_recv().is_err(), "it built another set");
+    ensure!(agent.events.try_recv().is_err(), "it built another set");
     exit(0)
 }
 
@@ -610,7 +566,7 @@ fn an_end_that_fails() -> Result<()> {
         fault::arm(Some(place));
         let agent = node.agent.take().context("no agent")?;
         kill_process(getpid(), Signal::TERM)?;
-        agent.thread.join().ok().context("the agent panicked")??;
+        agent.ended()?;
         fault::stop();
         node.agrees(node.wanted)
     })?;

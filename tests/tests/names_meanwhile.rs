@@ -5,46 +5,27 @@
 //! that what it does can be held where it is.
 
 use std::fs;
-use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
-use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use keepalive_agent::config::Sources;
-use keepalive_agent::daemon::control::{Client, Request};
-use keepalive_agent::daemon::{self, Event, Reporter};
+use keepalive_agent::daemon::control::Request;
 use keepalive_agent::datapath::{InForce, State, fault};
-use keepalive_agent::hierarchy::CgroupPath;
-use keepalive_tests::{Cgroup, Need, Pins, Probe, Program, Socket, require, wait_until};
+use keepalive_tests::{
+    AgentThread, Cgroup, Need, Pins, Probe, Program, Socket, require, wait_until,
+};
 
 const LIMIT: Duration = Duration::from_mins(1);
 
 /// What is held is held in the whole process.
 static ALONE: Mutex<()> = Mutex::new(());
 
-struct Recorder(Sender<&'static str>);
-
-impl Reporter for Recorder {
-    fn report(&mut self, event: &Event<'_>) {
-        let name = match event {
-            Event::Started { .. } => "started",
-            Event::Reloaded { .. } => "reloaded",
-            Event::Swept(_) => "swept",
-            Event::Waiting { .. } | Event::Stopped { .. } => "other",
-        };
-        let _ = self.0.send(name);
-    }
-}
-
 /// An agent on its thread, a slice for it, and the file that it reads.
 struct Node {
     slice: Cgroup,
     _pins: Pins,
     file: tempfile::NamedTempFile,
-    events: Receiver<&'static str>,
-    thread: JoinHandle<Result<()>>,
+    agent: AgentThread,
 }
 
 impl Node {
@@ -52,35 +33,16 @@ impl Node {
         let (slice, pins) = (Cgroup::with_suffix(".slice")?, Pins::new());
         let file = tempfile::NamedTempFile::with_suffix(".toml")?;
         fs::write(&file, config)?;
-        let options = daemon::Options {
-            sources: Sources::new(Some(file.path()), &[]),
-            cgroup: slice.path().into(),
-            dry_run: false,
-            pin: Some(PathBuf::from(pins.name())),
-            take_over: false,
-            metrics: None,
-        };
-        let (sender, events) = channel();
+        let agent = AgentThread::start(slice.path(), pins.name(), file.path());
         let node = Self {
             slice,
             _pins: pins,
             file,
-            events,
-            thread: spawn(move || daemon::run(&options, &mut Recorder(sender))),
+            agent,
         };
-        node.hears("started")?;
+        node.agent.hears("started")?;
         node.is_settled()?;
         Ok(node)
-    }
-
-    fn hears(&self, event: &str) -> Result<()> {
-        while self
-            .events
-            .recv_timeout(LIMIT)
-            .context("the agent is silent")?
-            != event
-        {}
-        Ok(())
     }
 
     fn write(&self, config: &str) -> Result<()> {
@@ -108,8 +70,7 @@ impl Node {
     }
 
     fn end(self) -> Result<()> {
-        Client::connect(&CgroupPath::from(self.slice.path()))?.ask(Request::Detach)?;
-        self.thread.join().ok().context("the agent panicked")?
+        self.agent.end(self.slice.path(), Request::Detach)
     }
 }
 
@@ -163,7 +124,7 @@ fn while_a_set_is_built() -> Result<()> {
     assert_eq!(Connected::first_in(&busy)?.idle()?, 60);
     drop(hold);
 
-    node.hears("reloaded")?;
+    node.agent.hears("reloaded")?;
     for cgroup in [&early, &made] {
         assert_eq!(Connected::first_in(cgroup)?.idle()?, 64);
     }
