@@ -75,6 +75,17 @@ pub struct Claim {
     pub policies: Vec<usize>,
 }
 
+impl Claim {
+    fn only(cgroup: &Cgroup, claiming: &[usize], policies: &[usize]) -> Option<Self> {
+        let place = |policy| policies.binary_search(policy).ok();
+        let claiming: Vec<_> = claiming.iter().filter_map(place).collect();
+        (!claiming.is_empty()).then(|| Self {
+            cgroup: cgroup.clone(),
+            policies: claiming,
+        })
+    }
+}
+
 /// Something in the config that is not what somebody meant, perhaps, on this
 /// machine, though nothing is wrong with how it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,6 +170,22 @@ impl fmt::Display for Warning {
 }
 
 impl Assignment {
+    /// Of these of its policies, by their places, alone.
+    #[must_use]
+    pub fn only(&self, policies: &[usize]) -> Self {
+        let claims = self.claims.iter();
+        Self {
+            policies: policies
+                .iter()
+                .filter_map(|place| self.policies.get(*place).cloned())
+                .collect(),
+            claims: claims
+                .filter_map(|claim| Claim::only(&claim.cgroup, &claim.policies, policies))
+                .collect(),
+            grants: Vec::new(),
+        }
+    }
+
     /// The cgroups with a claim of their own that points to a policy, for each of
     /// them in the order of the policies.
     #[must_use]
@@ -277,6 +304,35 @@ impl Claimants {
     pub fn names(&self, policies: &[usize]) -> Vec<String> {
         let of = |index: &usize| Some(self.policies.get(*index)?.name.clone());
         policies.iter().filter_map(of).collect()
+    }
+
+    /// Which of these cgroups claim some of the policies, by their places in order: of
+    /// those alone.
+    #[must_use]
+    pub fn assignment_of(
+        &self,
+        policies: &[usize],
+        cgroups: impl Iterator<Item = Cgroup>,
+    ) -> Assignment {
+        let claims =
+            cgroups.filter_map(|cgroup| Claim::only(&cgroup, &self.of(&cgroup.path), policies));
+        Assignment {
+            policies: policies
+                .iter()
+                .filter_map(|place| self.policies.get(*place).cloned())
+                .collect(),
+            claims: claims.collect(),
+            grants: Vec::new(),
+        }
+    }
+
+    /// Goes over to a config that has other values for some of the policies.
+    pub fn set_values(&mut self, values: &[(usize, Policy)]) {
+        for (place, policy) in values {
+            if let Some(assigned) = self.policies.get_mut(*place) {
+                assigned.policy = *policy;
+            }
+        }
     }
 
     /// The cgroup that the program is attached to.
@@ -513,16 +569,23 @@ impl Claimants {
         })
     }
 
-    /// Where the policies loosen what the sysctls of the host's network namespace
-    /// say. Those of containers are not about connections there.
+    /// Where some of the policies, by their places, loosen what the sysctls of the host's
+    /// network namespace say. Those of containers are not about connections there.
     #[must_use]
-    pub fn loosened(&self, sysctls: &Environment) -> Vec<Warning> {
+    pub fn loosened(
+        &self,
+        policies: impl IntoIterator<Item = usize>,
+        sysctls: &Environment,
+    ) -> Vec<Warning> {
         let selects_containers = |index: usize| {
             let mut selectors = self.by_selector.iter();
             selectors.any(|(of, selector)| *of == index && selector.needs_names())
         };
         let mut warnings = Vec::new();
-        for (index, assigned) in self.policies.iter().enumerate() {
+        for index in policies {
+            let Some(assigned) = self.policies.get(index) else {
+                continue;
+            };
             if !assigned.policy.sets_anything() || selects_containers(index) {
                 continue;
             }
@@ -1026,6 +1089,34 @@ mod tests {
             assert_eq!(
                 Claimants::new(&config(anywhere), &root).unwrap().bounded(),
                 [CgroupPath::from("/b")]
+            );
+        }
+    }
+
+    #[test]
+    fn some_of_the_policies_and_what_they_claim() {
+        let config = config(
+            "[default]\n\
+             [[policy]]\nname = 'a'\ncgroup = '/a'\n\
+             [[policy]]\nname = 'all'\ncgroup = '/**'\n\
+             [[policy]]\nname = 'web'\ncgroup = '/a'\nport = 443\n",
+        );
+        let (root, existing) = hierarchy(&["/", "/a", "/b"]);
+        let claimants = Claimants::new(&config, &root).unwrap();
+        let (assignment, _) = assign(&claimants, &existing);
+        for (places, expected) in [
+            (&[0][..], &["/=default"][..]),
+            (&[1, 3], &["/a=web,a"]),
+            (&[2], &["/b=all"]),
+            (&[], &[]),
+        ] {
+            let some = assignment.only(places);
+            assert_eq!(claims(&some), expected);
+            let claiming = assignment.claims.iter().map(|claim| claim.cgroup.clone());
+            let again = claimants.assignment_of(places, claiming);
+            assert_eq!(
+                (claims(&again), again.policies),
+                (claims(&some), some.policies)
             );
         }
     }

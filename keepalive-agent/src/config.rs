@@ -78,17 +78,90 @@ pub struct CgroupPattern {
     glob: Option<Glob>,
 }
 
+/// Policies of a config, by their places: the default is the first, where there is one.
+pub type Values = Vec<(usize, Policy)>;
+
 impl Config {
     /// The same config, or one that is only counted.
     #[must_use]
     pub fn in_dry_run(mut self, dry_run: bool) -> Self {
         if dry_run {
-            let named = self.policies.iter_mut().map(|named| &mut named.policy);
-            for policy in self.default.iter_mut().chain(named) {
+            for policy in self.every_policy_mut() {
                 *policy = policy.with_enforcement(false);
             }
         }
         self
+    }
+
+    fn every_policy(&self) -> impl Iterator<Item = &Policy> {
+        let named = self.policies.iter().map(|named| &named.policy);
+        self.default.iter().chain(named)
+    }
+
+    fn every_policy_mut(&mut self) -> impl Iterator<Item = &mut Policy> {
+        let named = self.policies.iter_mut().map(|named| &mut named.policy);
+        self.default.iter_mut().chain(named)
+    }
+
+    /// What this config has for those policies that are others than in one that is the
+    /// same but for that; none where it is not.
+    #[must_use]
+    pub fn values_beside(&self, other: &Self) -> Option<Values> {
+        let is_same = |(one, other): (&NamedPolicy, &NamedPolicy)| {
+            let NamedPolicy {
+                name,
+                cgroups,
+                selector,
+                rules,
+                policy: _,
+            } = one;
+            (name, cgroups, selector, rules)
+                == (&other.name, &other.cgroups, &other.selector, &other.rules)
+        };
+        let is_same = self.default.is_some() == other.default.is_some()
+            && self.self_service == other.self_service
+            && self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(is_same);
+        let values = self.every_policy().zip(other.every_policy()).enumerate();
+        let values = values.filter(|(_, (one, other))| one != other);
+        is_same.then(|| values.map(|(place, (one, _))| (place, *one)).collect())
+    }
+
+    /// The same config with other policies in some places.
+    #[must_use]
+    pub fn with_values(&self, values: &[(usize, Policy)]) -> Self {
+        let mut config = self.clone();
+        let mut places: Vec<_> = config.every_policy_mut().collect();
+        for (place, value) in values {
+            if let Some(policy) = places.get_mut(*place) {
+                **policy = *value;
+            }
+        }
+        config
+    }
+
+    /// The places of the policies that another config does not have just so.
+    #[must_use]
+    pub fn changed_since(&self, before: &Self) -> Vec<usize> {
+        let known: HashMap<_, _> = by_name(before).collect();
+        let is_new = |named: &&NamedPolicy| known.get(&*named.name) != Some(named);
+        let default = self.default.iter().map(|_| self.default != before.default);
+        let named = self.policies.iter().map(|named| is_new(&named));
+        let changed = default.chain(named).enumerate();
+        changed
+            .filter_map(|(place, is_new)| is_new.then_some(place))
+            .collect()
+    }
+
+    /// The names of the policies that another config does not have any more.
+    #[must_use]
+    pub fn removed_by(&self, now: &Self) -> Vec<String> {
+        let there: HashMap<_, _> = by_name(now).collect();
+        let default = self.default.filter(|_| now.default.is_none());
+        let default = default.map(|_| DEFAULT);
+        let named = self.policies.iter().map(|named| &*named.name);
+        let gone = named.filter(|name| !there.contains_key(name));
+        default.into_iter().chain(gone).map(str::to_owned).collect()
     }
 
     /// Whether some policy is for units, containers or pods, whose names come and go.
@@ -170,6 +243,11 @@ impl Config {
         let merged = sources::parse(path, text)?;
         Ok((merged.config, merged.warnings))
     }
+}
+
+fn by_name(config: &Config) -> impl Iterator<Item = (&str, &NamedPolicy)> {
+    let policies = config.policies.iter();
+    policies.map(|named| (&*named.name, named))
 }
 
 impl CgroupPattern {

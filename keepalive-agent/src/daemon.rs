@@ -123,8 +123,8 @@ pub enum Event<'a> {
     Reloaded {
         /// Why it was read again.
         why: &'static str,
-        /// The policies and what they claim.
-        assignment: &'a Assignment,
+        /// What is different by that.
+        difference: &'a Difference,
     },
     /// Existing connections have been brought along.
     Swept(&'a Swept),
@@ -139,6 +139,31 @@ pub enum Event<'a> {
         /// What was done.
         record: Option<&'a SetRecord>,
     },
+}
+
+/// What is different in one config from another one, as it is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The policies that are new or different, and what they claim.
+    pub assignment: Assignment,
+    /// Names of those that are gone.
+    pub removed: Vec<String>,
+    /// How many are as they were.
+    pub unchanged: usize,
+}
+
+impl Difference {
+    /// Of a config and the one before it; `assign` tells which cgroups claim the
+    /// policies in these places.
+    fn between(before: &Config, now: &Config, assign: impl FnOnce(&[usize]) -> Assignment) -> Self {
+        let changed = now.changed_since(before);
+        let policies = usize::from(now.default.is_some()) + now.policies.len();
+        Self {
+            unchanged: policies - changed.len(),
+            assignment: assign(&changed),
+            removed: before.removed_by(now),
+        }
+    }
 }
 
 /// What an agent leaves behind.
@@ -247,7 +272,7 @@ struct Daemon {
     kernel: Kernel,
     hierarchy: Hierarchy,
     root: Cgroup,
-    config: Config,
+    config: Arc<Config>,
     origin: Origin,
     claimants: Claimants,
     pins: Option<PinDirectory>,
@@ -283,7 +308,7 @@ struct Daemon {
     /// Whether it waits for the end of a sweep, too.
     reload_awaits_sweep: bool,
     /// What the files said that were read while a set is being built.
-    latest: Option<Config>,
+    latest: Option<Arc<Config>>,
     sweep: Option<SweepJob>,
     /// That of an earlier set, until it has stopped: two at a time would undo what
     /// the other one does.
@@ -488,6 +513,17 @@ impl Daemon {
             warn!("{warning}");
         }
         self.warned = warnings;
+    }
+
+    /// The same for warnings about some of the policies.
+    fn warn_of_more(&mut self, warnings: &[Warning]) {
+        for warning in warnings {
+            let warning = warning.to_string();
+            if !self.warned.contains(&warning) {
+                warn!("{warning}");
+                self.warned.insert(warning);
+            }
+        }
     }
 
     /// Waits for something to do.

@@ -67,7 +67,7 @@ mod map {
     pub(super) const COUNTED: &str = "COUNTED";
     pub(super) const DEATHS: &str = "DEATHS";
     pub(super) const FOLLOWED: &str = "FOLLOWED";
-    pub(super) const GENERATION: &str = "GENERATION";
+    pub(super) const GENERATION: &str = ".data.written";
     pub(super) const PASS: &str = "PASS";
     pub(super) const ORIGINALS: &str = "ORIGINALS";
     pub(super) const EVENTS: &str = "EVENTS";

@@ -1,5 +1,7 @@
 //! Enforcing: the policies in force on this node, read from the kernel.
 
+use std::sync::Arc;
+
 use crate::{
     config::{Config, Merged, read_files},
     daemon::ownership,
@@ -16,7 +18,7 @@ pub struct Enforcing {
     /// Where it is attached.
     pub root: Cgroup,
     /// Its policies and what they claim.
-    pub config: Config,
+    pub config: Arc<Config>,
     /// What users were given for commands of their own.
     pub grants: Vec<Grant>,
     /// The files that it was read from.
@@ -39,7 +41,7 @@ pub fn enforcing() -> Result<Vec<Enforcing>, Error> {
         if set.cgroup == 0 {
             continue;
         }
-        let root = &record.description.root;
+        let root = &record.root;
         let state = record.state().ok();
         let error = state
             .as_ref()
@@ -50,9 +52,9 @@ pub fn enforcing() -> Result<Vec<Enforcing>, Error> {
                 .filter(|owner| ownership::lives(owner, &root.path))
                 .map(|owner| owner.pid),
             root: root.clone(),
-            config: record.description.config.clone(),
+            config: record.description().config.clone(),
             grants: record.grants(),
-            origin: record.description.origin.clone(),
+            origin: record.description().origin.clone(),
             error,
         });
     }
@@ -83,5 +85,5 @@ impl Enforcing {
 /// command line stands in no file.
 #[must_use]
 pub fn goes_by(agent: &Enforcing, config: &Config) -> bool {
-    agent.config == *config || agent.config == config.clone().in_dry_run(true)
+    *agent.config == *config || *agent.config == config.clone().in_dry_run(true)
 }

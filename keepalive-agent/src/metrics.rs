@@ -613,7 +613,7 @@ impl Snapshot {
             // Another one's program may be there by now: that is told by in_force.
             usage: source.evidence.usage().unwrap_or_default(),
             state: source.record.state()?,
-            built_at: source.record.description.built_at,
+            built_at: source.record.description().built_at,
             connections,
         })
     }

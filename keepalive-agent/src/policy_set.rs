@@ -391,6 +391,32 @@ impl PolicySet {
         })
     }
 
+    /// The slots of policies of the assignment, by index, with what they would be counted
+    /// by if these policies took their place.
+    pub fn replacing<'a>(
+        &'a self,
+        policies: &'a [(usize, Policy)],
+    ) -> impl Iterator<Item = (u32, CountedPolicy)> + 'a {
+        policies.iter().filter_map(|(index, policy)| {
+            let (slot, _) = self.assigned.get(*index)?;
+            let name = self.policies.get(*slot)?.name.clone();
+            let policy = *policy;
+            Some((*slot, CountedPolicy { name, policy }))
+        })
+    }
+
+    /// Has a slot be of another policy, that goes by the same name.
+    pub fn replace(&mut self, slot: u32, policy: CountedPolicy) {
+        self.policies.replace(slot, policy);
+    }
+
+    /// Whether all connections have been brought along, and no claim is different from
+    /// what it was.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.is_settled && self.before.is_empty()
+    }
+
     /// A user is given a policy, or none any more: what is claimed for its cgroup
     /// from now on is shaped by that.
     pub fn set_grant(&mut self, path: &CgroupPath, grant: Option<Grant>) {
@@ -437,6 +463,14 @@ impl PolicySet {
                 .collect(),
             forgotten: go.into_iter().map(|(cgroup, _)| cgroup.id).collect(),
         }
+    }
+
+    /// The cgroups that claim anything now.
+    pub fn claiming(&self) -> impl Iterator<Item = Cgroup> {
+        self.now.iter().map(|(path, claim)| Cgroup {
+            path: path.clone(),
+            id: claim.id,
+        })
     }
 
     /// Whether a cgroup has a claim of its own.

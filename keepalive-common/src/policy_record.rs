@@ -48,6 +48,48 @@ impl Setting {
     }
 }
 
+/// Of each slot there are two policies: the one that is in force, and what it was before
+/// the last change or still is. The last bit of one number says which is which for all of
+/// them, so that any number of policies change in one step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Edition(u32);
+
+impl Edition {
+    /// How many there are.
+    pub const COUNT: u32 = 2;
+
+    /// One and the other.
+    pub const BOTH: [Self; 2] = [Self(0), Self(1)];
+
+    /// The one that a number tells.
+    #[must_use]
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "its last bit")]
+    pub const fn of(number: u64) -> Self {
+        Self(number as u32 & 1)
+    }
+
+    /// Where the policy of a slot stands, in the map of all.
+    #[must_use]
+    #[inline(always)]
+    pub const fn place(self, slot: u32) -> u32 {
+        slot << 1 | self.0
+    }
+
+    /// The one that is not in force.
+    #[must_use]
+    #[inline(always)]
+    pub const fn other(self) -> Self {
+        Self(self.0 ^ 1)
+    }
+
+    /// The number that tells the other one, and is the same but for that.
+    #[must_use]
+    pub const fn toggled(number: u64) -> u64 {
+        number ^ 1
+    }
+}
+
 /// What stands in `settings` holds for no socket: there is more to do than to give
 /// something, or something to count.
 const NONE: u32 = 0;
@@ -182,6 +224,18 @@ mod tests {
         let leave = PolicyRecord::of(&Policy::LEAVE);
         assert!(leave.spares_plan(|| false));
         assert_eq!(leave.settings().count(), 0);
+    }
+
+    #[test]
+    fn the_policies_of_two_slots_or_editions_do_not_share_a_place() {
+        let editions = [Edition::of(0), Edition::of(1)];
+        let places = (0..3).flat_map(|slot| editions.map(|edition| edition.place(slot)));
+        assert_eq!(places.collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+        for number in [0, 1, 6, u64::MAX] {
+            let toggled = Edition::toggled(number);
+            assert_eq!(Edition::of(toggled), Edition::of(number).other());
+            assert_eq!(toggled >> 1, number >> 1);
+        }
     }
 
     #[test]

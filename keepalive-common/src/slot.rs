@@ -2,7 +2,8 @@
 //!
 //! A cgroup maps to a slot number; policies and counters are arrays indexed by
 //! it. Thousands of cgroups can share a policy, and giving a cgroup another one
-//! is a single 8-byte write that no socket can see half of.
+//! is a single 8-byte write that no socket can see half of. A slot can also be of
+//! another policy than it was: see [`Edition`](crate::policy_record::Edition).
 //!
 //! Where the remote end has a say, the cgroup leads to a [`Step`] instead: rules
 //! to look the remote end up in, and where to go on when they do not name it. A

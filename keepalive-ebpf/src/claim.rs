@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     policy::Policy,
-    policy_record::PolicyRecord,
+    policy_record::{Edition, PolicyRecord},
     slot::{
         Claim, Ends, FIRST, Found, Lead, MAX_DEPTH, PortKey, RemoteKey, Resolved, Step, Tables,
         Target, resolve,
@@ -24,7 +24,8 @@ use crate::{
 #[btf_map]
 static CGROUPS: HashMap<u64, Claim, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
-/// Slot → policy. The agent sizes it when it loads the programs.
+/// Slot and edition → policy ([`Edition::place`]). The agent sizes it when it loads the
+/// programs.
 #[btf_map]
 static POLICIES: Array<PolicyRecord, 1> = Array::new();
 
@@ -124,11 +125,34 @@ impl Tables for Maps {
     }
 }
 
+/// The edition of all policies that is in force; the other one is what they were before.
+#[inline(always)]
+fn edition() -> Edition {
+    Edition::of(recent::generation())
+}
+
 /// What a slot holds connections to that exist: its policy, or nothing where no
 /// policy claims them, for which a record stands in the map too.
 #[inline(always)]
 pub(crate) fn policy_or_leave(slot: u32) -> Option<&'static Policy> {
-    POLICIES.get(slot).map(|record| &record.policy)
+    let record = POLICIES.get(edition().place(slot));
+    record.map(|record| &record.policy)
+}
+
+/// The policy that connections may still have values of: what was in the same slot
+/// before, or what is in another one by which they went.
+#[inline(always)]
+pub(crate) fn policy_before(claim: Claim, slot_before: u32) -> Option<&'static Policy> {
+    let edition = edition();
+    // The agent changes claims or policies, and claims of new cgroups after that: their
+    // connections are of the edition that is in force.
+    let edition = if claim.before == claim.now {
+        edition.other()
+    } else {
+        edition
+    };
+    let record = POLICIES.get(edition.place(slot_before));
+    record.map(|record| &record.policy)
 }
 
 /// The policy in a slot, with its record.
@@ -137,5 +161,5 @@ pub(crate) fn policy(slot: u32) -> Option<&'static PolicyRecord> {
     if slot < FIRST {
         return None;
     }
-    POLICIES.get(slot)
+    POLICIES.get(edition().place(slot))
 }

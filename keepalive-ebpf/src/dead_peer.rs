@@ -20,6 +20,7 @@ use aya_ebpf::{
 };
 use keepalive_common::{
     dead_peer::{Cause, DeadPeer, DeadPeers, End, bucket},
+    policy::Policy,
     slot::{FIRST, UNCLAIMED},
 };
 
@@ -117,15 +118,20 @@ fn part(sock: TcpSock) -> u32 {
     let slot = claim::slot(claim.now, sock);
     // The kernel calls for the whole machine: what no policy claims may be another
     // agent's.
-    if claim::policy(slot).is_none_or(|record| !record.policy.is_enforced()) {
+    let Some(record) = claim::policy(slot).filter(|record| record.policy.is_enforced()) else {
         return UNCLAIMED;
-    }
-    let before = || claim::slot(claim.before, sock);
-    if has_part(sock, slot) || claim.before != claim.now && has_part(sock, before()) {
-        slot
-    } else {
-        UNCLAIMED
-    }
+    };
+    let before = || {
+        let slot = if claim.before == claim.now {
+            slot
+        } else {
+            claim::slot(claim.before, sock)
+        };
+        claim::policy_before(claim, slot)
+    };
+    let has_part = has_part(sock, &record.policy)
+        || before().is_some_and(|policy| self::has_part(sock, policy));
+    if has_part { slot } else { UNCLAIMED }
 }
 
 #[inline(never)]
@@ -163,11 +169,10 @@ fn found(sock: TcpSock, end: &End, cause: Cause, slot: u32) {
     }
 }
 
-/// Whether something on the connection is from the policy in a slot, and not from
-/// the application.
+/// Whether something on the connection is from a policy, and not from the application.
 #[inline(never)]
-fn has_part(sock: TcpSock, slot: u32) -> bool {
-    let (Some(policy), Some(subject)) = (claim::policy_or_leave(slot), DEAD.get_ptr_mut(0)) else {
+fn has_part(sock: TcpSock, policy: &Policy) -> bool {
+    let Some(subject) = DEAD.get_ptr_mut(0) else {
         return false;
     };
     // SAFETY: an element lives as long as the map, and nobody else uses that of this

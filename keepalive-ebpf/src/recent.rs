@@ -6,14 +6,26 @@
 //! change the agent moves on to another generation, and what was found in the
 //! earlier one counts no more.
 
+use core::sync::atomic::AtomicU64;
+
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use keepalive_common::slot::{Resolved, Target, UNCLAIMED};
 
 use crate::{claim, kernel::Cgroup};
 
-/// The generation of what the agent has written, a number without a pattern.
-#[btf_map]
-static GENERATION: Array<u64, 1> = Array::new();
+/// The generation of what the agent has written, a number without a pattern; its last bit
+/// is the edition of the policies (`Edition` of keepalive-common). In a section of its
+/// own, which is a map with nothing else, for the agent to write.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".data.written")]
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+/// The generation that is in force. What is found by it was written before it.
+#[inline(always)]
+pub(crate) fn generation() -> u64 {
+    // SAFETY: read-only for the programs. Volatile, as nobody seems to write it.
+    unsafe { GENERATION.as_ptr().read_volatile() }
+}
 
 /// Serial number of a cgroup, its low bits → what was found. Cgroups of the same low
 /// bits put one another out.
@@ -45,11 +57,10 @@ pub(crate) fn target(own: Option<Cgroup>) -> Target {
     let serial = cgroup.serial();
     #[expect(clippy::cast_possible_truncation, reason = "its low bits")]
     let place = serial as u32 % PLACES;
-    let (Some(generation), Some(found)) = (GENERATION.get_ptr(0), RECENT.get_ptr_mut(place)) else {
+    let generation = generation();
+    let Some(found) = RECENT.get_ptr_mut(place) else {
         return Target::UNCLAIMED;
     };
-    // SAFETY: eight aligned bytes of a map element.
-    let generation = unsafe { generation.read_volatile() };
     // SAFETY: elements of a map, eight aligned bytes at a time.
     let (word, check) = unsafe {
         (

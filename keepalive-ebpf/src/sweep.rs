@@ -55,7 +55,7 @@ fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     }
     let (Some(policy), Some(before), Some(counters)) = (
         claim::policy_or_leave(slot),
-        claim::policy_or_leave(slot_before),
+        claim::policy_before(claim, slot_before),
         SWEPT.get_ptr(slot),
     ) else {
         return None;

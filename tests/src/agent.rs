@@ -293,6 +293,16 @@ impl Agent {
         self.swept()
     }
 
+    /// The same before the sweep: its report of what is different.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::reloaded`].
+    pub fn tells_difference(&mut self) -> Result<Value> {
+        self.record("reloaded", SWEEP)
+            .with_context(|| self.stderr.so_far())
+    }
+
     /// Makes sure that it takes no other configuration in this time.
     ///
     /// # Errors
@@ -346,9 +356,14 @@ impl Agent {
         Ok(fs::write(file, config)?)
     }
 
-    /// The agent finds the new file and the signal at once, and not the one long
-    /// before the other: it would read the file twice then.
-    fn hang_up(&self, config: &str) -> Result<()> {
+    /// Writes another configuration and has the agent read it. It finds the new file and
+    /// the signal at once, and not the one long before the other: it would read the file
+    /// twice then.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, or the agent is gone.
+    pub fn hang_up(&self, config: &str) -> Result<()> {
         let file = self.config.as_ref().context("an agent without a file")?;
         self.process.signal(Signal::STOP)?;
         let written = fs::write(file, config);

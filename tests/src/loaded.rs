@@ -47,7 +47,15 @@ impl Loaded {
     ///
     /// bpftool fails.
     pub fn on(cgroup: &Cgroup) -> Result<Option<Self>> {
-        let cgroup = cgroup.id()?;
+        Self::on_id(cgroup.id()?)
+    }
+
+    /// The same by the cgroup's id.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::on`].
+    pub fn on_id(cgroup: u64) -> Result<Option<Self>> {
         let links = bpftool(&["link", "show"])?;
         let links = links.as_array().context("no list")?;
         let is_ours = |link: &&Value| {

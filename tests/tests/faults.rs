@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, exit};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -41,6 +41,8 @@ fn alone() -> MutexGuard<'static, ()> {
 struct Policy {
     own: u32,
     services: u32,
+    /// Part of a name: where it is another one, another set is needed.
+    set: u32,
 }
 
 /// The reference: what was written and made.
@@ -69,6 +71,7 @@ impl Node {
             wanted: Policy {
                 own: 70,
                 services: 71,
+                set: 0,
             },
             bounds: false,
             agent: None,
@@ -87,11 +90,12 @@ impl Node {
         let text = format!(
             "[default]\nidle = \"{}s\"\n\
              [[policy]]\nname = \"services\"\ncgroup = \"{}/s*\"\nidle = \"{}s\"\n{bounds}\
-             [[policy]]\nname = \"some\"\ncgroup = \"{}/s*\"\nremote = \"192.0.2.0/24\"\n\
+             [[policy]]\nname = \"some-{}\"\ncgroup = \"{}/s*\"\nremote = \"192.0.2.0/24\"\n\
              port = 443\nidle = \"{}s\"\n",
             policy.own,
             self.cgroup.path(),
             policy.services,
+            policy.set,
             self.cgroup.path(),
             policy.services + 100,
         );
@@ -103,7 +107,7 @@ impl Node {
         Sources::new(Some(self.file.path()), &[])
     }
 
-    fn config(&self) -> Result<Config> {
+    fn config(&self) -> Result<Arc<Config>> {
         Ok(target::read(&self.sources(), false)?.config)
     }
 
@@ -136,12 +140,12 @@ impl Node {
     }
 
     /// What is in force, as the kernel has it, and what the agent says of itself.
-    fn in_force(&self) -> Result<Option<(Config, State)>> {
+    fn in_force(&self) -> Result<Option<(Arc<Config>, State)>> {
         let Some(found) = InForce::on(self.cgroup.id()?)? else {
             return Ok(None);
         };
         let record = found.record?;
-        Ok(Some((record.description.config.clone(), record.state()?)))
+        Ok(Some((record.description().config.clone(), record.state()?)))
     }
 
     /// Waits until the agent has nothing more to do for now.
@@ -359,6 +363,7 @@ fn a_start_on_what_is_in_force() -> Result<()> {
         node.write(Policy {
             own: 70 + place % 2,
             services: 80 + place,
+            set: place,
         })?;
         let started = node.start();
         fault::stop();
@@ -385,18 +390,22 @@ fn changes_that_fail() -> Result<()> {
     let mut node = Node::new()?;
     node.start()?;
     node.recovers()?;
-    let failed = at_every_place("reload", |place| {
-        let before = node.wanted;
-        node.write(Policy {
-            own: 70 + place % 2,
-            services: 80 + place,
+    for (what, is_set) in [("another set", 1), ("other values", 0)] {
+        let failed = at_every_place(what, |place| {
+            let before = node.wanted;
+            node.write(Policy {
+                own: 70 + place % 2,
+                services: 80 + place,
+                set: before.set + is_set,
+            })?;
+            node.settle()?;
+            fault::stop();
+            node.comes_to_agree(before)?;
+            node.recovers()
         })?;
-        node.settle()?;
-        fault::stop();
-        node.comes_to_agree(before)?;
-        node.recovers()
-    })?;
-    assert!(failed.contains(&fault::Operation::LinkUpdate), "{failed:?}");
+        let replaced = failed.contains(&fault::Operation::LinkUpdate);
+        assert_eq!(replaced, is_set == 1, "{what}: {failed:?}");
+    }
     let mut made = 0;
     at_every_place("new cgroup", |_| {
         let service = node.cgroup.child(format!("s{made}"))?;
@@ -445,8 +454,14 @@ fn of_names(own: u32) -> String {
     )
 }
 
-/// Says that it goes by other names, and is killed at that place if there is one.
-fn victim(told: &str) -> Result<()> {
+fn of_values(own: u32) -> String {
+    let idle = 63 + own;
+    format!("[default]\n[[policy]]\nname = 'valued'\nport = '1-65535'\nidle = '{idle}s'\n")
+}
+
+/// Goes over to the other one of two configs in the set in force, and is killed at that
+/// place if there is one.
+fn victim(told: &str, configs: fn(u32) -> String) -> Result<()> {
     let told: Vec<_> = told.split(':').collect();
     let [place, cgroup, pins, file] = told[..] else {
         bail!("{told:?}");
@@ -456,24 +471,23 @@ fn victim(told: &str) -> Result<()> {
     let sources = Sources::new(Some(Path::new(file)), &[]);
     let config = || Ok::<_, anyhow::Error>(target::read(&sources, false)?.config);
     let agent = AgentThread::start(cgroup, pins, Path::new(file));
-    let says = |expected: &Config| -> Result<bool> {
+    let says = |expected: &Arc<Config>| -> Result<bool> {
         let found = InForce::on(id)?.context("nothing is in force")?;
         let record = found.record?;
-        Ok(record.state()?.settled && record.description.config == *expected)
+        Ok(record.state()?.settled && record.description().config == *expected)
     };
     ensure!(agent.events.recv_timeout(LIMIT)? == "started");
     let before = config()?;
     wait_until(LIMIT, "the agent to be settled", || says(&before))?;
     while agent.events.try_recv().is_ok() {}
+    let program = Loaded::on_id(id)?.context("nothing is attached")?.program;
     fault::arm_to_kill(place.parse()?);
-    fs::write(
-        file,
-        of_names(u32::from(before == config_of(&of_names(0))?)),
-    )?;
+    fs::write(file, configs(u32::from(before == config_of(&configs(0))?)))?;
     let after = config()?;
-    wait_until(LIMIT, "the other names to be said", || says(&after))?;
+    wait_until(LIMIT, "the other config to be said", || says(&after))?;
     fault::stop();
-    ensure!(agent.events.try_recv().is_err(), "it built another set");
+    let loaded = Loaded::on_id(id)?.context("nothing is attached")?;
+    ensure!(loaded.program == program, "it built another set");
     exit(0)
 }
 
@@ -481,39 +495,65 @@ fn victim(told: &str) -> Result<()> {
 /// says of itself one thing or the other, and the next agent goes on from there.
 #[test]
 fn killed_while_it_says_that_it_goes_by_other_names() -> Result<()> {
-    const NAME: &str = "killed_while_it_says_that_it_goes_by_other_names";
+    killed_at_every_place(
+        "killed_while_it_says_that_it_goes_by_other_names",
+        of_names,
+        [60, 60],
+    )
+}
+
+/// The same while it gives policies other values.
+#[test]
+fn killed_while_it_goes_over_to_other_values() -> Result<()> {
+    killed_at_every_place(
+        "killed_while_it_goes_over_to_other_values",
+        of_values,
+        [63, 64],
+    )
+}
+
+/// `idle` is what connections have by one config and by the other.
+fn killed_at_every_place(test: &str, configs: fn(u32) -> String, idle: [i32; 2]) -> Result<()> {
     if let Ok(told) = std::env::var(KILLED_AT) {
-        return victim(&told);
+        return victim(&told, configs);
     }
-    require!();
+    require!(Need::Program("bpftool"));
     let _alone = alone();
     let cgroup = Cgroup::new()?;
     let pins = Pins::new();
     let file = tempfile::NamedTempFile::with_suffix(".toml")?;
-    fs::write(&file, of_names(0))?;
-    let configs = [config_of(&of_names(0))?, config_of(&of_names(1))?];
+    fs::write(&file, configs(0))?;
+    let mut probe = Probe::start(Program::Static, &cgroup)?;
+    let old = probe.connection()?.0;
+    let configs = [config_of(&configs(0))?, config_of(&configs(1))?];
     let mut since = None;
     for place in 0..PLACES {
         let mut command = Command::new(std::env::current_exe()?);
         let (cgroup_path, pins, path) = (cgroup.path(), pins.name(), file.path().display());
-        command.args(["--exact", NAME, "--nocapture"]);
+        command.args(["--exact", test, "--nocapture"]);
         command.env(KILLED_AT, format!("{place}:{cgroup_path}:{pins}:{path}"));
         let ended = output(&mut command, LIMIT)?;
         let found = InForce::on(cgroup.id()?)?.context("nothing is in force")?;
-        let description = found.record?.description.clone();
-        ensure!(
-            configs.contains(&description.config),
-            "place {place}: {:?}",
-            description.config
-        );
+        let description = found.record?.description();
+        let said = configs
+            .iter()
+            .position(|config| *config == description.config);
+        let said = said.with_context(|| format!("place {place}: {:?}", description.config))?;
+        let new = probe.connection()?.0;
+        let has = probe.options(new)?.idle;
+        ensure!(idle.contains(&has), "place {place}: {has}");
         let since = *since.get_or_insert(description.enforced_since);
         ensure!(
             description.enforced_since == since,
             "place {place}: the next agent did not go on from there"
         );
         if ended.code == Some(0) {
-            // Two copies, each by two calls or more.
+            // Two copies, each by two calls or more, or three calls and two copies.
             ensure!(place >= 4, "only {place} places");
+            for socket in [old, new] {
+                let has = probe.options(socket)?.idle;
+                ensure!(has == idle[said], "{has} s by config {said}");
+            }
             detach(&cgroup)?;
             return Ok(());
         }
@@ -523,7 +563,7 @@ fn killed_while_it_says_that_it_goes_by_other_names() -> Result<()> {
     bail!("more than {PLACES} places")
 }
 
-fn config_of(text: &str) -> Result<Config> {
+fn config_of(text: &str) -> Result<Arc<Config>> {
     let file = tempfile::NamedTempFile::with_suffix(".toml")?;
     fs::write(&file, text)?;
     Ok(target::read(&Sources::new(Some(file.path()), &[]), false)?.config)
@@ -603,6 +643,7 @@ fn anything_at_any_time() -> Result<()> {
                     let policy = Policy {
                         own: 70 + u32::try_from(below(50))?,
                         services: 150 + u32::try_from(below(50))?,
+                        set: u32::try_from(below(2))?,
                     };
                     did.push(format!("{policy:?}"));
                     node.write(policy)?;

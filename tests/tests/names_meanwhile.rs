@@ -53,7 +53,8 @@ impl Node {
     fn in_force(&self) -> Result<(String, State)> {
         let found = InForce::on(self.slice.id()?)?.context("nothing is in force")?;
         let record = found.record?;
-        let selectors = record.description.config.policies.iter();
+        let description = record.description();
+        let selectors = description.config.policies.iter();
         let selectors: Vec<_> = selectors.map(|named| named.selector.to_string()).collect();
         Ok((selectors.join("; "), record.state()?))
     }

@@ -136,7 +136,7 @@ pub(super) fn detach(arguments: &Arguments) -> Result<ExitCode> {
 
 fn path_of(found: &InForce) -> Option<CgroupPath> {
     let record = found.record.as_ref().ok()?;
-    Some(record.description.root.path.clone())
+    Some(record.root.path.clone())
 }
 
 /// Removes what is left of pins, and their directory if nothing else is in it.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::{RunningAgent, Whose, output};
+use super::{RunningAgent, Whose, output, report};
 use crate::{
     daemon::{
         control::{Answer, Request},
@@ -175,6 +175,15 @@ fn text(entry: &Entry, cgroup: Option<&CgroupPath>, identity: Option<&Identity>)
     )
 }
 
+/// What a reload has changed.
+fn changes(policies: &[String], removed: &[String], unchanged: usize) -> String {
+    let lists = [("changed", policies), ("removed", removed)];
+    let lists = lists.into_iter().filter(|(_, names)| !names.is_empty());
+    let lists = lists.map(|(what, names)| format!("{what}: {}", report::some_of(names.iter())));
+    let unchanged = (unchanged > 0).then(|| format!("{unchanged} unchanged"));
+    lists.chain(unchanged).collect::<Vec<_>>().join("; ")
+}
+
 /// What happened, on one line; where a dead peer's connection was, as far as that is
 /// known.
 pub(super) fn what(
@@ -195,12 +204,15 @@ pub(super) fn what(
             )
         }
         What::Waiting { cgroup } => format!("waiting for cgroup {cgroup}, which does not exist"),
-        What::Reloaded { why, policies } => {
-            format!(
-                "the config was read again ({why}); policies: {}",
-                policies.join(", ")
-            )
-        }
+        What::Reloaded {
+            why,
+            policies,
+            removed,
+            unchanged,
+        } => format!(
+            "the config was read again ({why}); {}",
+            changes(policies, removed, *unchanged)
+        ),
         What::NamesChanged {
             policy,
             why,

@@ -412,7 +412,7 @@ fn enforce(config: &str, hierarchy: &Hierarchy, root: &Cgroup) -> Result<(Attach
         kernel: Kernel::running()?,
         hierarchy: hierarchy.clone(),
         root: root.clone(),
-        config,
+        config: config.into(),
         origin: Origin::default(),
         before: None,
         previous: None,

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow, collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf,
-    process::ExitCode, time::Duration,
+    process::ExitCode, sync::Arc, time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -310,7 +310,7 @@ struct Enforced {
     /// Whether it holds now, not only if an agent were started.
     is_in_force: bool,
     root: Cgroup,
-    config: Config,
+    config: Arc<Config>,
     /// What users were given for commands of their own.
     grants: Vec<Grant>,
     /// Where it is written; none where the files say something else.
@@ -338,7 +338,7 @@ impl Enforced {
                 agent: None,
                 is_in_force: false,
                 root: hierarchy.existing("/".as_ref())?,
-                config: merged.config.clone(),
+                config: merged.config.clone().into(),
                 grants: Vec::new(),
                 files: Some(merged),
             }]);
@@ -371,11 +371,11 @@ impl Enforced {
                 path: CgroupPath::root(),
                 id: 0,
             },
-            config: Config {
+            config: Arc::new(Config {
                 default: None,
                 policies: Vec::new(),
                 self_service: None,
-            },
+            }),
             grants: Vec::new(),
             files: None,
         }

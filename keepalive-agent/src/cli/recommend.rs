@@ -113,7 +113,7 @@ pub(super) fn recommend(arguments: &Arguments) -> Result<ExitCode> {
         .map(|running| running.config.clone());
     let seen = observed.observations.iter().map(|found| found.deaths);
     let unknown = counted(&cgroup)?.saturating_sub(seen.sum());
-    let mut networks = evidence(&observed, config.as_ref())?;
+    let mut networks = evidence(&observed, config.as_deref())?;
     let lister = Lister::load(&Kernel::running()?, &cgroup)?;
     let mut cgroups = Cgroups::new(Some(hierarchy), running)?;
     let mut looking = Looking {
@@ -178,7 +178,7 @@ fn counted(cgroup: &CgroupPath) -> Result<u64> {
     let mut sum = 0;
     for set in datapath::in_force()? {
         if let Ok(record) = &set.record
-            && record.description.root.path == *cgroup
+            && record.root.path == *cgroup
         {
             sum += record
                 .done()?

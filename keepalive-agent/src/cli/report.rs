@@ -17,7 +17,7 @@ use crate::{
     VERSION,
     assignment::{Assigned, Assignment},
     config::DEFAULT_FILE,
-    daemon::{self, Leaves, Reporter, journal::What},
+    daemon::{self, Difference, Leaves, Reporter, journal::What},
     datapath::{Counted, Done, Origin, PinDirectory, Refusals, SetRecord, chain},
     duration,
     hierarchy::CgroupPath,
@@ -118,7 +118,12 @@ enum Record<'a> {
     },
     Reloaded {
         why: &'a str,
+        /// Those that are new or different.
         policies: Vec<PolicyRecord<'a>>,
+        /// Names of those that are gone.
+        removed: &'a [String],
+        /// How many are as they were.
+        unchanged: usize,
     },
     Swept {
         new_cgroups: usize,
@@ -343,9 +348,11 @@ fn record_of<'a>(event: &'a daemon::Event<'a>) -> Record<'a> {
             policies: policies(assignment),
         },
         daemon::Event::Waiting { cgroup } => Record::Waiting { cgroup },
-        daemon::Event::Reloaded { why, assignment } => Record::Reloaded {
+        daemon::Event::Reloaded { why, difference } => Record::Reloaded {
             why,
-            policies: policies(assignment),
+            policies: policies(&difference.assignment),
+            removed: &difference.removed,
+            unchanged: difference.unchanged,
         },
         daemon::Event::Swept(swept) => Record::Swept {
             new_cgroups: swept.new_cgroups,
@@ -397,12 +404,7 @@ fn text_of(event: &daemon::Event<'_>) -> String {
         daemon::Event::Waiting { cgroup } => {
             format!("cgroup {cgroup} does not exist: nothing is enforced until it does\n")
         }
-        daemon::Event::Reloaded { why, assignment } => {
-            format!(
-                "\nthe config was read again ({why})\n\n{}",
-                policy_table(assignment)
-            )
-        }
+        daemon::Event::Reloaded { why, difference } => reloaded(why, difference),
         daemon::Event::Swept(swept) => swept_text(swept),
         daemon::Event::Stopped {
             by,
@@ -457,6 +459,25 @@ fn started(
         "until stopped with SIGINT (ctrl-c) or SIGTERM"
     };
     let _ = write!(text, "\n{}\n{doing} {until}\n", policy_table(assignment));
+    text
+}
+
+fn reloaded(why: &str, difference: &Difference) -> String {
+    let Difference {
+        assignment,
+        removed,
+        unchanged,
+    } = difference;
+    let mut text = format!("\nthe config was read again ({why})\n");
+    if !assignment.policies.is_empty() {
+        let _ = write!(text, "\n{}\n", policy_table(assignment));
+    }
+    if !removed.is_empty() {
+        let _ = writeln!(text, "removed: {}", removed.join(", "));
+    }
+    if *unchanged > 0 {
+        let _ = writeln!(text, "{unchanged} unchanged");
+    }
     text
 }
 
@@ -591,7 +612,7 @@ pub(super) fn progress(text: &str) {
 }
 
 /// A list that fits on a line.
-fn some_of(names: impl Iterator<Item: ToString>) -> String {
+pub(super) fn some_of(names: impl Iterator<Item: ToString>) -> String {
     const SHOWN: usize = 3;
     let names: Vec<_> = names.map(|name| name.to_string()).collect();
     match names.len() {

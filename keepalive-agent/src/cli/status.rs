@@ -159,7 +159,7 @@ pub(super) fn status(arguments: &Arguments) -> Result<ExitCode> {
 
 fn root_of(set: &InForce) -> Option<Cgroup> {
     let record = set.record.as_ref().ok()?;
-    Some(record.description.root.clone())
+    Some(record.root.clone())
 }
 
 fn look_at(
@@ -173,7 +173,7 @@ fn look_at(
         Ok(record) => {
             // An agent may be writing it.
             let state = record.state().unwrap_or_default();
-            let path = &record.description.root.path;
+            let path = &record.root.path;
             let owner = state.owner.filter(|owner| ownership::lives(owner, path));
             let known = known(record, state)?;
             (Some(known), owner.map(|owner| owner.pid), None)
@@ -209,7 +209,7 @@ fn look_at(
 }
 
 fn known(record: &SetRecord, state: State) -> Result<Known> {
-    let description = &record.description;
+    let description = record.description();
     let done = record.done().context("reading the counters")?;
     Ok(Known {
         version: description.version.clone(),

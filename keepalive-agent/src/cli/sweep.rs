@@ -50,15 +50,17 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
     let in_force = in_force.and_then(|found| found.record.ok());
     let before = match &in_force {
         Some(set) => {
-            let config = &set.description.config;
-            let claimants = target::claimants(config, &root)?;
+            let claimants = target::claimants(&set.description().config, &root)?;
             let mut before = target::assign(&claimants, &hierarchy)?.0;
-            before.grants = allowed(config, &set.grants());
+            before.grants = allowed(&set.description().config, &set.grants());
             assignment.grants = allowed(&read.config, &set.grants());
             Some(before)
         }
         None => None,
     };
+    let given = in_force
+        .as_ref()
+        .map(|set| set.description().config.clone());
     let set = LoadedSet::build(Blueprint {
         kernel: &Kernel::running()?,
         root: &root,
@@ -67,10 +69,7 @@ pub(super) fn sweep(arguments: &Arguments) -> Result<ExitCode> {
         assignment: &assignment,
         // Those of the agent, if one runs, are there.
         bounded: None,
-        before: in_force
-            .as_ref()
-            .map(|set| &set.description.config)
-            .zip(before.as_ref()),
+        before: given.as_ref().zip(before.as_ref()),
         previous: in_force.as_deref(),
     })?;
     set.sweeper().set_counts(true);

@@ -10,6 +10,7 @@ use std::{
     net::{Ipv4Addr, TcpListener, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -96,11 +97,11 @@ pub(super) fn build(kernel: &Kernel, root: &Cgroup) -> Result<LoadedSet> {
     Ok(LoadedSet::build(Blueprint {
         kernel,
         root,
-        config: &Config {
+        config: &Arc::new(Config {
             default: Some(POLICY),
             policies: Vec::new(),
             self_service: None,
-        },
+        }),
         origin: &Origin::default(),
         assignment: &assignment,
         before: None,

@@ -37,6 +37,10 @@ pub(super) struct Document {
     pub(super) self_service: Option<self_service::Table>,
 }
 
+/// A key of a policy, if it is written. Most are not: in a box, so that a policy of
+/// thousands takes no more than what it says.
+pub(super) type Optional<T> = Option<Box<Entry<T>>>;
+
 /// A key that is written.
 #[derive(Debug)]
 pub(super) struct Entry<T> {
@@ -51,20 +55,20 @@ pub(super) struct Table {
     /// What its keys go by in messages: `default` or `policy`.
     pub(super) section: &'static str,
     pub(super) at: At,
-    pub(super) name: Option<Entry<String>>,
-    pub(super) cgroup: Option<Entry<Vec<CgroupPattern>>>,
-    pub(super) attributes: [Option<Entry<Vec<NamePattern>>>; 5],
-    pub(super) label: Option<Entry<BTreeMap<String, NamePattern>>>,
-    pub(super) remote: Option<Entry<Vec<Remote>>>,
-    pub(super) port: Option<Entry<Vec<Ports>>>,
-    pub(super) local_port: Option<Entry<Vec<Ports>>>,
-    pub(super) keepalive: Option<Entry<Keepalive>>,
-    pub(super) timers: [Option<Entry<Written>>; 4],
+    pub(super) name: Optional<String>,
+    pub(super) cgroup: Optional<Vec<CgroupPattern>>,
+    pub(super) attributes: [Optional<Vec<NamePattern>>; 5],
+    pub(super) label: Optional<BTreeMap<String, NamePattern>>,
+    pub(super) remote: Optional<Vec<Remote>>,
+    pub(super) port: Optional<Vec<Ports>>,
+    pub(super) local_port: Optional<Vec<Ports>>,
+    pub(super) keepalive: Optional<Keepalive>,
+    pub(super) timers: [Optional<Written>; 4],
     /// In milliseconds; 0 where it is left to the kernel.
-    pub(super) give_up: Option<Entry<u32>>,
-    pub(super) enforce: Option<Entry<bool>>,
-    pub(super) ignore: Option<Entry<bool>>,
-    pub(super) path: Option<Entry<Preset>>,
+    pub(super) give_up: Optional<u32>,
+    pub(super) enforce: Optional<bool>,
+    pub(super) ignore: Optional<bool>,
+    pub(super) path: Optional<Preset>,
 }
 
 /// Reads one of the texts; none when it is not TOML, and nothing is known about
@@ -129,14 +133,15 @@ impl Reader<'_, '_> {
                 self.error(&value.span(), "default", "must be a table: write [default]");
             }
         }
+        let known = keys::CLAIM.iter().chain(&keys::POLICY);
+        let known: Vec<_> = known.map(|key| key.name).collect();
         let mut lines_by_name = HashMap::new();
         for (span, table) in self.policy_tables(top) {
             let section = Section {
                 name: "policy",
                 table,
             };
-            let known = keys::CLAIM.iter().chain(&keys::POLICY);
-            self.unknown_keys(section, &known.map(|key| key.name).collect::<Vec<_>>());
+            self.unknown_keys(section, &known);
             let mut policy = self.table("policy", &span, table);
             policy.name = self.name(section, &span, &mut lines_by_name);
             policy.cgroup = self.entry(section, "cgroup", Self::cgroups);
@@ -278,42 +283,42 @@ impl Reader<'_, '_> {
         }
     }
 
-    fn entry<T>(
+    fn entry<'a, 'i, T>(
         &mut self,
-        section: Section<'_, '_>,
+        section: Section<'a, 'i>,
         key: &str,
-        read: impl FnOnce(&mut Self, Section<'_, '_>, &str) -> Option<T>,
-    ) -> Option<Entry<T>> {
+        read: impl FnOnce(&mut Self, Section<'a, 'i>, &str) -> Option<T>,
+    ) -> Optional<T> {
         let at = self.at(&section.get(key)?.span());
         let value = read(self, section, key);
-        Some(Entry { value, at })
+        Some(Box::new(Entry { value, at }))
     }
 
-    fn name(
+    fn name<'a>(
         &mut self,
-        section: Section<'_, '_>,
+        section: Section<'a, '_>,
         span: &Span<usize>,
-        lines_by_name: &mut HashMap<String, usize>,
-    ) -> Option<Entry<String>> {
+        lines_by_name: &mut HashMap<&'a str, usize>,
+    ) -> Optional<String> {
         if section.get("name").is_none() {
             self.error(span, "policy", "has no name: add name = \"…\"");
         }
         self.entry(section, "name", |reader, section, key| {
             let value = section.get(key)?;
             let name = match value.get_ref() {
-                DeValue::String(name) => check_name(name).map(|()| name.clone().into_owned()),
+                DeValue::String(name) => check_name(name).map(|()| &**name),
                 _ => Err("must be a string".to_owned()),
             };
             let name = name
                 .map_err(|message| reader.wrong_value(section, key, &message))
                 .ok()?;
             let line = reader.findings.place(&reader.at(&value.span())).line;
-            if let Some(first) = lines_by_name.insert(name.clone(), line) {
+            if let Some(first) = lines_by_name.insert(name, line) {
                 let message = format!("line {first} has a policy of this name already");
                 reader.wrong_value(section, key, &message);
                 return None;
             }
-            Some(name)
+            Some(name.to_owned())
         })
     }
 

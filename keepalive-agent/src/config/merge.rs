@@ -11,12 +11,12 @@ use keepalive_common::{
 
 use super::{
     Config, NamedPolicy,
-    document::{Document, Entry, Table},
+    document::{Document, Entry, Optional, Table},
     origin::{ConfigOrigins, Origin, Origins, SelfServiceOrigins, TimerOrigin},
     preset::{PROBES, Preset},
     self_service,
     text::{At, Findings},
-    timer::Timer,
+    timer::{Timer, Written},
 };
 use crate::{
     duration,
@@ -34,56 +34,144 @@ pub(super) enum Base {
     Nothing,
 }
 
-/// Merges the documents in this order. What is wrong goes to the findings, and
-/// the result is worth nothing then.
-pub(super) fn merge(
+/// Finds out where the values of a config come from: [`origins`], or nothing for whoever
+/// does not ask. Of thousands of policies that is more than the config.
+pub(super) type Locate<O> = fn(&Findings<'_>, &Layers, Base) -> O;
+
+/// Merges the documents in this order. What is wrong goes to the findings, and the result is worth nothing then.
+pub(super) fn merge<O>(
     findings: &mut Findings<'_>,
     base: Base,
     documents: impl IntoIterator<Item = Document>,
-) -> (Config, ConfigOrigins) {
+    origins: Locate<O>,
+) -> (Config, O) {
     let mut layers = Layers::default();
     for document in documents {
         layers.add(document);
     }
-    let mut completing = Completing { findings };
-    let built_in = (Policy::BUILT_IN, Origins::BUILT_IN);
-    let default = match &layers.default {
-        Some(table) => Some(completing.policy(table, &built_in)),
-        None => (base == Base::BuiltIn).then(|| built_in.clone()),
+    let default_policy = match &layers.default {
+        Some(table) => Some(complete(findings, table, Policy::BUILT_IN)),
+        None => (base == Base::BuiltIn).then_some(Policy::BUILT_IN),
     };
+    let origins = origins(findings, &layers, base);
+    let inherited = default_policy.unwrap_or(Policy::BUILT_IN);
+    let policies = layers.policies.into_iter();
+    let policies = policies.map(|table| named(findings, table, inherited));
+    let config = Config {
+        default: default_policy,
+        policies: policies.collect(),
+        self_service: layers
+            .self_service
+            .as_ref()
+            .map(self_service::Table::complete),
+    };
+    (config, origins)
+}
+
+/// Where everything comes from.
+pub(super) fn origins(findings: &Findings<'_>, layers: &Layers, base: Base) -> ConfigOrigins {
+    let default = match &layers.default {
+        Some(table) => Some(origins_of(findings, table, &Origins::BUILT_IN)),
+        None => (base == Base::BuiltIn).then_some(Origins::BUILT_IN),
+    };
+    let built_in = Origins::BUILT_IN;
     let inherited = default.as_ref().unwrap_or(&built_in);
-    let mut policies = Vec::with_capacity(layers.policies.len());
-    let mut origins = Vec::with_capacity(layers.policies.len());
-    for table in layers.policies {
-        let (policy, origin) = completing.named(table, inherited);
-        policies.push(policy);
-        origins.push(origin);
-    }
-    let (default, default_origins) = default.unzip();
+    let policies = layers.policies.iter();
+    let policies = policies.map(|table| origins_of(findings, table, inherited));
     let self_service = layers.self_service.as_ref();
-    let origins = ConfigOrigins {
-        default: default_origins,
-        policies: origins,
+    ConfigOrigins {
+        policies: policies.collect(),
         self_service: self_service.map(|table| {
-            let place = |at: &At| completing.findings.place(at);
+            let place = |at: &At| findings.place(at);
             let keys = table.written().map(|(key, at)| (key, place(at)));
             SelfServiceOrigins {
                 table: place(&table.at),
                 keys: keys.collect(),
             }
         }),
-    };
-    let config = Config {
         default,
-        policies,
-        self_service: self_service.map(self_service::Table::complete),
-    };
-    (config, origins)
+    }
+}
+
+/// Where the values of a policy come from.
+fn origins_of(findings: &Findings<'_>, table: &Table, inherited: &Origins) -> Origins {
+    fn at<T>(entry: Option<&Entry<T>>) -> Option<&At> {
+        Some(&entry?.at)
+    }
+    let place = |at: &At| findings.place(at);
+    let written = |at: &At| Origin::Written(place(at));
+    let mut origins = inherited.clone();
+    origins.table = written(&table.at);
+    let attributes = Attribute::ALL.iter().zip(&table.attributes);
+    origins.attributes = attributes
+        .filter_map(|(attribute, key)| Some((*attribute, place(at(key.as_deref())?))))
+        .collect();
+    for (origin, key) in [
+        (&mut origins.cgroup, at(table.cgroup.as_deref())),
+        (&mut origins.label, at(table.label.as_deref())),
+        (&mut origins.remote, at(table.remote.as_deref())),
+        (&mut origins.port, at(table.port.as_deref())),
+        (&mut origins.local_port, at(table.local_port.as_deref())),
+    ] {
+        *origin = key.map(place);
+    }
+    origins.path = table
+        .path()
+        .map(|(preset, at)| (preset.path.clone(), place(at)));
+    for (origin, key) in [
+        (
+            &mut origins.keepalive,
+            value(table.keepalive.as_deref()).map(|(_, at)| at),
+        ),
+        (
+            &mut origins.enforce,
+            value(table.enforce.as_deref()).map(|(_, at)| at),
+        ),
+        (
+            &mut origins.ignore,
+            value(table.ignore.as_deref()).map(|(_, at)| at),
+        ),
+        (
+            &mut origins.give_up,
+            value(table.give_up.as_deref()).map(|(_, at)| at),
+        ),
+    ] {
+        if let Some(at) = key {
+            *origin = written(at);
+        }
+    }
+    for timer in Timer::ALL {
+        let origin = &mut origins.timers[timer as usize];
+        for (value, at, preset) in layers_of(table, timer) {
+            let from = match preset {
+                Some(preset) => Origin::Preset {
+                    path: preset.path.clone(),
+                    place: place(at),
+                },
+                None => written(at),
+            };
+            let before = mem::replace(origin, TimerOrigin::new(from));
+            if value.default.is_none() {
+                origin.default_from = Some(before.default_from.unwrap_or(before.from));
+            }
+        }
+    }
+    origins
+}
+
+/// What a table says of a timer, what overrides the rest last: by which preset, if so.
+fn layers_of(table: &Table, timer: Timer) -> impl Iterator<Item = (Written, &At, Option<&Preset>)> {
+    let preset = table
+        .path()
+        .and_then(|(preset, at)| Some((preset.timer(timer)?, at, Some(preset))));
+    let own =
+        value(table.timers[timer as usize].as_deref()).map(|(written, at)| (*written, at, None));
+    preset.into_iter().chain(own)
 }
 
 /// What the texts so far say.
 #[derive(Default)]
-struct Layers {
+pub(super) struct Layers {
     default: Option<Table>,
     policies: Vec<Table>,
     by_name: HashMap<String, usize>,
@@ -216,229 +304,183 @@ impl Key {
     }
 }
 
-/// Completes policies, with the findings of that.
-struct Completing<'f, 't> {
-    findings: &'f mut Findings<'t>,
+/// A policy for some cgroups or remote ends, completed from another one.
+fn named(findings: &mut Findings<'_>, mut table: Table, inherited: Policy) -> NamedPolicy {
+    let selector = table.selector_at();
+    let claims = table.cgroup.is_some()
+        || selector.is_some()
+        || table.remote.is_some()
+        || table.port.is_some()
+        || table.local_port.is_some();
+    if !claims {
+        let message = "has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
+                       or use [default] for everything";
+        findings.error(&table.at, table.section, message);
+    }
+    if let (Some(cgroup), Some((key, _))) = (&table.cgroup, &selector) {
+        let message = format!(
+            "stands beside {key}: a policy is for cgroups by their paths or by what they are; \
+             remove one of the two, or make it two policies"
+        );
+        let key = format!("{}.cgroup", table.section);
+        findings.error(&cgroup.at, &key, &message);
+    }
+    let policy = complete(findings, &table, inherited);
+    NamedPolicy {
+        name: take(&mut table.name),
+        cgroups: take(&mut table.cgroup),
+        selector: Selector {
+            attributes: Attribute::ALL
+                .into_iter()
+                .zip(table.attributes.iter_mut().map(take))
+                .filter(|(_, patterns)| !patterns.is_empty())
+                .collect(),
+            labels: take(&mut table.label),
+        },
+        rules: Rules {
+            remotes: take(&mut table.remote),
+            ports: take(&mut table.port),
+            local_ports: take(&mut table.local_port),
+        },
+        policy,
+    }
 }
 
-impl Completing<'_, '_> {
-    /// A policy for some cgroups or remote ends, completed from another one.
-    fn named(&mut self, mut table: Table, inherited: &(Policy, Origins)) -> (NamedPolicy, Origins) {
-        let selector = table.selector_at();
-        let claims = table.cgroup.is_some()
-            || selector.is_some()
-            || table.remote.is_some()
-            || table.port.is_some()
-            || table.local_port.is_some();
-        if !claims {
-            let message = "has no cgroup, unit, container, remote, port or local-port: add cgroup = \"/…\", \
-                           or use [default] for everything";
-            self.findings.error(&table.at, table.section, message);
+/// A policy, completed from another one, with the findings of that.
+fn complete(findings: &mut Findings<'_>, table: &Table, inherited: Policy) -> Policy {
+    let mut policy = inherited;
+    if let Some((keepalive, _)) = value(table.keepalive.as_deref()) {
+        policy = policy.with_keepalive(*keepalive);
+    }
+    if let Some((enforce, _)) = value(table.enforce.as_deref()) {
+        policy = policy.with_enforcement(*enforce);
+    }
+    if let Some((ignore, _)) = value(table.ignore.as_deref()) {
+        policy = policy.with_ignore(*ignore);
+    }
+    if let Some((give_up, _)) = value(table.give_up.as_deref()) {
+        policy.give_up = *give_up;
+    }
+    for timer in Timer::ALL {
+        for (written, ..) in layers_of(table, timer) {
+            written.complete(timer, &mut policy);
         }
-        if let (Some(cgroup), Some((key, _))) = (&table.cgroup, &selector) {
+    }
+    if !policy.ignores() {
+        warn_of_user_timeout(findings, table, &policy);
+        warn_of_give_up(findings, table, &policy);
+        warn_of_path(findings, table, &policy);
+    }
+    policy
+}
+
+/// With a user-timeout the kernel counts time, not probes
+/// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c). The table that brings
+/// the two together is warned of, even when it inherits one of them.
+fn warn_of_user_timeout(findings: &mut Findings<'_>, table: &Table, policy: &Policy) {
+    let own = Key::Timer(Timer::UserTimeout);
+    let keys = [
+        own,
+        Key::Timer(Timer::Idle),
+        Key::Timer(Timer::Interval),
+        Key::Timer(Timer::Probes),
+        Key::Path,
+        Key::Keepalive,
+    ];
+    let Some((key, at)) = table.first_of(&keys) else {
+        return;
+    };
+    let wants = given(policy);
+    let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
+    if wants.user_timeout == 0 {
+        return;
+    }
+    if policy.derives_user_timeout() && policy.user_timeout.at_most > wants.user_timeout {
+        // Whoever writes a time has thought of one.
+        if key == own {
             let message = format!(
-                "stands beside {key}: a policy is for cgroups by their paths or by what they are; \
-                 remove one of the two, or make it two policies"
+                "also ends connections whose peer answers but reads nothing for that long \
+                 (here {}); give-up spares them",
+                duration::show_milliseconds(wants.user_timeout)
             );
-            let key = format!("{}.cgroup", table.section);
-            self.findings.error(&cgroup.at, &key, &message);
+            findings.warning(at, &key.of(table), &message);
         }
-        let (policy, mut origins) = self.policy(&table, inherited);
-        let place = |at: &At| self.findings.place(at);
-        origins.cgroup = table.cgroup.as_ref().map(|entry| place(&entry.at));
-        for (attribute, entry) in Attribute::ALL.iter().zip(&table.attributes) {
-            let place = entry.as_ref().map(|entry| place(&entry.at));
-            origins
-                .attributes
-                .extend(place.map(|place| (*attribute, place)));
-        }
-        origins.label = table.label.as_ref().map(|entry| place(&entry.at));
-        origins.remote = table.remote.as_ref().map(|entry| place(&entry.at));
-        origins.port = table.port.as_ref().map(|entry| place(&entry.at));
-        origins.local_port = table.local_port.as_ref().map(|entry| place(&entry.at));
-        let named = NamedPolicy {
-            name: take(&mut table.name),
-            cgroups: take(&mut table.cgroup),
-            selector: Selector {
-                attributes: Attribute::ALL
-                    .into_iter()
-                    .zip(table.attributes.iter_mut().map(take))
-                    .filter(|(_, patterns)| !patterns.is_empty())
-                    .collect(),
-                labels: take(&mut table.label),
-            },
-            rules: Rules {
-                remotes: take(&mut table.remote),
-                ports: take(&mut table.port),
-                local_ports: take(&mut table.local_port),
-            },
-            policy,
-        };
-        (named, origins)
+        return;
     }
+    if policy.keepalive().turns_off() || wants.user_timeout == by_probes {
+        return;
+    }
+    let timeout = duration::show_milliseconds(wants.user_timeout);
+    let subject = if key == own {
+        String::new()
+    } else {
+        format!("user-timeout {timeout} of [default] ")
+    };
+    let message = if u64::from(wants.user_timeout) < u64::from(wants.idle) * 1000 {
+        format!(
+            "{subject}is below idle {}: a dead peer is given up after one unanswered probe, \
+             and unacknowledged data after {timeout}",
+            duration::show_seconds(wants.idle)
+        )
+    } else {
+        format!(
+            "{subject}cancels probes = {}: with a user-timeout the kernel gives up by time, \
+             here after {timeout} instead of idle + interval × probes = {}; \
+             \"derive\" makes them agree",
+            wants.probes,
+            duration::show_milliseconds(by_probes)
+        )
+    };
+    findings.warning(at, &key.of(table), &message);
+}
 
-    fn policy(&mut self, table: &Table, inherited: &(Policy, Origins)) -> (Policy, Origins) {
-        let (mut policy, mut origins) = inherited.clone();
-        origins.table = self.written(&table.at);
-        origins.path = table
-            .path()
-            .map(|(preset, at)| (preset.path.clone(), self.findings.place(at)));
-        if let Some((keepalive, at)) = value(table.keepalive.as_ref()) {
-            policy = policy.with_keepalive(*keepalive);
-            origins.keepalive = self.written(at);
-        }
-        if let Some((enforce, at)) = value(table.enforce.as_ref()) {
-            policy = policy.with_enforcement(*enforce);
-            origins.enforce = self.written(at);
-        }
-        if let Some((ignore, at)) = value(table.ignore.as_ref()) {
-            policy = policy.with_ignore(*ignore);
-            origins.ignore = self.written(at);
-        }
-        if let Some((give_up, at)) = value(table.give_up.as_ref()) {
-            policy.give_up = *give_up;
-            origins.give_up = self.written(at);
-        }
-        for timer in Timer::ALL {
-            let layers = [
-                table.path().and_then(|(preset, at)| {
-                    let path = preset.path.clone();
-                    let place = self.findings.place(at);
-                    Some((preset.timer(timer)?, Origin::Preset { path, place }))
-                }),
-                value(table.timers[timer as usize].as_ref())
-                    .map(|(written, at)| (*written, self.written(at))),
-            ];
-            let origin = &mut origins.timers[timer as usize];
-            for (written, from) in layers.into_iter().flatten() {
-                written.complete(timer, &mut policy);
-                let before = mem::replace(origin, TimerOrigin::new(from));
-                if written.default.is_none() {
-                    origin.default_from = Some(before.default_from.unwrap_or(before.from));
-                }
-            }
-        }
-        if policy.ignores() {
-            return (policy, origins);
-        }
-        self.warn_of_user_timeout(table, &policy);
-        self.warn_of_give_up(table, &policy);
-        self.warn_of_path(table, &policy);
-        (policy, origins)
+/// Data in flight is given up sooner than a silent connection: the outages
+/// that keepalive allows for end connections that happen to send.
+fn warn_of_give_up(findings: &mut Findings<'_>, table: &Table, policy: &Policy) {
+    let keys = [
+        Key::GiveUp,
+        Key::Timer(Timer::Interval),
+        Key::Timer(Timer::Probes),
+        Key::Path,
+    ];
+    let Some((key, at)) = table.first_of(&keys) else {
+        return;
+    };
+    let wants = given(policy);
+    let outage = time_to_notice(0, wants.interval, wants.probes.saturating_sub(1));
+    if policy.give_up == 0 || policy.give_up >= outage || policy.keepalive().turns_off() {
+        return;
     }
+    let give_up = duration::show_milliseconds(policy.give_up);
+    let subject = if key == Key::GiveUp {
+        String::new()
+    } else {
+        format!("give-up {give_up} ")
+    };
+    let message = format!(
+        "{subject}is below interval × (probes − 1) = {}: an outage that silent connections \
+         survive ends those that send during it",
+        duration::show_milliseconds(outage)
+    );
+    findings.warning(at, &key.of(table), &message);
+}
 
-    fn written(&self, at: &At) -> Origin {
-        Origin::Written(self.findings.place(at))
-    }
-
-    /// With a user-timeout the kernel counts time, not probes
-    /// (`tcp_keepalive_timer` in net/ipv4/tcp_timer.c). The table that brings
-    /// the two together is warned of, even when it inherits one of them.
-    fn warn_of_user_timeout(&mut self, table: &Table, policy: &Policy) {
-        let own = Key::Timer(Timer::UserTimeout);
-        let keys = [
-            own,
-            Key::Timer(Timer::Idle),
-            Key::Timer(Timer::Interval),
-            Key::Timer(Timer::Probes),
-            Key::Path,
-            Key::Keepalive,
-        ];
-        let Some((key, at)) = table.first_of(&keys) else {
-            return;
-        };
-        let wants = given(policy);
-        let by_probes = time_to_notice(wants.idle, wants.interval, wants.probes);
-        if wants.user_timeout == 0 {
-            return;
-        }
-        if policy.derives_user_timeout() && policy.user_timeout.at_most > wants.user_timeout {
-            // Whoever writes a time has thought of one.
-            if key == own {
-                let message = format!(
-                    "also ends connections whose peer answers but reads nothing for that long \
-                     (here {}); give-up spares them",
-                    duration::show_milliseconds(wants.user_timeout)
-                );
-                self.findings.warning(at, &key.of(table), &message);
-            }
-            return;
-        }
-        if policy.keepalive().turns_off() || wants.user_timeout == by_probes {
-            return;
-        }
-        let timeout = duration::show_milliseconds(wants.user_timeout);
-        let subject = if key == own {
-            String::new()
-        } else {
-            format!("user-timeout {timeout} of [default] ")
-        };
-        let message = if u64::from(wants.user_timeout) < u64::from(wants.idle) * 1000 {
-            format!(
-                "{subject}is below idle {}: a dead peer is given up after one unanswered probe, \
-                 and unacknowledged data after {timeout}",
-                duration::show_seconds(wants.idle)
-            )
-        } else {
-            format!(
-                "{subject}cancels probes = {}: with a user-timeout the kernel gives up by time, \
-                 here after {timeout} instead of idle + interval × probes = {}; \
-                 \"derive\" makes them agree",
-                wants.probes,
-                duration::show_milliseconds(by_probes)
-            )
-        };
-        self.findings.warning(at, &key.of(table), &message);
-    }
-
-    /// Data in flight is given up sooner than a silent connection: the outages
-    /// that keepalive allows for end connections that happen to send.
-    fn warn_of_give_up(&mut self, table: &Table, policy: &Policy) {
-        let keys = [
-            Key::GiveUp,
-            Key::Timer(Timer::Interval),
-            Key::Timer(Timer::Probes),
-            Key::Path,
-        ];
-        let Some((key, at)) = table.first_of(&keys) else {
-            return;
-        };
-        let wants = given(policy);
-        let outage = time_to_notice(0, wants.interval, wants.probes.saturating_sub(1));
-        if policy.give_up == 0 || policy.give_up >= outage || policy.keepalive().turns_off() {
-            return;
-        }
-        let give_up = duration::show_milliseconds(policy.give_up);
-        let subject = if key == Key::GiveUp {
-            String::new()
-        } else {
-            format!("give-up {give_up} ")
-        };
-        let message = format!(
-            "{subject}is below interval × (probes − 1) = {}: an outage that silent connections \
-             survive ends those that send during it",
-            duration::show_milliseconds(outage)
-        );
-        self.findings.warning(at, &key.of(table), &message);
-    }
-
-    /// A path that the other keys of its table do not keep open.
-    fn warn_of_path(&mut self, table: &Table, policy: &Policy) {
-        let Some((preset, path_at)) = table.path() else {
-            return;
-        };
-        let Some(message) = not_kept_open(preset, policy) else {
-            return;
-        };
-        // With what a preset chooses alone, keepalive is all that can be amiss.
-        let keys = if policy.keepalive().turns_off() {
-            [Key::Keepalive, Key::Path, Key::Path]
-        } else {
-            [Timer::Idle, Timer::Interval, Timer::Probes].map(Key::Timer)
-        };
-        let (key, at) = table.first_of(&keys).unwrap_or((Key::Path, path_at));
-        self.findings.warning(at, &key.of(table), &message);
-    }
+/// A path that the other keys of its table do not keep open.
+fn warn_of_path(findings: &mut Findings<'_>, table: &Table, policy: &Policy) {
+    let Some((preset, path_at)) = table.path() else {
+        return;
+    };
+    let Some(message) = not_kept_open(preset, policy) else {
+        return;
+    };
+    // With what a preset chooses alone, keepalive is all that can be amiss.
+    let keys = if policy.keepalive().turns_off() {
+        [Key::Keepalive, Key::Path, Key::Path]
+    } else {
+        [Timer::Idle, Timer::Interval, Timer::Probes].map(Key::Timer)
+    };
+    let (key, at) = table.first_of(&keys).unwrap_or((Key::Path, path_at));
+    findings.warning(at, &key.of(table), &message);
 }
 
 /// Why a policy does not keep a path open, with two probes lost.
@@ -500,7 +542,7 @@ fn value<T>(entry: Option<&Entry<T>>) -> Option<(&T, &At)> {
     Some((entry.value.as_ref()?, &entry.at))
 }
 
-fn take<T: Default>(entry: &mut Option<Entry<T>>) -> T {
+fn take<T: Default>(entry: &mut Optional<T>) -> T {
     let value = entry.as_mut().and_then(|entry| entry.value.take());
     value.unwrap_or_default()
 }

@@ -8,7 +8,7 @@ use keepalive_common::policy::{Keepalive, Policy};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    document::{self, Entry},
+    document::{self, Entry, Optional},
     text::{At, Findings, Text},
     timer::{Default as Given, Timer},
 };
@@ -49,9 +49,9 @@ impl Limits {
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) at: At,
-    pub(super) commands: Option<Entry<u32>>,
-    pub(super) commands_per_user: Option<Entry<u32>>,
-    pub(super) limits: [Option<Entry<Limits>>; 4],
+    pub(super) commands: Optional<u32>,
+    pub(super) commands_per_user: Optional<u32>,
+    pub(super) limits: [Optional<Limits>; 4],
 }
 
 impl Table {
@@ -80,14 +80,14 @@ impl Table {
     /// The keys that are written, and where.
     pub(super) fn written(&self) -> impl Iterator<Item = (&'static str, &At)> {
         fn at<T>(entry: Option<&Entry<T>>) -> Option<&At> {
-            entry.map(|entry| &entry.at)
+            Some(&entry?.at)
         }
         let timers = Timer::ALL.map(Timer::key).into_iter();
         timers
-            .zip(self.limits.iter().map(|entry| at(entry.as_ref())))
+            .zip(self.limits.iter().map(|entry| at(entry.as_deref())))
             .chain([
-                (COMMANDS, at(self.commands.as_ref())),
-                (COMMANDS_PER_USER, at(self.commands_per_user.as_ref())),
+                (COMMANDS, at(self.commands.as_deref())),
+                (COMMANDS_PER_USER, at(self.commands_per_user.as_deref())),
             ])
             .filter_map(|(key, at)| Some((key, at?)))
     }
@@ -95,7 +95,7 @@ impl Table {
     /// What it comes to, with what is built in.
     pub(super) fn complete(&self) -> SelfService {
         const BUILT_IN: (u32, u32) = (64, 8);
-        let number = |entry: &Option<Entry<u32>>| entry.as_ref().and_then(|entry| entry.value);
+        let number = |entry: &Optional<u32>| entry.as_ref().and_then(|entry| entry.value);
         let limits = |timer: Timer| {
             let entry = self.limits[timer as usize].as_ref();
             entry.and_then(|entry| entry.value).unwrap_or(Limits::NONE)

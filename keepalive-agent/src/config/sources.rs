@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Config, ConfigOrigins, Diagnostic, Diagnostics, document,
-    merge::{self, Base},
+    merge::{self, Base, Locate},
     text::{Findings, Text},
     trusted_file::{self, Refusal, read},
 };
@@ -40,13 +40,13 @@ pub struct Sources {
 
 /// A config with what is known about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Merged {
+pub struct Merged<O = ConfigOrigins> {
     /// The config.
     pub config: Config,
     /// What is worth a warning.
     pub warnings: Diagnostics,
-    /// Which file and line each value came from.
-    pub origins: ConfigOrigins,
+    /// Which file and line each value came from, for who asks.
+    pub origins: O,
     /// The main file, unless the built-in policy stands in for it.
     pub main: Option<PathBuf>,
     /// The drop-ins that were read, in the order in which they were merged.
@@ -111,7 +111,16 @@ impl Sources {
     ///
     /// Everything that is wrong in any of the files; none of them is used then.
     pub fn read(&self) -> Result<Merged, Diagnostics> {
-        self.read_supposing(None)
+        self.read_supposing(None, merge::origins)
+    }
+
+    /// The same without where the values come from.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sources::read`].
+    pub fn read_config(&self) -> Result<Merged<()>, Diagnostics> {
+        self.read_supposing(None, |_, _, _| ())
     }
 
     /// The same as if a file had this text, or none and did not exist.
@@ -120,10 +129,14 @@ impl Sources {
     ///
     /// As [`Sources::read`].
     pub fn read_as_if(&self, path: &Path, text: Option<&str>) -> Result<Merged, Diagnostics> {
-        self.read_supposing(Some(Supposed { path, text }))
+        self.read_supposing(Some(Supposed { path, text }), merge::origins)
     }
 
-    fn read_supposing(&self, supposed: Option<Supposed<'_>>) -> Result<Merged, Diagnostics> {
+    fn read_supposing<O>(
+        &self,
+        supposed: Option<Supposed<'_>>,
+        origins: Locate<O>,
+    ) -> Result<Merged<O>, Diagnostics> {
         let mut unreadable = Vec::new();
         let mut texts = Vec::new();
         let mut has_main = true;
@@ -159,7 +172,7 @@ impl Sources {
             }
         }
         let main = has_main.then_some(&*self.main);
-        parse_all(&texts, unreadable, main, drop_ins)
+        parse_all(&texts, unreadable, main, drop_ins, origins)
     }
 
     /// The drop-ins in the order of their names.
@@ -208,7 +221,7 @@ pub fn read_files(main: Option<&Path>, drop_ins: &[PathBuf]) -> Result<Merged, D
             Err(refusal) => unreadable.push(about(path, &refusal)),
         }
     }
-    parse_all(&texts, unreadable, main, drop_ins.to_vec())
+    parse_all(&texts, unreadable, main, drop_ins.to_vec(), merge::origins)
 }
 
 /// Whether a file of this name in a directory of drop-ins is one. Hidden files
@@ -222,17 +235,18 @@ pub fn is_drop_in_name(name: &OsStr) -> bool {
 /// Reads one text as all there is.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Merged, Diagnostics> {
     let texts = [Text::new(path, text.to_owned())];
-    parse_all(&texts, Vec::new(), Some(path), Vec::new())
+    parse_all(&texts, Vec::new(), Some(path), Vec::new(), merge::origins)
 }
 
 /// Merges the texts of these files; `unreadable` is what is wrong already. Without a
 /// main file the built-in policy stands in for it.
-fn parse_all(
+fn parse_all<O>(
     texts: &[Text],
     unreadable: Vec<Diagnostic>,
     main: Option<&Path>,
     drop_ins: Vec<PathBuf>,
-) -> Result<Merged, Diagnostics> {
+    origins: Locate<O>,
+) -> Result<Merged<O>, Diagnostics> {
     let base = if main.is_some() {
         Base::Nothing
     } else {
@@ -244,8 +258,14 @@ fn parse_all(
         .collect();
     // What is missing may be in a file that cannot be read.
     let all_there = unreadable.is_empty() && documents.iter().all(Option::is_some);
-    let merged =
-        all_there.then(|| merge::merge(&mut findings, base, documents.into_iter().flatten()));
+    let merged = all_there.then(|| {
+        merge::merge(
+            &mut findings,
+            base,
+            documents.into_iter().flatten(),
+            origins,
+        )
+    });
     let (errors, warnings) = findings.into_order();
     match merged {
         Some((config, origins)) if errors.0.is_empty() => Ok(Merged {

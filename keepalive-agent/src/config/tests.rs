@@ -1164,3 +1164,54 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn configs_that_differ_in_values_only() {
+    let config = |default: u32, own: &str| {
+        good(&format!(
+            "[default]\nidle = '{default}s'\n\
+             [[policy]]\nname = 'heir'\ncgroup = '/a'\n\
+             [[policy]]\nname = 'own'\ncgroup = '/b'\n{own}\n"
+        ))
+    };
+    let before = config(70, "idle = '90s'");
+    assert_eq!(before.values_beside(&before), Some(Vec::new()));
+    // Who inherits from the default differs too.
+    for (after, places) in [
+        (config(71, "idle = '90s'"), &[0, 1][..]),
+        (config(70, "idle = '91s'"), &[2]),
+        (config(71, "keepalive = 'never'"), &[0, 1, 2]),
+    ] {
+        let values = after.values_beside(&before).unwrap();
+        let changed: Vec<_> = values.iter().map(|(place, _)| *place).collect();
+        assert_eq!(changed, places);
+        assert_eq!(after.changed_since(&before), places);
+        assert_eq!(before.with_values(&values), after);
+    }
+    for other in [
+        good("[default]\nidle = '70s'\n"),
+        config(70, "idle = '90s'\nport = 22"),
+        good("[[policy]]\nname = 'heir'\ncgroup = '/a'\n"),
+        Config {
+            default: None,
+            ..before.clone()
+        },
+    ] {
+        assert_eq!(other.values_beside(&before), None, "{other:?}");
+    }
+}
+
+#[test]
+fn what_is_new_and_what_is_gone() {
+    let before = good(
+        "[default]\n[[policy]]\nname = 'a'\ncgroup = '/a'\n[[policy]]\nname = 'b'\ncgroup = '/b'\n",
+    );
+    let after = good(
+        "[[policy]]\nname = 'new'\ncgroup = '/n'\n[[policy]]\nname = 'b'\ncgroup = '/b'\n\
+         [[policy]]\nname = 'a'\ncgroup = '/elsewhere'\n",
+    );
+    assert_eq!(after.changed_since(&before), [0, 2]);
+    assert_eq!(before.removed_by(&after), ["default"]);
+    assert_eq!(before.changed_since(&after), [0, 1]);
+    assert_eq!(after.removed_by(&before), ["new"]);
+}

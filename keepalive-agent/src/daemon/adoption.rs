@@ -1,12 +1,16 @@
 //! Adoption: going over to another config, or to other names of what is there, with
 //! the set in force.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
+use keepalive_common::policy::Policy;
 use tracing::{debug, warn};
 
 use super::{
-    Daemon, Event, Reporter,
+    Daemon, Difference, Event, Reporter,
     building::{Built, allowed},
     early,
     journal::What,
@@ -19,6 +23,7 @@ use crate::{
     config::Config,
     datapath::{self, Change, Origin, Reload, chain},
     hierarchy::{Cgroup, CgroupPath},
+    netns,
 };
 
 /// What came of going over to a config without building a set.
@@ -36,7 +41,7 @@ impl Daemon {
     /// gets other labels.
     pub(super) fn adopt(
         &mut self,
-        config: &Config,
+        config: &Arc<Config>,
         origin: &Origin,
         reporter: &mut dyn Reporter,
     ) -> Adopted {
@@ -60,7 +65,7 @@ impl Daemon {
     /// be waited for until the config can be in force: the first connection of a
     /// container does not wait. Names that are gone count until then.
     pub(super) fn adopt_early(&mut self, config: &Config) {
-        let mut more = self.config.with_names_of(config, |_, _| true);
+        let mut more = Arc::new(self.config.with_names_of(config, |_, _| true));
         let Some((mut claimants, mut others)) = self.others_by(&more) else {
             return;
         };
@@ -69,10 +74,11 @@ impl Daemon {
             .map(|cgroup| self.claimants.identity(&cgroup.path))
             .collect();
         if !busy.is_empty() {
-            more = self.config.with_names_of(config, |attribute, name| {
+            let names = self.config.with_names_of(config, |attribute, name| {
                 let mut busy = busy.iter();
                 !busy.any(|identity| attribute.matches([name], identity))
             });
+            more = Arc::new(names);
             let Some(left) = self.others_by(&more) else {
                 return;
             };
@@ -108,7 +114,7 @@ impl Daemon {
     /// too. Whether it could be.
     fn adopt_at_once(
         &mut self,
-        config: &Config,
+        config: &Arc<Config>,
         origin: &Origin,
         claimants: Claimants,
         others: &[Cgroup],
@@ -155,7 +161,8 @@ impl Daemon {
                 self.journal.note(changed);
             }
         }
-        self.went_over_to(config, origin, claimants);
+        self.claimants = claimants;
+        self.went_over_to(config, origin);
         for (cgroup, policies) in assigned {
             self.journal.note(What::CgroupAssigned {
                 cgroup: cgroup.path.clone(),
@@ -205,7 +212,7 @@ impl Daemon {
             if latest.differs_in_names_only(&built.config) {
                 latest
             } else {
-                built.config.with_names_of(&latest, |_, _| true)
+                Arc::new(built.config.with_names_of(&latest, |_, _| true))
             }
         });
         if let Some(config) = latest.filter(|latest| *latest != built.config)
@@ -239,7 +246,7 @@ impl Daemon {
     /// set in force, and a sweep.
     fn claim_anew(
         &mut self,
-        config: &Config,
+        config: &Arc<Config>,
         origin: &Origin,
         claimants: Claimants,
         why: Why,
@@ -278,25 +285,108 @@ impl Daemon {
             self.state.settled = true;
             return Adopted::No;
         }
-        self.went_over_to(config, origin, claimants);
+        self.claimants = claimants;
+        let before = self.went_over_to(config, origin);
         self.warn_of_new(&warnings);
+        let assigned = |policies: &[usize]| assignment.only(policies);
         reporter.report(&Event::Reloaded {
             why: why.words(),
-            assignment: &assignment,
+            difference: &Difference::between(&before, config, assigned),
         });
         self.sweep();
         Adopted::Yes
     }
 
-    fn went_over_to(&mut self, config: &Config, origin: &Origin, claimants: Claimants) {
-        self.config = config.clone();
+    /// Goes over to a config that has other values for the same policies: those of all of
+    /// them count in one step, in the set in force, and a sweep follows.
+    pub(super) fn change_values(
+        &mut self,
+        config: &Arc<Config>,
+        origin: &Origin,
+        why: Why,
+        reporter: &mut dyn Reporter,
+    ) -> Adopted {
+        let values = match config.values_beside(&self.config) {
+            Some(values) if !values.is_empty() && self.grants.is_empty() => values,
+            _ => return Adopted::No,
+        };
+        // Whether there are bounds is part of the set, and what is counted together too.
+        let policies = self.claimants.policies();
+        let needs_no_set = |(place, policy): &(usize, Policy)| {
+            policies.get(*place).is_some_and(|assigned| {
+                let before = assigned.policy;
+                (before.has_bounds(), before.is_enforced())
+                    == (policy.has_bounds(), policy.is_enforced())
+            })
+        };
+        if !self.state.settled || !values.iter().all(needs_no_set) {
+            return Adopted::No;
+        }
+        if self.sweep.is_some() || self.earlier_sweep.is_some() || !self.early.is_empty() {
+            return if self.sweep_ends_soon() {
+                Adopted::AfterSweep
+            } else {
+                Adopted::No
+            };
+        }
+        let Some(enforcement) = &mut self.enforcement else {
+            return Adopted::No;
+        };
+        let set = &mut enforcement.set;
+        // What was taken off is put back by another set, and only that finds out whose
+        // set is there instead.
+        let is_in_force = enforcement.attachment.evidence();
+        if !is_in_force.is_ok_and(|evidence| evidence.holds()) || !set.can_change_policies() {
+            return Adopted::No;
+        }
+        let record = set.record().clone();
+        let changed = set.prepare_policies(&values).and_then(|()| {
+            // In this order: whoever goes on from here, should this agent be killed,
+            // makes the sweep again that is to follow.
+            self.state.settled = false;
+            record.set_state(&self.state)?;
+            record.say_values(config, origin, &values, || set.change_policies())
+        });
+        if let Err(error) = changed {
+            debug!("{}: another set is built", chain(&error));
+            self.state.settled = true;
+            // What was written down last is not what stands there.
+            self.published = Default::default();
+            return Adopted::No;
+        }
+        self.claimants.set_values(&values);
+        self.went_over_to(config, origin);
+        let places: Vec<_> = values.iter().map(|(place, _)| *place).collect();
+        if let Ok(sysctls) = netns::environment() {
+            let loosened = self.claimants.loosened(places.iter().copied(), &sysctls);
+            self.warn_of_more(&loosened);
+        }
+        let claiming = self.enforcement.iter();
+        let claiming = claiming.flat_map(|enforcement| enforcement.set.claiming());
+        let difference = Difference {
+            assignment: self.claimants.assignment_of(&places, claiming),
+            removed: Vec::new(),
+            unchanged: self.claimants.policies().len() - places.len(),
+        };
+        target::warn_of_give_up(&difference.assignment);
+        reporter.report(&Event::Reloaded {
+            why: why.words(),
+            difference: &difference,
+        });
+        self.sweep();
+        Adopted::Yes
+    }
+
+    /// The config before.
+    fn went_over_to(&mut self, config: &Arc<Config>, origin: &Origin) -> Arc<Config> {
+        let before = std::mem::replace(&mut self.config, config.clone());
         self.origin = origin.clone();
-        self.claimants = claimants;
         self.state.reload = Some(Reload {
             at: seconds_since_1970(),
             error: None,
         });
         self.state.totals.reloads += 1;
+        before
     }
 
     /// Has containers watched for other names, if a policy goes by those.

@@ -23,10 +23,10 @@ pub(crate) struct Job {
     pub(crate) kernel: Kernel,
     pub(crate) hierarchy: Hierarchy,
     pub(crate) root: Cgroup,
-    pub(crate) config: Config,
+    pub(crate) config: Arc<Config>,
     pub(crate) origin: Origin,
     /// The config of which connections may still have values.
-    pub(crate) before: Option<Config>,
+    pub(crate) before: Option<Arc<Config>>,
     /// The set in force.
     pub(crate) previous: Option<Arc<SetRecord>>,
     /// What is known of containers.
@@ -38,7 +38,7 @@ pub(crate) struct Job {
 /// A set that is not in force yet.
 pub(crate) struct Built {
     pub(crate) set: LoadedSet,
-    pub(crate) config: Config,
+    pub(crate) config: Arc<Config>,
     pub(crate) origin: Origin,
     pub(crate) claimants: Claimants,
     pub(crate) assignment: Assignment,

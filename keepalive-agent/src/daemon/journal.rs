@@ -68,8 +68,14 @@ pub enum What {
         /// Why it was read again.
         #[serde(default)]
         why: String,
-        /// Names of the policies.
+        /// Names of the policies that are new or different.
         policies: Vec<String>,
+        /// Names of those that are gone.
+        #[serde(default)]
+        removed: Vec<String>,
+        /// How many are as they were.
+        #[serde(default)]
+        unchanged: usize,
     },
     /// A policy is for other names than before, and nothing that is called so has
     /// connections: that takes no other policy set and no sweep.
@@ -384,9 +390,11 @@ impl From<&Event<'_>> for What {
             Event::Waiting { cgroup } => Self::Waiting {
                 cgroup: (*cgroup).clone(),
             },
-            Event::Reloaded { why, assignment } => Self::Reloaded {
+            Event::Reloaded { why, difference } => Self::Reloaded {
                 why: (*why).to_owned(),
-                policies: names(assignment),
+                policies: names(&difference.assignment),
+                removed: difference.removed.clone(),
+                unchanged: difference.unchanged,
             },
             Event::Swept(swept) => Self::Swept {
                 new_cgroups: swept.new_cgroups as u64,

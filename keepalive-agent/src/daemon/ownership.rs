@@ -16,6 +16,7 @@ use std::{
         unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -96,7 +97,7 @@ struct Note {
     /// Process id of the agent that has the lock, or had it last.
     pid: u32,
     /// The config that existing connections were brought along by.
-    given: Option<Config>,
+    given: Option<Arc<Config>>,
 }
 
 impl Note {
@@ -215,20 +216,20 @@ impl Ownership {
     /// The config that an agent before this one gave existing connections their
     /// values by, if it is known.
     #[must_use]
-    pub const fn given(&self) -> Option<&Config> {
+    pub const fn given(&self) -> Option<&Arc<Config>> {
         self.note.given.as_ref()
     }
 
     /// A config is in force. What is known of an earlier one is more, until every
     /// connection has been brought along.
-    pub fn begin(&mut self, config: &Config) {
+    pub fn begin(&mut self, config: &Arc<Config>) {
         if self.note.given.is_none() {
             self.finish(config);
         }
     }
 
     /// Every connection has been brought along by a config.
-    pub fn finish(&mut self, config: &Config) {
+    pub fn finish(&mut self, config: &Arc<Config>) {
         if self.note.given.as_ref() != Some(config) {
             self.note.given = Some(config.clone());
             self.write();

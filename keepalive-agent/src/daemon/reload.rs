@@ -8,7 +8,7 @@ use sd_notify::NotifyState;
 use tracing::{debug, error, warn};
 
 use super::{
-    ANOTHER_AGENT, Daemon, Event, Leaves, RETRY, Reporter,
+    ANOTHER_AGENT, Daemon, Difference, Event, Leaves, RETRY, Reporter,
     adoption::Adopted,
     building::{Built, Job, allowed},
     journal::What,
@@ -52,7 +52,7 @@ impl Why {
 }
 
 impl Daemon {
-    pub(super) fn job(&self, config: Config, origin: Origin) -> Job {
+    pub(super) fn job(&self, config: Arc<Config>, origin: Origin) -> Job {
         let previous = self
             .enforcement
             .as_ref()
@@ -67,7 +67,9 @@ impl Daemon {
             before: match &self.enforcement {
                 // What the set was built from may have had other names.
                 Some(_) => Some(self.config.clone()),
-                None => previous.as_ref().map(|set| set.description.config.clone()),
+                None => previous
+                    .as_ref()
+                    .map(|set| set.description().config.clone()),
             },
             previous,
             known: Arc::new(self.claimants.known()),
@@ -96,11 +98,18 @@ impl Daemon {
                 origin,
                 warnings,
             })) => {
-                let adopted = if why == Why::FilesChanged {
+                let mut adopted = if why == Why::FilesChanged {
                     self.adopt(&config, &origin, reporter)
                 } else {
                     Adopted::No
                 };
+                // Whoever demands a set gets one where something may be amiss with this.
+                let is_sound = self.retry_due.is_none() && self.events.is_some();
+                if adopted == Adopted::No
+                    && (why == Why::FilesChanged || why == Why::Signal && is_sound)
+                {
+                    adopted = self.change_values(&config, &origin, why, reporter);
+                }
                 self.reload_awaits_sweep = adopted == Adopted::AfterSweep;
                 if adopted != Adopted::Yes && why == Why::FilesChanged {
                     self.adopt_early(&config);
@@ -207,7 +216,7 @@ impl Daemon {
     }
 
     /// Builds a set, on a thread of its own where one can be started.
-    pub(super) fn build(&mut self, config: Config, origin: Origin, reloads: Option<Why>) {
+    pub(super) fn build(&mut self, config: Arc<Config>, origin: Origin, reloads: Option<Why>) {
         if reloads.is_some() {
             notify(&[
                 NotifyState::Reloading,
@@ -301,7 +310,7 @@ impl Daemon {
             enforcement.set = built.set;
             self.dead_peers.follow_set(&mut enforcement.set);
         }
-        self.config = built.config;
+        let before = std::mem::replace(&mut self.config, built.config);
         self.origin = built.origin;
         self.claimants = built.claimants;
         self.hand_on_grants();
@@ -316,9 +325,10 @@ impl Daemon {
                 at: seconds_since_1970(),
                 error: None,
             });
+            let assigned = |policies: &[usize]| built.assignment.only(policies);
             reporter.report(&Event::Reloaded {
                 why: why.words(),
-                assignment: &built.assignment,
+                difference: &Difference::between(&before, &self.config, assigned),
             });
             notify(&[NotifyState::Ready]);
         }

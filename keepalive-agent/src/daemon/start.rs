@@ -242,11 +242,11 @@ impl Daemon {
         let mut bounds = Bounds::of(&record, self.root.id, self.pins.clone())?;
         let state = record.state().unwrap_or_default();
         self.state.reload = state.reload;
-        let (attachment, built) = match record.description.before.clone() {
+        let (attachment, built) = match record.description().before.clone() {
             // Connections may have values of the set before the one in force: the
             // sweep that the other agent had begun is done first.
             Some(before) if !state.settled => {
-                let mut job = self.job(record.description.config.clone(), self.origin.clone());
+                let mut job = self.job(record.description().config.clone(), self.origin.clone());
                 job.before = Some(before);
                 job.previous = Some(record);
                 let built = job.build()?;
@@ -272,7 +272,7 @@ impl Daemon {
             }
             _ => {
                 let mut job = self.job(self.config.clone(), self.origin.clone());
-                job.before = Some(record.description.config.clone());
+                job.before = Some(record.description().config.clone());
                 job.previous = Some(record);
                 let built = job.build()?;
                 self.hold_bounds(&mut bounds, &built.set);

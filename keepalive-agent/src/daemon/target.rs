@@ -1,5 +1,7 @@
 //! Target: what the files and the hierarchy say is to be enforced, read together.
 
+use std::sync::Arc;
+
 use anyhow::{Context as _, Result};
 use tracing::warn;
 
@@ -16,7 +18,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Read {
     /// What is to be enforced.
-    pub config: Config,
+    pub config: Arc<Config>,
     /// The files.
     pub origin: Origin,
     /// What is odd about them.
@@ -29,9 +31,9 @@ pub struct Read {
 ///
 /// Everything that is wrong in them.
 pub fn read(sources: &Sources, dry_run: bool) -> Result<Read> {
-    let merged = sources.read()?;
+    let merged = sources.read_config()?;
     Ok(Read {
-        config: merged.config.in_dry_run(dry_run),
+        config: merged.config.in_dry_run(dry_run).into(),
         origin: Origin {
             main: merged.main,
             drop_ins: merged.drop_ins,
@@ -65,7 +67,7 @@ pub fn assign(claimants: &Claimants, hierarchy: &Hierarchy) -> Result<(Assignmen
         )
     })?;
     if let Ok(sysctls) = netns::environment() {
-        warnings.extend(claimants.loosened(&sysctls));
+        warnings.extend(claimants.loosened(0..claimants.policies().len(), &sysctls));
     }
     Ok((assignment, warnings))
 }

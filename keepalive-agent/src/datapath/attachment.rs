@@ -155,7 +155,7 @@ impl InForce {
     #[must_use]
     pub fn is_of(&self, path: &CgroupPath, hierarchy: &Hierarchy) -> bool {
         if let Ok(record) = &self.record {
-            return record.description.root.path == *path;
+            return record.root.path == *path;
         }
         let found = hierarchy.lookup(path).ok().flatten();
         found.is_some_and(|found| found.id == self.cgroup)
@@ -185,7 +185,7 @@ impl InForce {
     /// taken off.
     fn root(&self) -> u64 {
         let record = self.record.as_ref();
-        record.map_or(self.cgroup, |record| record.description.root.id)
+        record.map_or(self.cgroup, |record| record.root.id)
     }
 
     /// Whether the link is pinned in this directory.

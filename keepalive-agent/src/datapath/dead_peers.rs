@@ -14,7 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{
     Error, SetRecord,
-    description::{Counted, MapHandle},
+    description::{Counted, MapHandle, Slots},
     set_record::{by_id, data},
 };
 use crate::assignment;
@@ -46,7 +46,7 @@ pub struct DeadPeer {
 pub struct DeadPeers {
     ring: RingBuf<MapData>,
     followed: Array<MapData, u32>,
-    names: Vec<(u32, String)>,
+    slots: Slots,
     pub(super) ring_handle: MapHandle,
     pub(super) followed_handle: MapHandle,
 }
@@ -55,7 +55,7 @@ impl DeadPeers {
     /// As many records as are handed over at a time.
     pub const BATCH: usize = 4096;
 
-    pub(super) fn new(ring: Map, followed: Map, slots: &[(u32, Counted)]) -> Result<Self, Error> {
+    pub(super) fn new(ring: Map, followed: Map, slots: Slots) -> Result<Self, Error> {
         const USING: &str = "using the records of dead peers";
         let [ring_handle, followed_handle] = [
             MapHandle::of(data(&ring)?)?,
@@ -64,10 +64,7 @@ impl DeadPeers {
         Ok(Self {
             ring: ring.try_into().map_err(Error::map(USING))?,
             followed: followed.try_into().map_err(Error::map(USING))?,
-            names: slots
-                .iter()
-                .map(|(slot, counted)| (*slot, counted.name.clone()))
-                .collect(),
+            slots,
             ring_handle,
             followed_handle,
         })
@@ -79,11 +76,12 @@ impl DeadPeers {
     ///
     /// When its maps cannot be opened by their ids, which takes CAP_SYS_ADMIN.
     pub fn left_by(record: &SetRecord) -> Result<Self, Error> {
-        let maps = &record.description.maps;
+        let description = record.description();
+        let maps = &description.maps;
         Self::new(
             Map::RingBuf(by_id(maps.deaths)?),
             Map::Array(by_id(maps.followed)?),
-            &record.description.slots,
+            description.slots.clone(),
         )
     }
 
@@ -99,7 +97,7 @@ impl DeadPeers {
         while found.len() < Self::BATCH
             && let Some(record) = self.ring.next()
         {
-            found.extend(understand(&record, &self.names));
+            found.extend(understand(&record, &self.slots));
         }
         found
     }
@@ -123,16 +121,16 @@ impl AsRawFd for DeadPeers {
     }
 }
 
-fn understand(record: &[u8], names: &[(u32, String)]) -> Option<DeadPeer> {
+fn understand(record: &[u8], slots: &[(u32, Counted)]) -> Option<DeadPeer> {
     let record: dead_peer::DeadPeer = bytemuck::try_pod_read_unaligned(record).ok()?;
-    let name = names.iter().find(|(slot, _)| *slot == record.slot);
+    let whose = slots.iter().find(|(slot, _)| *slot == record.slot);
     Some(DeadPeer {
         at: time_of(record.at),
         cgroup: record.cgroup,
         local: record.local(),
         remote: record.remote(),
-        policy: name
-            .map_or(assignment::UNCLAIMED, |(_, name)| name)
+        policy: whose
+            .map_or(assignment::UNCLAIMED, |(_, counted)| &counted.name)
             .to_owned(),
         cause: Cause::from_number(record.cause)?,
         errno: record.errno,
@@ -172,9 +170,15 @@ mod tests {
         record.slot = 3;
         record.cause = Cause::Probes as u32;
         record.silent_ms = 1500;
-        let names = [(3, "redis".to_owned())];
+        let slots = [(
+            3,
+            Counted {
+                name: "redis".to_owned(),
+                enforced: true,
+            },
+        )];
         let bytes = bytemuck::bytes_of(&record);
-        let found = understand(bytes, &names).unwrap();
+        let found = understand(bytes, &slots).unwrap();
         assert_eq!(found.policy, "redis");
         assert_eq!(found.local.to_string(), "192.0.2.1:22");
         assert_eq!(found.silence, Duration::from_millis(1500));
@@ -184,8 +188,8 @@ mod tests {
             understand(bytes, &[]).unwrap().policy,
             assignment::UNCLAIMED
         );
-        assert_eq!(understand(&bytes[1..], &names), None);
+        assert_eq!(understand(&bytes[1..], &slots), None);
         record.cause = 9;
-        assert_eq!(understand(bytemuck::bytes_of(&record), &names), None);
+        assert_eq!(understand(bytemuck::bytes_of(&record), &slots), None);
     }
 }

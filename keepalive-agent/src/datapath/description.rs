@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -20,14 +21,20 @@ use super::{
     fault::{self, Operation},
     table,
 };
-use crate::{config::Config, hierarchy::Cgroup};
+use crate::{
+    config::{Config, Values},
+    hierarchy::Cgroup,
+};
 
 /// Changes with whatever an agent of another build would misunderstand: the
 /// records of the maps that sets hand on, and these documents.
-pub(super) const SCHEMA: u32 = 6;
+pub(super) const SCHEMA: u32 = 7;
 
 /// Name of the map of the description. The kernel keeps 15 bytes of a name.
 pub(super) const DESCRIPTION: &str = "keepalive_set";
+
+/// Name of the map of the changes.
+pub(super) const CHANGES: &str = "keepalive_new";
 
 /// Name of the map of the state.
 pub(super) const STATE: &str = "keepalive_state";
@@ -52,7 +59,11 @@ pub(super) struct Preamble {
     pub(super) version: String,
 }
 
-/// What a policy set is. Written before the set is put in force and never changed.
+/// Whose counters are in which slot of a set.
+pub(super) type Slots = Arc<[(u32, Counted)]>;
+
+/// What a policy set is. Written before the set is put in force; what changes after that
+/// is written anew, or in [`Changes`].
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Description {
     /// How to understand it and the maps.
@@ -62,28 +73,45 @@ pub struct Description {
     /// Where it is attached.
     pub root: Cgroup,
     /// What it enforces.
-    pub config: Config,
+    pub config: Arc<Config>,
     /// The files that say so.
     pub origin: Origin,
     /// What connections may still have values of, until every one has been brought
     /// along. Not always what the set before enforced: that may have been cut off
     /// before it came so far.
-    pub before: Option<Config>,
+    pub before: Option<Arc<Config>>,
+    /// How often this has been written.
+    pub(super) written: u64,
     /// When it was built, in seconds since 1970.
     pub built_at: u64,
     /// Since when sets of this row have been in force without a gap, in seconds
     /// since 1970.
     pub enforced_since: u64,
     /// Whose counters are in which slot.
-    pub(super) slots: Vec<(u32, Counted)>,
+    pub(super) slots: Slots,
     /// Maps of the set that others need.
     pub(super) maps: MapIds,
     /// The set before, whose counters are not final when this one is built.
     pub(super) previous: Option<Previous>,
     /// What was counted by the sets before that one.
-    pub(super) done: Vec<(Counted, Done)>,
+    pub(super) done: Arc<[(Counted, Done)]>,
     /// What the kernel refused to those.
     pub(super) refusals: Vec<Refusals>,
+}
+
+/// What is different from what a description says, where that is values of policies
+/// only: they change more often than anything else, and a description can be of many
+/// megabytes.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(super) struct Changes {
+    /// The description: [`Description::written`]. Those of an earlier one are part of it.
+    pub(super) of: u64,
+    /// Instead of its origin.
+    pub(super) origin: Origin,
+    /// Policies that are others than in its config.
+    pub(super) now: Values,
+    /// The same of what connections may still have values of.
+    pub(super) before: Values,
 }
 
 /// Ids of maps that outlive the agent.
@@ -98,6 +126,7 @@ pub(super) struct MapIds {
     pub(super) originals: u32,
     pub(super) counted: u32,
     pub(super) state: u32,
+    pub(super) changes: u32,
     /// None where users are given nothing.
     #[serde(default)]
     pub(super) grants: Option<u32>,
@@ -107,7 +136,7 @@ pub(super) struct MapIds {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Previous {
     pub(super) maps: MapIds,
-    pub(super) slots: Vec<(u32, Counted)>,
+    pub(super) slots: Slots,
 }
 
 /// The files that a config comes from.

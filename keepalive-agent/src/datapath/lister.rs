@@ -47,7 +47,7 @@ impl Lister {
         let sets = in_force().unwrap_or_default();
         let records = sets.iter().filter_map(|set| set.record.as_ref().ok());
         let set = records.max_by_key(|record| {
-            let root = &record.description.root.path;
+            let root = &record.root.path;
             root.contains(cgroup).then(|| root.depth())
         });
         let shared = set.map(|set| set.beside_sockets.shared());

@@ -20,7 +20,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use keepalive_common::{
     policy::Policy,
-    policy_record::PolicyRecord,
+    policy_record::{Edition, PolicyRecord},
     slot::{Claim, Found, PortKey, RemoteKey, Step, UNCLAIMED},
     sweep::Pass,
 };
@@ -30,14 +30,14 @@ use super::{
     bounds::BoundsProgram,
     death_watch::DeathWatch,
     description::{
-        self, Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous, SCHEMA,
-        STATE, State, now,
+        self, CHANGES, Counted, Description, Document, GRANTS, MapHandle, MapIds, Origin, Previous,
+        SCHEMA, STATE, State, now,
     },
     fault::{self, Operation},
     map,
     object::{LoadedObject, Maps, Purpose},
     program,
-    set_record::{BesideSockets, CounterMaps, SetRecord, data},
+    set_record::{BesideSockets, CounterMaps, Described, SetRecord, data},
     sweeper::Sweeper,
     syscalls,
     table::Table,
@@ -49,7 +49,7 @@ use crate::{
     grant::Grant,
     hierarchy::Cgroup,
     kernel::layout::{Hook, Kernel},
-    policy_set::{Mark, PolicySet, Rewritten, Sizes},
+    policy_set::{CountedPolicy, Mark, PolicySet, Rewritten, Sizes},
 };
 
 /// Everything that a set is built from.
@@ -59,13 +59,13 @@ pub struct Blueprint<'a> {
     /// The cgroup to attach to.
     pub root: &'a Cgroup,
     /// What is to be enforced.
-    pub config: &'a Config,
+    pub config: &'a Arc<Config>,
     /// The files that say so.
     pub origin: &'a Origin,
     /// The same, for the cgroups that exist.
     pub assignment: &'a Assignment,
     /// What connections may still have values of.
-    pub before: Option<(&'a Config, &'a Assignment)>,
+    pub before: Option<(&'a Arc<Config>, &'a Assignment)>,
     /// Where connections are to be held to bounds when their applications set
     /// options: cgroups and their directories. None where no policy has bounds.
     pub bounded: Option<Vec<(u64, File)>>,
@@ -83,7 +83,13 @@ pub struct LoadedSet {
     steps: Table<u32, Step>,
     remotes: Table<Key<RemoteKey>, Found>,
     ports: Table<Key<PortKey>, Found>,
-    generation: Array<MapData, u64>,
+    /// A global of the programs: what stands there.
+    generation: u64,
+    generations: Table<u32, u64>,
+    /// The slots of which the other edition is something else.
+    changed: Vec<u32>,
+    /// Other policies, written where they are not in force yet.
+    prepared: Vec<(u32, CountedPolicy)>,
     record: Arc<SetRecord>,
     sweeper: Sweeper,
     deaths: Option<DeadPeers>,
@@ -190,7 +196,7 @@ impl LoadedSet {
         let capacity = Capacity::of(&records.sizes(), self_service)?;
         let sizes = [
             (map::CGROUPS, capacity.cgroups),
-            (map::POLICIES, capacity.slots),
+            (map::POLICIES, capacity.slots.saturating_mul(Edition::COUNT)),
             (map::COUNTERS, capacity.slots),
             (map::SWEPT, capacity.slots),
             (map::DEAD_PEERS, capacity.slots),
@@ -224,7 +230,7 @@ impl LoadedSet {
         let info = syscalls::program_info(&program)
             .map_err(Error::call("looking at the program for new connections"))?;
         let pass: Array<MapData, Pass> = object.map_as(map::PASS)?;
-        let slots: Vec<_> = records
+        let slots = records
             .policies(Mark::START)
             .map(|(slot, counted)| {
                 let whose = Counted {
@@ -252,7 +258,7 @@ impl LoadedSet {
         let deaths = DeadPeers::new(
             object.map(map::DEATHS)?,
             object.map(map::FOLLOWED)?,
-            &counters.slots,
+            counters.slots.clone(),
         )?;
         let mut set = Self {
             records,
@@ -261,7 +267,10 @@ impl LoadedSet {
             steps: Table::new(&object.map(map::STEPS)?)?,
             remotes: Table::new(&object.map(map::REMOTES)?)?,
             ports: Table::new(&object.map(map::PORTS)?)?,
-            generation: object.map_as(map::GENERATION)?,
+            generation: 0,
+            generations: Table::new(&object.map(map::GENERATION)?)?,
+            changed: Vec::new(),
+            prepared: Vec::new(),
             record: Arc::new(record(&blueprint, counters, beside_sockets, &deaths)?),
             peer_died: Some(
                 object.load(program::PEER_DIED, Purpose::Tracepoint(Hook::SocketError)),
@@ -280,11 +289,10 @@ impl LoadedSet {
 
     /// Writes all records.
     fn fill(&mut self) -> Result<(), Error> {
-        write(
+        self.write_policies(
             "writing that no policy claims a connection",
-            "policies",
-            &self.policies,
-            [(UNCLAIMED, PolicyRecord::of(&Policy::LEAVE))],
+            Edition::BOTH,
+            [(UNCLAIMED, Policy::LEAVE)],
         )?;
         self.write_records(Mark::START)?;
         write_claims(&self.cgroups, self.records.claims())
@@ -294,11 +302,10 @@ impl LoadedSet {
     fn write_records(&self, since: Mark) -> Result<(), Error> {
         const REMOTE: &str = "telling the kernel which remote ends policies are for";
         let policies = self.records.policies(since);
-        write(
-            "writing the policies to the kernel",
-            "policies",
-            &self.policies,
-            policies.map(|(slot, counted)| (slot, PolicyRecord::of(&counted.policy))),
+        self.write_policies(
+            WRITING_POLICIES,
+            Edition::BOTH,
+            policies.map(|(slot, counted)| (slot, counted.policy)),
         )?;
         let ports = self.records.ports(since);
         let ports =
@@ -313,6 +320,19 @@ impl LoadedSet {
             .steps(since)
             .map(|(number, step)| (number, *step));
         write(REMOTE, "cgroups with different rules", &self.steps, steps)
+    }
+
+    fn write_policies<const N: usize>(
+        &self,
+        doing: &str,
+        editions: [Edition; N],
+        policies: impl IntoIterator<Item = (u32, Policy)>,
+    ) -> Result<(), Error> {
+        let records = policies.into_iter().flat_map(|(slot, policy)| {
+            let record = PolicyRecord::of(&policy);
+            editions.map(|edition| (edition.place(slot), record))
+        });
+        write(doing, "policies", &self.policies, records)
     }
 
     /// Lets the program keep alive what the agent and others need beside it.
@@ -406,7 +426,8 @@ impl LoadedSet {
     }
 
     /// Says that every connection has been brought along: from here on what a claim
-    /// was before is what it is.
+    /// or a policy was before is what it is. Not before every program has ended that
+    /// was running when the policies changed: after a pass of the sweep.
     ///
     /// # Errors
     ///
@@ -415,7 +436,60 @@ impl LoadedSet {
     /// earlier policy gave.
     pub fn settle(&mut self) -> Result<(), Error> {
         let settled = self.records.settle();
-        self.rewrite(settled)
+        self.rewrite(settled)?;
+        let changed = self.changed.iter();
+        let changed = changed.filter_map(|slot| Some((*slot, self.records.policy(*slot)?.policy)));
+        self.write_policies(WRITING_POLICIES, [self.other_edition()], changed)?;
+        self.changed.clear();
+        Ok(())
+    }
+
+    /// The cgroups that claim anything.
+    pub fn claiming(&self) -> impl Iterator<Item = Cgroup> {
+        self.records.claiming()
+    }
+
+    /// Whether the policies can be others without another set: every connection has been
+    /// brought along. Then [`Self::prepare_policies`].
+    #[must_use]
+    pub fn can_change_policies(&self) -> bool {
+        self.records.is_settled() && self.changed.is_empty() && syscalls::can_wait_for_programs()
+    }
+
+    /// Writes what policies of the assignment, by index, are to be from
+    /// [`Self::change_policies`] on. Until then no new connection goes by it.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written. Another set has to be built then.
+    pub fn prepare_policies(&mut self, policies: &[(usize, Policy)]) -> Result<(), Error> {
+        let prepared: Vec<_> = self.records.replacing(policies).collect();
+        // Whatever comes of this, connections are not settled as far as it goes.
+        self.changed = prepared.iter().map(|(slot, _)| *slot).collect();
+        let policies = prepared.iter();
+        self.write_policies(
+            WRITING_POLICIES,
+            [self.other_edition()],
+            policies.map(|(slot, counted)| (*slot, counted.policy)),
+        )?;
+        self.prepared = prepared;
+        Ok(())
+    }
+
+    /// Has what was prepared be in force, all of it in one step. Existing connections
+    /// follow by a sweep, which knows what the policies were.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written: nothing has changed then, and another set has to
+    /// be built.
+    pub fn change_policies(&mut self) -> Result<(), Error> {
+        self.write_generation(Edition::toggled(self.generation))?;
+        self.sweeper.policies_changed();
+        for (slot, policy) in std::mem::take(&mut self.prepared) {
+            self.records.replace(slot, policy);
+        }
+        Ok(())
     }
 
     fn rewrite(&mut self, rewritten: Rewritten) -> Result<(), Error> {
@@ -483,17 +557,28 @@ impl LoadedSet {
     /// Makes new connections look for their claim again: until here they may go by
     /// what was found for their cgroup before the last writes.
     fn begin_generation(&mut self) -> Result<(), Error> {
-        /// Odd, so that no number comes twice, and without a pattern, so that two
-        /// numbers do not differ like two claims.
-        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
-        const TELLING: &str = "telling the programs that claims have changed";
-        let generation = self.generation.get(&0, 0).map_err(Error::map(TELLING))?;
-        fault::point(Operation::WriteMap).map_err(Error::call(TELLING))?;
+        /// Twice an odd number, so that no number comes twice and the edition stays, and
+        /// without a pattern, so that two numbers do not differ like two claims.
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15 << 1;
+        self.write_generation(self.generation.wrapping_add(STEP))
+    }
+
+    fn write_generation(&mut self, generation: u64) -> Result<(), Error> {
         // Whoever sees the new number sees what was written before it.
         fence(Ordering::SeqCst);
-        self.generation
-            .set(0, generation.wrapping_add(STEP), 0)
-            .map_err(Error::map(TELLING))
+        write(
+            "telling the programs what is in force",
+            "generations",
+            &self.generations,
+            [(0, generation)],
+        )?;
+        self.generation = generation;
+        Ok(())
+    }
+
+    /// The edition of policies that is not in force.
+    const fn other_edition(&self) -> Edition {
+        Edition::of(self.generation).other()
     }
 
     /// The program to attach.
@@ -577,6 +662,8 @@ impl LoadedSet {
     }
 }
 
+const WRITING_POLICIES: &str = "writing the policies to the kernel";
+
 fn write_claims(
     cgroups: &Table<u64, Claim>,
     claims: impl IntoIterator<Item = (Cgroup, Claim)>,
@@ -606,8 +693,11 @@ fn record(
     const STATE_SIZE: usize = 4000;
     /// Of what is known of one grant: the longest path is 512 bytes.
     const GRANT_SIZE: usize = 768;
+    /// Of what has changed: some hundred policies.
+    const CHANGES_SIZE: usize = 60_000;
     let mut state = Document::create(STATE, STATE_SIZE)?;
     state.write(&State::default())?;
+    let changes = Document::create_twice(CHANGES, CHANGES_SIZE)?;
     let grants = match &blueprint.config.self_service {
         Some(service) => {
             let size = service.commands as usize * GRANT_SIZE;
@@ -628,13 +718,14 @@ fn record(
         originals: beside_sockets.originals.id,
         counted: beside_sockets.counted.id,
         state: state.handle.id,
+        changes: changes.handle.id,
         grants: grants.as_ref().map(|grants| grants.handle.id),
     };
     let previous = blueprint.previous.map(|set| Previous {
         maps: MapIds {
             state: set.state_id(),
             grants: None,
-            ..set.description.maps
+            ..set.description().maps
         },
         slots: set.own.slots.clone(),
     });
@@ -650,15 +741,16 @@ fn record(
         config: blueprint.config.clone(),
         origin: blueprint.origin.clone(),
         before: blueprint.before.map(|(config, _)| config.clone()),
+        written: 1,
         built_at,
         enforced_since: blueprint
             .previous
-            .filter(|set| set.description.root == *blueprint.root)
-            .map_or(built_at, |set| set.description.enforced_since),
+            .filter(|set| set.root == *blueprint.root)
+            .map_or(built_at, |set| set.description().enforced_since),
         slots: own.slots.clone(),
         maps,
         previous,
-        done,
+        done: done.into(),
         refusals,
     };
     let name = super::description::DESCRIPTION;
@@ -675,8 +767,7 @@ fn record(
         document
     };
     Ok(SetRecord::new(
-        description,
-        document,
+        Described::new(description, document, changes)?,
         state,
         grants,
         own,

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
@@ -14,6 +14,7 @@ use aya::{
 use keepalive_common::{
     counters::{Counters, Failure, FailureKey, SocketOption},
     dead_peer::DeadPeers,
+    policy::Policy,
     slot::UNCLAIMED,
 };
 use tracing::debug;
@@ -21,26 +22,96 @@ use tracing::debug;
 use super::{
     Error,
     description::{
-        Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Origin, Preamble,
-        Refusals, SCHEMA, State, add_refusals,
+        Changes, Counted, DESCRIPTION, Description, Document, Done, MapHandle, MapIds, Origin,
+        Preamble, Refusals, SCHEMA, Slots, State, add_refusals,
     },
     map, syscalls,
     table::each_in_array,
 };
-use crate::{assignment, config::Config, grant::Grant};
+use crate::{
+    assignment,
+    config::{Config, Values},
+    grant::Grant,
+    hierarchy::Cgroup,
+};
 
 /// A policy set in the kernel: what it says of itself, and what it counts.
 pub struct SetRecord {
-    /// What the set is.
-    pub description: Description,
-    document: Mutex<Document>,
-    /// What the document says that connections may still have values of.
-    before: Mutex<Option<Config>>,
+    /// Where it is attached.
+    pub root: Cgroup,
+    described: Mutex<Described>,
     state: Mutex<Document>,
     grants: Option<Mutex<Document>>,
     pub(super) own: Arc<CounterMaps>,
     pub(super) previous: Option<Arc<CounterMaps>>,
     pub(super) beside_sockets: BesideSockets,
+}
+
+/// What a set says of itself, and where it says so.
+pub(super) struct Described {
+    description: Arc<Description>,
+    document: Document,
+    /// What is different from what stands there.
+    changes: Document,
+    /// The config that stands there.
+    written: Arc<Config>,
+    /// What stands in the changes for now.
+    values: Values,
+}
+
+impl Described {
+    /// By a description that has just been written, and the documents of that and of its
+    /// changes.
+    pub(super) fn new(
+        description: Description,
+        document: Document,
+        mut changes: Document,
+    ) -> Result<Self, Error> {
+        changes.write_again(&Changes::default())?;
+        Ok(Self {
+            written: description.config.clone(),
+            values: Values::new(),
+            description: Arc::new(description),
+            document,
+            changes,
+        })
+    }
+
+    fn read(document: Document) -> Result<Self, Error> {
+        /// The agent may be writing both.
+        const TRIES: usize = 10;
+        for _ in 0..TRIES {
+            let preamble: Preamble = document.read()?;
+            if preamble.schema != SCHEMA {
+                return Err(Error::UnknownSchema {
+                    schema: preamble.schema,
+                    version: preamble.version,
+                });
+            }
+            let mut description: Description = document.read()?;
+            let changes = Document::open(by_id(description.maps.changes)?)?;
+            let found: Changes = changes.read()?;
+            if found.of > description.written {
+                continue;
+            }
+            let written = description.config.clone();
+            let mut values = Values::new();
+            if found.of == description.written {
+                description.config = written.with_values(&found.now).into();
+                description.before = Some(written.with_values(&found.before).into());
+                description.origin = found.origin;
+                values = found.now;
+            }
+            return Ok(Self {
+                description: Arc::new(description),
+                document,
+                changes,
+                written,
+                values,
+            });
+        }
+        Err(Error::Description("it is being written".to_owned()))
+    }
 }
 
 /// The maps of what programs keep beside sockets, which sets hand on.
@@ -70,7 +141,7 @@ pub(super) struct CounterMaps {
     pub(super) failures: PerCpuHashMap<MapData, FailureKey, Failure>,
     /// Descriptors, to keep the maps alive by the program of another set.
     pub(super) handles: [MapHandle; 4],
-    pub(super) slots: Vec<(u32, Counted)>,
+    pub(super) slots: Slots,
 }
 
 impl CounterMaps {
@@ -79,7 +150,7 @@ impl CounterMaps {
         swept: Map,
         failures: Map,
         dead_peers: &Map,
-        slots: Vec<(u32, Counted)>,
+        slots: Slots,
     ) -> Result<Self, Error> {
         let handles = [
             MapHandle::of(data(counters)?)?,
@@ -96,7 +167,7 @@ impl CounterMaps {
         })
     }
 
-    fn open(ids: &MapIds, slots: Vec<(u32, Counted)>) -> Result<Self, Error> {
+    fn open(ids: &MapIds, slots: Slots) -> Result<Self, Error> {
         Self::new(
             &Map::PerCpuArray(by_id(ids.counters)?),
             Map::PerCpuArray(by_id(ids.swept)?),
@@ -202,7 +273,7 @@ pub(super) fn data(map: &Map) -> Result<&MapData, Error> {
 impl std::fmt::Debug for SetRecord {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SetRecord")
-            .field("description", &self.description)
+            .field("description", &self.description())
             .finish_non_exhaustive()
     }
 }
@@ -210,8 +281,7 @@ impl std::fmt::Debug for SetRecord {
 impl SetRecord {
     /// For a set that has just been built.
     pub(super) fn new(
-        description: Description,
-        document: Document,
+        described: Described,
         state: Document,
         grants: Option<Document>,
         own: CounterMaps,
@@ -219,9 +289,8 @@ impl SetRecord {
         beside_sockets: BesideSockets,
     ) -> Self {
         Self {
-            before: Mutex::new(description.before.clone()),
-            description,
-            document: Mutex::new(document),
+            root: described.description.root.clone(),
+            described: Mutex::new(described),
             state: Mutex::new(state),
             grants: grants.map(Mutex::new),
             own: Arc::new(own),
@@ -240,14 +309,8 @@ impl SetRecord {
         let Some(document) = document_of(program)? else {
             return Ok(None);
         };
-        let preamble: Preamble = document.read()?;
-        if preamble.schema != SCHEMA {
-            return Err(Error::UnknownSchema {
-                schema: preamble.schema,
-                version: preamble.version,
-            });
-        }
-        let description: Description = document.read()?;
+        let described = Described::read(document)?;
+        let description = described.description.clone();
         let own = CounterMaps::open(&description.maps, description.slots.clone())?;
         let previous = match &description.previous {
             Some(previous) => Some(CounterMaps::open(&previous.maps, previous.slots.clone())?),
@@ -264,12 +327,24 @@ impl SetRecord {
                 originals: MapHandle::of(&by_id(description.maps.originals)?)?,
                 counted: MapHandle::of(&by_id(description.maps.counted)?)?,
             },
-            before: Mutex::new(description.before.clone()),
-            document: Mutex::new(document),
+            root: description.root.clone(),
+            described: Mutex::new(described),
             own: Arc::new(own),
             previous: previous.map(Arc::new),
-            description,
         }))
+    }
+
+    fn described(&self) -> MutexGuard<'_, Described> {
+        // What it holds is whole at any time.
+        self.described
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the set is.
+    #[must_use]
+    pub fn description(&self) -> Arc<Description> {
+        self.described().description.clone()
     }
 
     /// What was done to existing connections that no policy of the set claims:
@@ -290,10 +365,10 @@ impl SetRecord {
     pub fn done(&self) -> Result<Vec<(Counted, Done)>, Error> {
         let mut order: Vec<Counted> = Vec::new();
         let mut totals: BTreeMap<Counted, Done> = BTreeMap::new();
+        let description = self.description();
         let mut current = self.own.done()?;
         let counted: BTreeSet<_> = current.iter().map(|(whose, _)| whose).collect();
-        let in_force: Vec<_> = self
-            .description
+        let in_force: Vec<_> = description
             .config_names()
             .filter(|whose| counted.contains(whose))
             .collect();
@@ -303,7 +378,7 @@ impl SetRecord {
             Some(previous) => previous.done()?,
             None => Vec::new(),
         });
-        current.extend(self.description.done.iter().cloned());
+        current.extend(description.done.iter().cloned());
         for (whose, done) in current {
             let is_empty = (done.established.seen(), done.existing.seen()) == (0, 0);
             if !is_empty && listed.insert(whose.clone()) {
@@ -320,8 +395,9 @@ impl SetRecord {
     /// What the sets before the one that is going to follow have counted, once
     /// their counters are final.
     pub(super) fn final_done(&self) -> Result<Totals, Error> {
-        let mut totals: BTreeMap<Counted, Done> = self.description.done.iter().cloned().collect();
-        let mut refusals = self.description.refusals.clone();
+        let description = self.description();
+        let mut totals: BTreeMap<Counted, Done> = description.done.iter().cloned().collect();
+        let mut refusals = description.refusals.clone();
         if let Some(previous) = &self.previous {
             for (whose, done) in previous.done()? {
                 if done != Done::default() {
@@ -341,7 +417,7 @@ impl SetRecord {
     ///
     /// When the map cannot be read.
     pub fn refusals(&self) -> Result<Vec<Refusals>, Error> {
-        let mut refusals = self.description.refusals.clone();
+        let mut refusals = self.description().refusals.clone();
         let maps = [Some(&self.own), self.previous.as_ref()];
         for maps in maps.into_iter().flatten() {
             for more in maps.refusals()? {
@@ -438,32 +514,83 @@ impl SetRecord {
     /// When there is no room for it, or it cannot be written.
     pub fn say_config(
         &self,
-        config: &Config,
+        config: &Arc<Config>,
         origin: &Origin,
-        before: Option<&Config>,
+        before: Option<&Arc<Config>>,
     ) -> Result<(), Error> {
-        let mut known = self.before.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = before.cloned().or_else(|| known.clone());
+        let described = &mut *self.described();
+        let known = &described.description;
         let description = Description {
             config: config.clone(),
             origin: origin.clone(),
-            before: before.clone(),
-            ..self.description.clone()
+            before: before.or(known.before.as_ref()).cloned(),
+            written: known.written + 1,
+            ..Description::clone(known)
         };
-        let mut document = self.document.lock().unwrap_or_else(PoisonError::into_inner);
-        document.write_again(&description)?;
-        *known = before;
+        described.document.write_again(&description)?;
+        described.written = config.clone();
+        described.values = Values::new();
+        described.description = Arc::new(description);
+        Ok(())
+    }
+
+    /// The same for a config that has these other values for some of the policies, in a
+    /// few bytes, and has them be in force. Where that fails it is taken back.
+    ///
+    /// # Errors
+    ///
+    /// When too many policies have changed since the description was written, it cannot
+    /// be written, or the change fails.
+    pub fn say_values(
+        &self,
+        config: &Arc<Config>,
+        origin: &Origin,
+        values: &[(usize, Policy)],
+        change: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let described = &mut *self.described();
+        let known = &described.description;
+        let before = &described.values;
+        let now: BTreeMap<_, _> = before.iter().chain(values).copied().collect();
+        let changes = |origin: &Origin, now| Changes {
+            of: known.written,
+            origin: origin.clone(),
+            now,
+            before: before.clone(),
+        };
+        let now: Values = now.into_iter().collect();
+        described
+            .changes
+            .write_again(&changes(origin, now.clone()))?;
+        if let Err(error) = change() {
+            let again = changes(&known.origin, before.clone());
+            if let Err(error) = described.changes.write_again(&again) {
+                debug!("{error}");
+            }
+            return Err(error);
+        }
+        let description = Description {
+            config: config.clone(),
+            origin: origin.clone(),
+            before: Some(known.config.clone()),
+            ..Description::clone(known)
+        };
+        described.values = now;
+        described.description = Arc::new(description);
         Ok(())
     }
 
     /// The same for documents.
     pub(super) fn bind_documents(&self, program: BorrowedFd<'_>) -> std::io::Result<()> {
-        let documents = [
-            Some(&self.document),
-            Some(&self.state),
-            self.grants.as_ref(),
-        ];
-        for document in documents.into_iter().flatten() {
+        let described = self.described();
+        for document in [&described.document, &described.changes] {
+            syscalls::bind_map(program, document.handle.fd.as_fd())?;
+        }
+        drop(described);
+        for document in [Some(&self.state), self.grants.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             let document = document.lock().unwrap_or_else(PoisonError::into_inner);
             syscalls::bind_map(program, document.handle.fd.as_fd())?;
         }

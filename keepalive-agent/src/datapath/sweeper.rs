@@ -30,6 +30,8 @@ struct Inner {
     survey: Option<Arc<Iterator>>,
     /// Whether existing connections are still to be counted.
     counts: bool,
+    /// Whether programs may be running that go by policies of before.
+    may_be_late: bool,
 }
 
 /// What one pass over a namespace came to.
@@ -64,6 +66,7 @@ impl Sweeper {
                 sweep: None,
                 survey: None,
                 counts,
+                may_be_late: false,
             })),
         }
     }
@@ -86,7 +89,14 @@ impl Sweeper {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Loads the sweeping program, if that has not been done.
+    /// Says that policies have changed just now: [`Self::load`] waits for the programs
+    /// that were running then.
+    pub(super) fn policies_changed(&self) {
+        self.inner().may_be_late = true;
+    }
+
+    /// Makes ready for a pass: loads the sweeping program, if that has not been done, and
+    /// waits until no program goes by policies of before.
     ///
     /// # Errors
     ///
@@ -96,6 +106,10 @@ impl Sweeper {
     ///
     /// 5.15, for bpf_setsockopt in iterators.
     pub fn load(&self) -> Result<(), Error> {
+        if self.inner().may_be_late {
+            syscalls::wait_for_programs().map_err(Error::call("waiting for running programs"))?;
+            self.inner().may_be_late = false;
+        }
         self.inner().sweep().map(drop)
     }
 

@@ -18,6 +18,8 @@ use aya_obj::generated::{
     bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info,
 };
 
+use rustix::thread::{MembarrierCommand, MembarrierQuery, membarrier, membarrier_query};
+
 use super::fault::{self, Operation};
 
 /// The kernel compares and swaps the program of a link (include/uapi/linux/bpf.h).
@@ -347,6 +349,18 @@ pub(super) fn programs_on(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io
     let count = unsafe { attr.query.__bindgen_anon_2.prog_cnt };
     ids.truncate(count as usize);
     Ok(ids)
+}
+
+/// Whether [`wait_for_programs`] can: not where some CPUs have no clock tick (nohz_full).
+pub(super) fn can_wait_for_programs() -> bool {
+    membarrier_query().contains(MembarrierQuery::GLOBAL)
+}
+
+/// Waits until every program has ended that is running now, some 10 ms: they run as
+/// readers of what RCU guards, and the kernel waits for all of those
+/// (`synchronize_rcu()` in kernel/sched/membarrier.c).
+pub(super) fn wait_for_programs() -> io::Result<()> {
+    Ok(membarrier(MembarrierCommand::Global)?)
 }
 
 /// Attaches a program that was loaded for a tracepoint; it runs as long as the link

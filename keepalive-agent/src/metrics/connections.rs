@@ -97,7 +97,7 @@ impl Connections {
             let mut lister = lister.lock().unwrap_or_else(PoisonError::into_inner);
             let lister = match &mut *lister {
                 Some(lister) => lister,
-                none => none.insert(Lister::load(&kernel, &source.record.description.root.path)?),
+                none => none.insert(Lister::load(&kernel, &source.record.root.path)?),
             };
             count(lister, source)
         })
@@ -173,7 +173,7 @@ impl<S: Send + Sync + 'static> Connections<S> {
 
 /// Goes through all connections of the machine.
 fn count(lister: &Lister, source: &Source) -> Result<Tally> {
-    let description = &source.record.description;
+    let description = source.record.description();
     let root = &description.root.path;
     let claimants = Claimants::new(&description.config, &description.root)?;
     let names = claimants

@@ -5,7 +5,8 @@ use std::{collections::HashMap, hash::Hash, sync::Arc};
 /// Records of one kind and their numbers.
 ///
 /// A number is never used twice in the life of a pool: what the kernel has under
-/// a number stays what it was, whatever became of later changes.
+/// a number stays what it was, whatever became of later changes, unless it is
+/// [replaced](Pool::replace).
 #[derive(Debug)]
 pub(super) struct Pool<T> {
     first: u32,
@@ -33,6 +34,22 @@ impl<T: Eq + Hash> Pool<T> {
         self.by_content.insert(content.clone(), number);
         self.by_number.push(content);
         number
+    }
+
+    /// Has a number stand for another record than it did.
+    pub(super) fn replace(&mut self, number: u32, content: T) {
+        let Some(index) = number.checked_sub(self.first) else {
+            return;
+        };
+        let Some(place) = self.by_number.get_mut(index as usize) else {
+            return;
+        };
+        let content = Arc::new(content);
+        let replaced = std::mem::replace(place, content.clone());
+        if self.by_content.get(&replaced) == Some(&number) {
+            self.by_content.remove(&replaced);
+        }
+        self.by_content.insert(content, number);
     }
 
     pub(super) fn get(&self, number: u32) -> Option<&T> {
@@ -63,5 +80,33 @@ impl<T: Eq + Hash> Pool<T> {
         for content in self.by_number.iter().skip(kept) {
             self.by_content.remove(content);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_replaced_is_known_no_more() {
+        let mut pool = Pool::new(5);
+        let numbers = ["a", "b"].map(|content| pool.number_of(content));
+        assert_eq!(numbers, [5, 6]);
+        pool.replace(5, "c");
+        assert_eq!(
+            (pool.get(5), pool.get(6), pool.end()),
+            (Some(&"c"), Some(&"b"), 7)
+        );
+        assert_eq!(pool.number_of("c"), 5);
+        assert_eq!(pool.number_of("a"), 7);
+        // Two numbers of the same content: each stays what it is.
+        pool.replace(6, "c");
+        pool.replace(6, "d");
+        assert_eq!((pool.get(5), pool.get(6)), (Some(&"c"), Some(&"d")));
+        assert_eq!(pool.number_of("d"), 6);
+        // None of its own.
+        pool.replace(4, "x");
+        pool.replace(99, "x");
+        assert_eq!(pool.from(0).count(), 3);
     }
 }

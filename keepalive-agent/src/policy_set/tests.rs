@@ -387,6 +387,32 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn other_values_are_found_where_the_earlier_ones_were(mut assignment in assignments()) {
+        let mut set = PolicySet::new(None, &assignment).unwrap();
+        let before = Maps::of(&set);
+        let mut values = Vec::new();
+        for (index, assigned) in assignment.policies.iter_mut().enumerate() {
+            assigned.policy.idle = Range::default_only(100 + assigned.policy.idle.default);
+            values.push((index, assigned.policy));
+        }
+        let mark = set.mark();
+        let replaced: Vec<_> = set.replacing(&values).collect();
+        for (slot, policy) in replaced {
+            set.replace(slot, policy);
+        }
+        prop_assert_eq!(set.policies(mark).count(), 0);
+        let after = Maps::of(&set);
+        prop_assert_eq!(after.all(true), all_meant(&assignment));
+        prop_assert_eq!(&after.cgroups, &before.cgroups);
+        // What comes later goes by them too.
+        let new = set.claim_for(&at("/a/b/c/d"), &[]).unwrap();
+        prop_assert!(new.is_some());
+        prop_assert_eq!(set.policies(mark).count(), 0);
+    }
+}
+
 #[test]
 fn as_many_steps_as_the_kernel_takes() {
     let claims: Vec<_> = (0..=MAX_STEPS as usize)

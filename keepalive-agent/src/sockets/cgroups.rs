@@ -332,7 +332,10 @@ fn found(agent: &mut Agent, path: &CgroupPath, id: u64, above: Option<&Found>) -
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+    use std::{
+        net::{IpAddr, Ipv4Addr, SocketAddr},
+        sync::Arc,
+    };
 
     use keepalive_common::{
         environment::Environment,
@@ -393,11 +396,11 @@ mod tests {
                 path: root.into(),
                 id: 0,
             },
-            config: Config {
+            config: Arc::new(Config {
                 default: None,
                 policies: policies.collect(),
                 self_service: None,
-            },
+            }),
             grants: Vec::new(),
             origin: Origin::default(),
             error: None,
@@ -470,8 +473,9 @@ mod tests {
     #[test]
     fn the_remote_end_has_a_say() {
         let mut agent = running("/", &[("root", "/"), ("some", "/a"), ("exact", "/a")]);
-        agent.config.policies[1].rules.remotes = vec!["192.0.2.0/24".parse().unwrap()];
-        agent.config.policies[2].rules.remotes = vec!["192.0.2.1".parse().unwrap()];
+        let policies = &mut Arc::make_mut(&mut agent.config).policies;
+        policies[1].rules.remotes = vec!["192.0.2.0/24".parse().unwrap()];
+        policies[2].rules.remotes = vec!["192.0.2.1".parse().unwrap()];
         let mut cgroups = Cgroups::new(None, vec![agent]).unwrap();
         cgroups.by_id = known(hierarchy(&["/", "/a", "/a/b"]), &mut cgroups.agents);
         for (remote, expected) in [
@@ -506,7 +510,8 @@ mod tests {
         assert_eq!(name(vec![part()], &shaped).as_deref(), Some("part"));
         // It would leave an application's own values as well.
         let mut other = running("/other", &[("of another agent", "/other")]);
-        other.config.policies[0].policy.idle = Range::default_only(33);
+        let policies = &mut Arc::make_mut(&mut other.config).policies;
+        policies[0].policy.idle = Range::default_only(33);
         let agents = vec![other, part()];
         assert_eq!(name(agents, &shaped).as_deref(), Some("part"));
     }

@@ -87,7 +87,7 @@ pub(super) fn restore(
             anyhow::bail!("what it wrote is not known: {why}; detach without --restore")
         }
     };
-    let path = record.description.root.path.clone();
+    let path = record.root.path.clone();
     if dry_run {
         let built = set_after(&record, NOTHING)?;
         built.set.sweeper().set_counts(true);
@@ -110,11 +110,12 @@ pub(super) fn restore(
     let pins = pins.filter(|pins| found.is_pinned_in(pins));
     let cgroup = found.cgroup;
     let mut record = record;
-    if let Some(before) = record.description.before.clone()
+    let description = record.description();
+    if let Some(before) = description.before.clone()
         && !record.state()?.settled
     {
         // Connections may have values of the set before: its sweep comes first.
-        let job = job(&record, record.description.config.clone(), before)?;
+        let job = job(&record, description.config.clone(), before)?;
         let built = job.build()?;
         sweep::first_pass(built.set.sweeper(), false)?;
         record = built.set.record().clone();
@@ -134,21 +135,21 @@ pub(super) fn restore(
     attachment.detach()?;
     bounds.detach()?;
     if is_complete {
-        ownership.finish(&NOTHING);
+        ownership.finish(&Arc::new(NOTHING));
     }
     Ok(Restored { done, is_complete })
 }
 
 /// A set with this config that follows the one of a record.
 fn set_after(record: &Arc<SetRecord>, config: Config) -> Result<Built> {
-    job(record, config, record.description.config.clone())?.build()
+    job(record, config.into(), record.description().config.clone())?.build()
 }
 
-fn job(record: &Arc<SetRecord>, config: Config, before: Config) -> Result<Job> {
+fn job(record: &Arc<SetRecord>, config: Arc<Config>, before: Arc<Config>) -> Result<Job> {
     Ok(Job {
         kernel: Kernel::running()?,
         hierarchy: Hierarchy::find()?,
-        root: record.description.root.clone(),
+        root: record.root.clone(),
         config,
         origin: Origin::default(),
         before: Some(before),

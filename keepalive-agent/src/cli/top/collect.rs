@@ -166,7 +166,7 @@ impl Collector {
         let mut sums: HashMap<String, (u64, u64)> = HashMap::new();
         for set in datapath::in_force()? {
             let Ok(record) = &set.record else { continue };
-            let root = &record.description.root;
+            let root = &record.root;
             let concerns =
                 |wanted: &Cgroup| wanted.contains(&root.path) || root.contains(&wanted.path);
             if !self.filter.cgroup.as_ref().is_none_or(concerns) {
