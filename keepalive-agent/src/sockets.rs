@@ -11,19 +11,64 @@ pub mod source;
 pub mod summary;
 mod walk;
 
-use anyhow::Result;
+use std::io;
+
 use keepalive_common::{
     plan::{Options, plan},
     socket::SocketRecord,
 };
 
-use crate::{assignment::Assigned, datapath::Lister, netns::Namespace};
+use thiserror::Error;
+
+use crate::{
+    assignment::Assigned,
+    datapath::{self, Lister},
+    hierarchy::CgroupPath,
+    netns::{self, Namespace},
+};
 use cgroups::{Cgroups, Known};
 use filter::Filter;
 use forecast::{Forecast, Moment, Timers};
 use holders::Holder;
 use source::{Settings, settings};
 pub use walk::{Taker, Unseen, each_connection, sum_up};
+
+/// Why connections cannot be listed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The kernel refuses a program, or breaks off.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// No namespaces can be found, or one cannot be entered.
+    #[error(transparent)]
+    Namespaces(#[from] netns::Error),
+    /// It cannot be told which cgroups there are.
+    #[error("reading the cgroup hierarchy")]
+    Hierarchy(#[source] io::Error),
+    /// A config in force cannot be understood.
+    #[error("the globs of the config in force on {root} are too large together")]
+    Globs {
+        /// The cgroup.
+        root: CgroupPath,
+        /// What is wrong with them.
+        #[source]
+        source: globset::Error,
+    },
+    /// There is no process of this id.
+    #[error("there is no process {0}")]
+    NoProcess(u32),
+    /// It cannot be told what processes hold.
+    #[error("reading {path}")]
+    Processes {
+        /// Where the kernel tells.
+        path: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A connection with everything that is known about it.
 #[derive(Clone, Debug)]
@@ -95,13 +140,13 @@ impl<'a> Connection<'a> {
 
 /// What receives the connections. It runs on the threads that are inside the
 /// namespaces, one after the other.
-pub trait Receiver: Send {
+pub trait Receiver<E>: Send {
     /// Takes one of the wanted connections.
     ///
     /// # Errors
     ///
     /// When it can go on no longer; that ends the walk.
-    fn take(&mut self, connection: &Connection<'_>) -> Result<()>;
+    fn take(&mut self, connection: &Connection<'_>) -> Result<(), E>;
 
     /// Told now and then how many sockets have been looked at.
     fn progress(&mut self, looked_at: u64);
@@ -117,13 +162,13 @@ const STEP: u64 = 1024;
 /// # Errors
 ///
 /// When namespaces or processes cannot be found, or the receiver fails.
-pub fn list(
+pub fn list<E: From<Error> + Send>(
     filter: &Filter,
     sees_all: bool,
     lister: &Lister,
     cgroups: &mut Cgroups,
-    receiver: &mut dyn Receiver,
-) -> Result<Vec<Unseen>> {
+    receiver: &mut dyn Receiver<E>,
+) -> Result<Vec<Unseen>, E> {
     let mut looked_at = 0;
     walk::each_connection(lister, &mut |netns, record, holder| {
         looked_at += 1;
@@ -133,7 +178,7 @@ pub fn list(
         if !filter.wants_record(record) {
             return Ok(());
         }
-        let (cgroup, policy) = cgroups.get(record)?;
+        let (cgroup, policy) = cgroups.get(record).map_err(Error::Hierarchy)?;
         let mut connection = Connection::new(netns, record, cgroup, policy);
         connection.holder = holder;
         connection.is_held_by_nobody = sees_all && holder.is_none();

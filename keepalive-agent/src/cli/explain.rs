@@ -20,7 +20,7 @@ use super::{ConfigFiles, Whose, output};
 use crate::{
     assignment::{Assigned, Claimants, DEFAULT, Reason},
     config::{Config, Merged},
-    datapath::Lister,
+    datapath::{Lister, chain},
     duration,
     enforcing::enforcing,
     explain::{Meaning, Path, Verdict, Walk, walk},
@@ -435,7 +435,7 @@ fn find_connection(
 ) -> Result<(Namespace, SocketRecord)> {
     let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
     let mut found: Option<(Namespace, SocketRecord)> = None;
-    let unseen = each_connection(lister, &mut |netns, record, _| {
+    let unseen = each_connection::<anyhow::Error>(lister, &mut |netns, record, _| {
         if canonical(record.local()) != canonical(local)
             || canonical(record.remote()) != canonical(remote)
         {
@@ -451,7 +451,7 @@ fn find_connection(
         Ok(())
     })?;
     for Unseen { netns, error } in unseen {
-        warn!("namespace {netns}: {error:#}");
+        warn!("namespace {netns}: {}", chain(&error));
     }
     found.with_context(|| {
         format!(

@@ -264,7 +264,7 @@ struct Looking<'a> {
     idle: BTreeMap<(usize, u32, &'static str), u64>,
 }
 
-impl Receiver for Looking<'_> {
+impl Receiver<anyhow::Error> for Looking<'_> {
     fn take(&mut self, connection: &Connection<'_>) -> Result<()> {
         let record = connection.record;
         let remote = record.remote().ip().to_canonical();

@@ -17,7 +17,7 @@ use tracing::warn;
 
 use super::{PARTIAL, Whose, screen::Screen, table};
 use crate::{
-    datapath::Lister,
+    datapath::{Lister, chain},
     enforcing::enforcing,
     hierarchy::Hierarchy,
     kernel::{layout::Kernel, preflight},
@@ -240,7 +240,7 @@ impl Pass<'_> {
         })
     }
 
-    fn walk(&mut self, receiver: &mut dyn Receiver) -> Result<()> {
+    fn walk(&mut self, receiver: &mut dyn Receiver<anyhow::Error>) -> Result<()> {
         let unseen = list(
             self.filter,
             self.sees_all,
@@ -251,7 +251,7 @@ impl Pass<'_> {
         for Unseen { netns, error } in unseen {
             self.unseen.push(PartialView {
                 what: format!("connections of network namespace {netns}"),
-                why: format!("{error:#}"),
+                why: chain(&error),
                 cure: "run it as root of the host".to_owned(),
             });
         }
@@ -573,7 +573,7 @@ struct Printer {
     progress: Progress,
 }
 
-impl Receiver for Printer {
+impl Receiver<anyhow::Error> for Printer {
     fn take(&mut self, connection: &Connection<'_>) -> Result<()> {
         self.total
             .add(connection, self.risk.threatens(connection.record));
@@ -606,7 +606,7 @@ struct Counter {
     progress: Progress,
 }
 
-impl Receiver for Counter {
+impl Receiver<anyhow::Error> for Counter {
     fn take(&mut self, connection: &Connection<'_>) -> Result<()> {
         let (_, summary) = self
             .by_cgroup

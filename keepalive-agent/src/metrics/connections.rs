@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
 use keepalive_common::socket::SocketRecord;
 use tokio::{
     sync::{Mutex as AsyncMutex, oneshot},
@@ -22,7 +21,7 @@ use tracing::debug;
 use super::Source;
 use crate::{
     assignment::{Claimants, GRANTED, UNCLAIMED},
-    datapath::{self, Lister},
+    datapath::{self, Lister, chain},
     hierarchy::Hierarchy,
     kernel::layout::Kernel,
     memory, paths,
@@ -62,7 +61,7 @@ pub(super) struct Tally {
 }
 
 /// Counts the connections that a set governs.
-type Count<S> = dyn Fn(&S) -> Result<Tally> + Send + Sync;
+type Count<S> = dyn Fn(&S) -> Result<Tally, sockets::Error> + Send + Sync;
 
 /// Counts connections when somebody asks, of the set that is in force then.
 pub(super) struct Connections<S = Source> {
@@ -83,7 +82,7 @@ struct Last<S> {
 }
 
 struct UnderWay<S> {
-    answer: oneshot::Receiver<(Result<Tally>, Duration)>,
+    answer: oneshot::Receiver<(Result<Tally, sockets::Error>, Duration)>,
     source: Arc<S>,
     awaited_until: Instant,
 }
@@ -105,7 +104,9 @@ impl Connections {
 }
 
 impl<S: Send + Sync + 'static> Connections<S> {
-    pub(super) fn counted_by(count: impl Fn(&S) -> Result<Tally> + Send + Sync + 'static) -> Self {
+    pub(super) fn counted_by(
+        count: impl Fn(&S) -> Result<Tally, sockets::Error> + Send + Sync + 'static,
+    ) -> Self {
         Self {
             count: Arc::new(count),
             counted: AsyncMutex::new(Counted {
@@ -132,13 +133,13 @@ impl<S: Send + Sync + 'static> Connections<S> {
         };
         let until = under_way.awaited_until.into();
         if let Ok(answer) = timeout_at(until, &mut under_way.answer).await {
-            let tally = answer.context("no thread, or it has ended");
-            let (tally, took) = tally.unwrap_or_else(|error| (Err(error), Duration::ZERO));
+            // There is none where no thread could be started, or it has ended.
+            let (tally, took) = answer.map_or((None, Duration::ZERO), |(tally, took)| {
+                let log = |error: &sockets::Error| debug!("counting connections: {}", chain(error));
+                (tally.inspect_err(log).ok(), took)
+            });
             counted.last = Some(Last {
-                tally: tally
-                    .inspect_err(|error| debug!("counting connections: {error:#}"))
-                    .ok()
-                    .map(Arc::new),
+                tally: tally.map(Arc::new),
                 source: under_way.source.clone(),
                 fresh_until: Instant::now() + FRESH.max(took * SHARE),
             });
@@ -172,10 +173,15 @@ impl<S: Send + Sync + 'static> Connections<S> {
 }
 
 /// Goes through all connections of the machine.
-fn count(lister: &Lister, source: &Source) -> Result<Tally> {
+fn count(lister: &Lister, source: &Source) -> Result<Tally, sockets::Error> {
     let description = source.record.description();
     let root = &description.root.path;
-    let claimants = Claimants::new(&description.config, &description.root)?;
+    let claimants = Claimants::new(&description.config, &description.root).map_err(|source| {
+        sockets::Error::Globs {
+            root: root.clone(),
+            source,
+        }
+    })?;
     let names = claimants
         .policies()
         .iter()
@@ -187,7 +193,8 @@ fn count(lister: &Lister, source: &Source) -> Result<Tally> {
     );
     let (mut tally, missed_namespaces): (Tally, u64) =
         sockets::sum_up(lister, &mut |tally: &mut Tally, record| {
-            let (cgroup, policy) = cgroups.claim(record)?;
+            let claimed = cgroups.claim(record);
+            let (cgroup, policy) = claimed.map_err(sockets::Error::Hierarchy)?;
             // Of a cgroup that is gone the root's policies hold.
             let is_governed = match cgroup {
                 Some(path) => root.contains(path),
@@ -300,7 +307,7 @@ mod tests {
         let counted = tries.clone();
         let connections = Connections::counted_by(move |_: &u32| {
             counted.fetch_add(1, Ordering::Relaxed);
-            anyhow::bail!("no")
+            Err(sockets::Error::NoProcess(1))
         });
         let source = Arc::new(1);
         for _ in 0..10 {

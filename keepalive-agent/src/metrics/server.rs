@@ -16,7 +16,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow};
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -27,6 +26,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use rustix::net::AddressFamily;
+use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Semaphore,
@@ -147,6 +147,23 @@ impl Listener {
     }
 }
 
+/// Why metrics are not served.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Nobody can listen there.
+    #[error("listening for metrics on {place}")]
+    Listening {
+        /// The address.
+        place: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no thread to do it.
+    #[error("starting a thread for metrics")]
+    Starting(#[source] io::Error),
+}
+
 /// Serves from now on, until the process ends. `take_over` takes a socket from an
 /// agent that answers there; a port it cannot take.
 ///
@@ -158,7 +175,7 @@ pub fn start(
     take_over: bool,
     exposed: Arc<Exposed>,
     kernel: &Kernel,
-) -> Result<()> {
+) -> Result<(), Error> {
     start_with(address, take_over, exposed, Connections::new(kernel))
 }
 
@@ -167,19 +184,19 @@ fn start_with(
     take_over: bool,
     exposed: Arc<Exposed>,
     connections: Connections,
-) -> Result<()> {
+) -> Result<(), Error> {
     let place = match address {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => crate::names::printable_path(path).to_string(),
         Address::Systemd => "the socket of systemd".to_owned(),
     };
-    let listener = Listener::bind(address, take_over)
-        .with_context(|| format!("listening for metrics on {place}"))?;
+    let listener =
+        Listener::bind(address, take_over).map_err(|source| Error::Listening { place, source })?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()
-        .context("starting the runtime for metrics")?;
+        .map_err(Error::Starting)?;
     thread::Builder::new()
         .name("metrics".to_owned())
         .spawn(move || {
@@ -188,10 +205,10 @@ fn start_with(
                 connections,
             });
             if let Err(error) = runtime.block_on(serve(listener, served)) {
-                tracing::warn!("metrics are not served any more: {error:#}");
+                tracing::warn!("metrics are not served any more: {error}");
             }
         })
-        .context("starting a thread for metrics")?;
+        .map_err(Error::Starting)?;
     Ok(())
 }
 
@@ -201,13 +218,17 @@ struct Served {
     connections: Connections,
 }
 
-async fn serve(listener: Listener, served: Arc<Served>) -> Result<()> {
+async fn serve(listener: Listener, served: Arc<Served>) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     match listener {
         Listener::Tcp(listener) => {
             let listener = tokio::net::TcpListener::from_std(listener)?;
             loop {
-                let place = places.clone().acquire_owned().await?;
+                let place = places
+                    .clone()
+                    .acquire_owned()
+                    .await
+                    .map_err(io::Error::other)?;
                 match listener.accept().await {
                     Ok((stream, _)) => connect(stream, &served, place),
                     Err(error) => pause(&error).await,
@@ -217,7 +238,11 @@ async fn serve(listener: Listener, served: Arc<Served>) -> Result<()> {
         Listener::Unix(listener) => {
             let listener = tokio::net::UnixListener::from_std(listener)?;
             loop {
-                let place = places.clone().acquire_owned().await?;
+                let place = places
+                    .clone()
+                    .acquire_owned()
+                    .await
+                    .map_err(io::Error::other)?;
                 match listener.accept().await {
                     Ok((stream, _)) => connect(stream, &served, place),
                     Err(error) => pause(&error).await,
@@ -265,11 +290,7 @@ async fn answer(request: &Request<Incoming>, served: &Served) -> Response<Full<B
     let (status, kind, body) = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/metrics") => match scrape(served).await {
             Ok(text) => (StatusCode::OK, OPENMETRICS, text),
-            Err(error) => (
-                StatusCode::INTERNAL_SERVER_ERROR,
-                TEXT,
-                format!("{error:#}\n"),
-            ),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, TEXT, error + "\n"),
         },
         (&Method::GET | &Method::HEAD, "/healthz") => health(is_in_force(exposed)),
         (&Method::GET | &Method::HEAD, "/readyz") => {
@@ -302,15 +323,15 @@ fn health(healthy: Result<(), String>) -> (StatusCode, &'static str, String) {
     }
 }
 
-async fn scrape(served: &Served) -> Result<String> {
+async fn scrape(served: &Served) -> Result<String, String> {
     let source = served.exposed.source();
     let connections = match &source {
         Some(source) => served.connections.get(source).await,
         None => None,
     };
-    let snapshot = Snapshot::of(source.as_deref(), connections)
-        .map_err(|error| anyhow!("{}", datapath::chain(&error)))?;
-    Ok(openmetrics(snapshot)?)
+    let snapshot =
+        Snapshot::of(source.as_deref(), connections).map_err(|error| datapath::chain(&error))?;
+    openmetrics(snapshot).map_err(|error| error.to_string())
 }
 
 /// Whether the agent's program is the one that runs for the cgroup.

@@ -8,12 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
 use keepalive_common::{
     plan::{Options, plan},
     socket::SocketRecord,
 };
 
+use super::{Error, Result};
 use crate::{
     assignment::{Assigned, Claimants},
     enforcing::Enforcing,
@@ -154,8 +154,12 @@ impl Cgroups {
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.depth());
         let agents = running.into_iter().map(|agent| {
-            let claimants = Claimants::new(&agent.config, &agent.root)?;
-            anyhow::Ok((claimants, agent.grants))
+            let claimants =
+                Claimants::new(&agent.config, &agent.root).map_err(|source| Error::Globs {
+                    root: agent.root.path,
+                    source,
+                })?;
+            Ok((claimants, agent.grants))
         });
         Ok(Self::claimed_by(hierarchy, agents.collect::<Result<_>>()?))
     }

@@ -7,9 +7,10 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context as _, Result};
 use keepalive_common::socket::SocketRecord;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw};
+
+use super::{Error, Result};
 
 const PROC: &str = "/proc";
 
@@ -84,10 +85,12 @@ impl Holders {
     /// When /proc itself cannot be read.
     pub fn read() -> Result<Self> {
         let mut holders = Self::default();
-        for entry in fs::read_dir(PROC).with_context(|| format!("reading {PROC}"))? {
-            let name = entry
-                .with_context(|| format!("reading {PROC}"))?
-                .file_name();
+        let reading = |source| Error::Processes {
+            path: PROC.to_owned(),
+            source,
+        };
+        for entry in fs::read_dir(PROC).map_err(reading)? {
+            let name = entry.map_err(reading)?.file_name();
             if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
                 // It may have ended, or not be ours to see.
                 let _ = each_socket(pid, |_, inode| {
@@ -165,8 +168,11 @@ pub fn sockets_of(pid: u32) -> Result<HashSet<u64>> {
         inodes.insert(inode);
     })
     .map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => anyhow::anyhow!("there is no process {pid}"),
-        _ => anyhow::Error::new(error).context(format!("reading {PROC}/{pid}/fd")),
+        io::ErrorKind::NotFound => Error::NoProcess(pid),
+        _ => Error::Processes {
+            path: format!("{PROC}/{pid}/fd"),
+            source: error,
+        },
     })?;
     Ok(inodes)
 }

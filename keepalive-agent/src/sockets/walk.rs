@@ -13,16 +13,18 @@ use std::{
     hash::{BuildHasher as _, RandomState},
 };
 
-use anyhow::{Error, Result, anyhow};
 use keepalive_common::{
     descriptor::{HeldRecord, Kind},
     socket::SocketRecord,
 };
 use tracing::debug;
 
-use super::holders::{Holder, Holders, Key};
+use super::{
+    Error, Result,
+    holders::{Holder, Holders, Key},
+};
 use crate::{
-    datapath::{Lister, chain},
+    datapath::{self, Lister, chain},
     netns::{self, Census, Namespace},
 };
 
@@ -37,8 +39,8 @@ pub struct Unseen {
 
 /// What takes the connections. It may run on threads that are inside the
 /// namespaces, one after the other.
-pub type Taker<'a> =
-    dyn FnMut(&Namespace, &SocketRecord, Option<Holder<'_>>) -> Result<()> + Send + 'a;
+pub type Taker<'a, E> =
+    dyn FnMut(&Namespace, &SocketRecord, Option<Holder<'_>>) -> Result<(), E> + Send + 'a;
 
 /// Hands on every connection; returns the namespaces that could not be seen, or
 /// not wholly. Stops when `take` fails.
@@ -46,14 +48,17 @@ pub type Taker<'a> =
 /// # Errors
 ///
 /// When namespaces or processes cannot be found, or `take` fails.
-pub fn each_connection(lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unseen>> {
+pub fn each_connection<E: From<Error> + Send>(
+    lister: &Lister,
+    take: &mut Taker<'_, E>,
+) -> Result<Vec<Unseen>, E> {
     match HeldSockets::find(lister) {
         Ok(held) => held.walk(lister, take),
         Err(error) => {
-            debug!("{error:#}; descriptors are looked for in /proc");
+            debug!("{}; descriptors are looked for in /proc", chain(&error));
             let holders = Holders::read()?;
             let mut unseen = Vec::new();
-            for netns in netns::all()? {
+            for netns in netns::all().map_err(Error::from)? {
                 let outcome = list(lister, &netns, &holders, take)?;
                 unseen.extend(outcome.err().map(|error| Unseen::of(&netns, error)));
             }
@@ -120,7 +125,7 @@ pub fn sum_up<T: Default + Send>(
             Err(error) => Err(error.into()),
         };
         if let Err(error) = outcome {
-            debug!("network namespace {}: {error:#}", netns.name);
+            debug!("network namespace {}: {}", netns.name, chain(&error));
             unseen += 1;
         }
     }
@@ -154,12 +159,12 @@ impl Unseen {
 /// Hands on the connections of a namespace that have not been found in a
 /// process; the inner error is about this namespace only. One that is gone has
 /// none.
-fn list(
+fn list<E: Send>(
     lister: &Lister,
     netns: &Namespace,
     holders: &Holders,
-    take: &mut Taker<'_>,
-) -> Result<Result<()>> {
+    take: &mut Taker<'_, E>,
+) -> Result<Result<()>, E> {
     list_with(lister, netns, |record| {
         if holders.knows(record) {
             return Ok(());
@@ -170,26 +175,28 @@ fn list(
 
 /// Hands on the connections of a namespace; the inner error is about this
 /// namespace only. One that is gone has none.
-fn list_with(
+fn list_with<E: Send>(
     lister: &Lister,
     netns: &Namespace,
-    mut take: impl FnMut(&SocketRecord) -> Result<()> + Send,
-) -> Result<Result<()>> {
-    let mut failed = None;
-    let entered = netns.enter(|| {
-        lister.list(&mut |record| {
-            take(record).map_err(|error| {
-                failed = Some(error);
-                anyhow!("stopped")
-            })
-        })
-    });
-    match failed {
-        Some(error) => Err(error),
-        None => Ok(entered
-            .map_err(Error::from)
-            .and_then(Option::transpose)
-            .map(drop)),
+    mut take: impl FnMut(&SocketRecord) -> Result<(), E> + Send,
+) -> Result<Result<()>, E> {
+    match netns.enter(|| lister.list(&mut |record| take(record).map_err(Ended::Taker))) {
+        Ok(None | Some(Ok(_))) => Ok(Ok(())),
+        Ok(Some(Err(Ended::Listing(error)))) => Ok(Err(error.into())),
+        Ok(Some(Err(Ended::Taker(error)))) => Err(error),
+        Err(error) => Ok(Err(error.into())),
+    }
+}
+
+/// Why a listing has ended before its end.
+enum Ended<E> {
+    Listing(datapath::Error),
+    Taker(E),
+}
+
+impl<E> From<datapath::Error> for Ended<E> {
+    fn from(error: datapath::Error) -> Self {
+        Self::Listing(error)
     }
 }
 
@@ -228,7 +235,11 @@ impl HeldSockets {
         }
     }
 
-    fn walk(self, lister: &Lister, take: &mut Taker<'_>) -> Result<Vec<Unseen>> {
+    fn walk<E: From<Error> + Send>(
+        self,
+        lister: &Lister,
+        take: &mut Taker<'_, E>,
+    ) -> Result<Vec<Unseen>, E> {
         let mut by_netns: BTreeMap<u64, Vec<SocketRecord>> = BTreeMap::new();
         for connection in self.connections {
             let of_netns = by_netns.entry(connection.netns.into()).or_default();
@@ -236,8 +247,8 @@ impl HeldSockets {
         }
         let mut unseen = Vec::new();
         let holders = self.holders.named();
-        let namespaces = self.census.namespaces()?;
-        let others = self.census.have_others(&namespaces)?;
+        let namespaces = self.census.namespaces().map_err(Error::from)?;
+        let others = self.census.have_others(&namespaces).map_err(Error::from)?;
         for (netns, has_others) in namespaces.iter().zip(others) {
             for record in by_netns.remove(&netns.id).unwrap_or_default() {
                 take(netns, &record, holders.of(&record))?;

@@ -18,7 +18,7 @@ use crate::{
         control::{Client, Request},
         journal::{Entry, Wanted, What},
     },
-    datapath::{self, Lister},
+    datapath::{self, Lister, chain},
     enforcing::{Enforcing, enforcing},
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
     identity::Identity,
@@ -128,7 +128,8 @@ impl Collector {
         for Unseen { netns, error } in not_listed {
             let netns = printable(&netns);
             unseen.push(format!(
-                "connections of network namespace {netns}: {error:#}"
+                "connections of network namespace {netns}: {}",
+                chain(&error)
             ));
         }
         let mut dead = Vec::new();
@@ -276,7 +277,7 @@ struct Taking<'a> {
     sockets: Vec<Socket>,
 }
 
-impl Receiver for Taking<'_> {
+impl Receiver<anyhow::Error> for Taking<'_> {
     fn take(&mut self, connection: &Connection<'_>) -> Result<()> {
         let record = connection.record;
         let (local, remote) = (record.local(), record.remote());
