@@ -121,8 +121,12 @@ impl Job {
         thread::Builder::new()
             .name("build".to_owned())
             .spawn(move || {
+                let mut built = self.build();
+                if let Ok(built) = &mut built {
+                    built.set.load_death_watch();
+                }
                 // Nobody waits for it any more when the agent is stopping.
-                let _ = sender.send(self.build());
+                let _ = sender.send(built);
             })?;
         Ok(receiver)
     }

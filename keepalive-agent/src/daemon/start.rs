@@ -56,7 +56,10 @@ impl Daemon {
             None => self.attach()?,
             Some(found) => self.take_up(found)?,
         };
-        self.watch_deaths(&mut attachment, &mut built.set);
+        if continued {
+            // Before the agent that was there lets go of its own.
+            self.watch_deaths(&mut attachment, &mut built.set);
+        }
         self.grants = allowed(&self.config, &self.grants);
         self.succeed();
         self.warn_of_new(&built.warnings);
@@ -101,6 +104,11 @@ impl Daemon {
             pinned: self.pins.as_ref(),
             continued: *continued,
         });
+        if !continued && let Some(mut enforcement) = self.enforcement.take() {
+            // New connections did not wait for this program.
+            self.watch_deaths(&mut enforcement.attachment, &mut enforcement.set);
+            self.enforcement = Some(enforcement);
+        }
         self.follow_renames(reporter);
         self.sweep();
     }

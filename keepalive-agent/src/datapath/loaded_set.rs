@@ -93,6 +93,7 @@ pub struct LoadedSet {
     record: Arc<SetRecord>,
     sweeper: Sweeper,
     deaths: Option<DeadPeers>,
+    object: Arc<LoadedObject>,
     peer_died: Option<Result<OwnedFd, Error>>,
     /// Id of the program.
     id: u32,
@@ -209,14 +210,12 @@ impl LoadedSet {
         let previous = blueprint.previous;
         // What programs keep beside sockets they keep where those of the set before do.
         let shared = previous.map(|set| set.beside_sockets.shared());
-        let object = LoadedObject::new(
-            blueprint.kernel,
-            Maps {
-                sizes: &sizes,
-                shared: shared.as_ref().map_or(&[], |shared| shared),
-                ..Maps::default()
-            },
-        )?;
+        let maps = Maps {
+            sizes: &sizes,
+            shared: shared.as_ref().map_or(&[], |shared| shared),
+            ..Maps::default()
+        };
+        let object = Arc::new(LoadedObject::new(blueprint.kernel, maps)?);
         let handle = |name| MapHandle::of(data(&object.map(name)?)?);
         let beside_sockets = BesideSockets {
             originals: handle(map::ORIGINALS)?,
@@ -272,10 +271,9 @@ impl LoadedSet {
             changed: Vec::new(),
             prepared: Vec::new(),
             record: Arc::new(record(&blueprint, counters, beside_sockets, &deaths)?),
-            peer_died: Some(
-                object.load(program::PEER_DIED, Purpose::Tracepoint(Hook::SocketError)),
-            ),
-            sweeper: Sweeper::new(object, pass, previous.is_none()),
+            peer_died: None,
+            sweeper: Sweeper::new(object.clone(), pass, previous.is_none()),
+            object,
             deaths: Some(deaths),
             program,
             bounds,
@@ -623,13 +621,25 @@ impl LoadedSet {
         self.deaths.take()
     }
 
-    /// The program that is told of dead peers, once; it runs as long as it is
-    /// attached.
+    /// Loads the program that is told of dead peers, which takes the verifier some time:
+    /// for who cannot wait when it is to be attached.
+    pub fn load_death_watch(&mut self) {
+        if self.peer_died.is_none() {
+            self.peer_died = Some(self.load_peer_died());
+        }
+    }
+
+    fn load_peer_died(&self) -> Result<OwnedFd, Error> {
+        self.object
+            .load(program::PEER_DIED, Purpose::Tracepoint(Hook::SocketError))
+    }
+
+    /// The program that is told of dead peers, for one who attaches it.
     pub(super) fn take_peer_died(&mut self) -> Result<OwnedFd, Error> {
-        self.peer_died.take().ok_or(Error::Missing {
-            kind: "program",
-            name: program::PEER_DIED,
-        })?
+        match self.peer_died.take() {
+            Some(loaded) => loaded,
+            None => self.load_peer_died(),
+        }
     }
 
     /// Tries whether the kernel tells of dead peers.

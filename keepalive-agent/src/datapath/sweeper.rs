@@ -24,7 +24,7 @@ pub struct Sweeper {
 }
 
 struct Inner {
-    object: LoadedObject,
+    object: Arc<LoadedObject>,
     pass: Array<MapData, Pass>,
     sweep: Option<Arc<Iterator>>,
     survey: Option<Arc<Iterator>>,
@@ -58,7 +58,7 @@ impl From<Error> for Ended {
 }
 
 impl Sweeper {
-    pub(super) fn new(object: LoadedObject, pass: Array<MapData, Pass>, counts: bool) -> Self {
+    pub(super) fn new(object: Arc<LoadedObject>, pass: Array<MapData, Pass>, counts: bool) -> Self {
         Self {
             inner: Arc::new(Mutex::new(Inner {
                 object,
