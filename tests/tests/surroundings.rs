@@ -230,16 +230,24 @@ fn little_memory() -> Result<()> {
         skip(module_path!(), "no cgroup v1 hierarchy for memory");
         return Ok(());
     };
-    // What the verifier keeps of a program while it looks at it counts too.
-    memory.set("memory.limit_in_bytes", "26M")?;
     let cgroup = Cgroup::new()?;
     let by = memory.by();
     let by: Vec<_> = by.iter().map(String::as_str).collect();
+    // What the verifier keeps of a program while it looks at it counts too.
+    memory.set("memory.limit_in_bytes", "16M")?;
+    let mut agent = Agent::start_with(&cgroup, POLICY, &by)?;
+    agent.swept()?;
+    assert_eq!(connection(&cgroup)?, [OURS; 2]);
+    assert_eq!(agent.stop()?.code, Some(0));
+    // Another set beside the one in force.
+    memory.set("memory.limit_in_bytes", "26M")?;
     let mut agent = Agent::start_with(&cgroup, POLICY, &by)?;
     agent.swept()?;
     assert_eq!(connection(&cgroup)?, [OURS; 2]);
     agent.reload(OTHER_POLICY)?;
     assert_eq!(connection(&cgroup)?, [OTHER; 2]);
+    agent.reload(POLICY)?;
+    agent.reload(POLICY)?;
     assert_eq!(agent.stop()?.code, Some(0));
     Ok(())
 }
