@@ -9,6 +9,7 @@
 mod diagnostic;
 mod document;
 pub mod keys;
+mod locate;
 mod merge;
 mod origin;
 mod preset;

@@ -344,12 +344,12 @@ impl Daemon {
     /// nothing yet.
     fn prepare(options: &Options, journal: Arc<Journal>) -> Result<Self> {
         // Before the files are read, so that no change falls in between.
-        let watch = Watch::on(&options.sources);
+        let mut watch = Watch::on(&options.sources);
         let target::Read {
             config,
             origin,
             warnings,
-        } = target::read(&options.sources, options.dry_run)?;
+        } = start::read_when_whole(watch.as_mut().ok(), options)?;
         for warning in &warnings {
             warn!("{warning}");
         }

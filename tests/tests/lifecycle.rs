@@ -1,8 +1,11 @@
 //! Coming, saying so, and going without a trace.
 
+use std::{fs, thread};
+
 use anyhow::{Context, Result};
 use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, bpftool, require, wait_until};
 use rustix::process::Signal;
+use serde_json::json;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -159,5 +162,31 @@ fn counts_every_connection() -> Result<()> {
     ] {
         assert_eq!(finished.count("default", counter), count, "{counter}");
     }
+    Ok(())
+}
+
+/// What is in force is the whole config, though somebody is writing it when the agent
+/// starts: a file that was emptied first says nothing.
+#[test]
+fn a_config_that_is_being_written_at_the_start() -> Result<()> {
+    require!();
+    let cgroup = Cgroup::new()?;
+    let file = tempfile::NamedTempFile::with_suffix(".toml")?;
+    let path = file.path().to_owned();
+    let writer = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(300));
+        fs::write(path, "[default]\nidle = \"71s\"\n")
+    });
+    let config = file.path().to_str().context("a name")?;
+    let agent = Agent::start_on(&cgroup, &["--config", config], &["env"])?;
+    writer.join().expect("a panic")?;
+    assert_eq!(agent.started()["policies"][0]["idle"], "1m 11s");
+    agent.stop()?;
+    // Nothing comes to one that has been empty for some time.
+    fs::write(file.path(), "")?;
+    thread::sleep(Duration::from_millis(1100));
+    let agent = Agent::start_on(&cgroup, &["--config", config], &["env"])?;
+    assert_eq!(agent.started()["policies"], json!([]));
+    agent.stop()?;
     Ok(())
 }

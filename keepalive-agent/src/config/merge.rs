@@ -1,7 +1,7 @@
 //! From what several texts say to one [`Config`]: later ones override earlier
 //! ones key by key, and each policy is completed.
 
-use std::{collections::HashMap, mem};
+use std::collections::HashMap;
 
 use keepalive_common::{
     environment::Environment,
@@ -12,7 +12,6 @@ use keepalive_common::{
 use super::{
     Config, NamedPolicy,
     document::{Document, Entry, Optional, Table},
-    origin::{ConfigOrigins, Origin, Origins, SelfServiceOrigins, TimerOrigin},
     preset::{PROBES, Preset},
     self_service,
     text::{At, Findings},
@@ -34,11 +33,12 @@ pub(super) enum Base {
     Nothing,
 }
 
-/// Finds out where the values of a config come from: [`origins`], or nothing for whoever
+/// Finds out where the values of a config come from: [`super::locate`], or nothing for whoever
 /// does not ask. Of thousands of policies that is more than the config.
 pub(super) type Locate<O> = fn(&Findings<'_>, &Layers, Base) -> O;
 
-/// Merges the documents in this order. What is wrong goes to the findings, and the result is worth nothing then.
+/// Merges the documents in this order. What is wrong goes to the findings, and the
+/// result is worth nothing then.
 pub(super) fn merge<O>(
     findings: &mut Findings<'_>,
     base: Base,
@@ -68,99 +68,11 @@ pub(super) fn merge<O>(
     (config, origins)
 }
 
-/// Where everything comes from.
-pub(super) fn origins(findings: &Findings<'_>, layers: &Layers, base: Base) -> ConfigOrigins {
-    let default = match &layers.default {
-        Some(table) => Some(origins_of(findings, table, &Origins::BUILT_IN)),
-        None => (base == Base::BuiltIn).then_some(Origins::BUILT_IN),
-    };
-    let built_in = Origins::BUILT_IN;
-    let inherited = default.as_ref().unwrap_or(&built_in);
-    let policies = layers.policies.iter();
-    let policies = policies.map(|table| origins_of(findings, table, inherited));
-    let self_service = layers.self_service.as_ref();
-    ConfigOrigins {
-        policies: policies.collect(),
-        self_service: self_service.map(|table| {
-            let place = |at: &At| findings.place(at);
-            let keys = table.written().map(|(key, at)| (key, place(at)));
-            SelfServiceOrigins {
-                table: place(&table.at),
-                keys: keys.collect(),
-            }
-        }),
-        default,
-    }
-}
-
-/// Where the values of a policy come from.
-fn origins_of(findings: &Findings<'_>, table: &Table, inherited: &Origins) -> Origins {
-    fn at<T>(entry: Option<&Entry<T>>) -> Option<&At> {
-        Some(&entry?.at)
-    }
-    let place = |at: &At| findings.place(at);
-    let written = |at: &At| Origin::Written(place(at));
-    let mut origins = inherited.clone();
-    origins.table = written(&table.at);
-    let attributes = Attribute::ALL.iter().zip(&table.attributes);
-    origins.attributes = attributes
-        .filter_map(|(attribute, key)| Some((*attribute, place(at(key.as_deref())?))))
-        .collect();
-    for (origin, key) in [
-        (&mut origins.cgroup, at(table.cgroup.as_deref())),
-        (&mut origins.label, at(table.label.as_deref())),
-        (&mut origins.remote, at(table.remote.as_deref())),
-        (&mut origins.port, at(table.port.as_deref())),
-        (&mut origins.local_port, at(table.local_port.as_deref())),
-    ] {
-        *origin = key.map(place);
-    }
-    origins.path = table
-        .path()
-        .map(|(preset, at)| (preset.path.clone(), place(at)));
-    for (origin, key) in [
-        (
-            &mut origins.keepalive,
-            value(table.keepalive.as_deref()).map(|(_, at)| at),
-        ),
-        (
-            &mut origins.enforce,
-            value(table.enforce.as_deref()).map(|(_, at)| at),
-        ),
-        (
-            &mut origins.ignore,
-            value(table.ignore.as_deref()).map(|(_, at)| at),
-        ),
-        (
-            &mut origins.give_up,
-            value(table.give_up.as_deref()).map(|(_, at)| at),
-        ),
-    ] {
-        if let Some(at) = key {
-            *origin = written(at);
-        }
-    }
-    for timer in Timer::ALL {
-        let origin = &mut origins.timers[timer as usize];
-        for (value, at, preset) in layers_of(table, timer) {
-            let from = match preset {
-                Some(preset) => Origin::Preset {
-                    path: preset.path.clone(),
-                    place: place(at),
-                },
-                None => written(at),
-            };
-            let before = mem::replace(origin, TimerOrigin::new(from));
-            if value.default.is_none() {
-                origin.default_from = Some(before.default_from.unwrap_or(before.from));
-            }
-        }
-    }
-    origins
-}
-
 /// What a table says of a timer, what overrides the rest last: by which preset, if so.
-fn layers_of(table: &Table, timer: Timer) -> impl Iterator<Item = (Written, &At, Option<&Preset>)> {
+pub(super) fn layers_of(
+    table: &Table,
+    timer: Timer,
+) -> impl Iterator<Item = (Written, &At, Option<&Preset>)> {
     let preset = table
         .path()
         .and_then(|(preset, at)| Some((preset.timer(timer)?, at, Some(preset))));
@@ -172,10 +84,10 @@ fn layers_of(table: &Table, timer: Timer) -> impl Iterator<Item = (Written, &At,
 /// What the texts so far say.
 #[derive(Default)]
 pub(super) struct Layers {
-    default: Option<Table>,
-    policies: Vec<Table>,
+    pub(super) default: Option<Table>,
+    pub(super) policies: Vec<Table>,
     by_name: HashMap<String, usize>,
-    self_service: Option<self_service::Table>,
+    pub(super) self_service: Option<self_service::Table>,
 }
 
 impl Layers {
@@ -261,7 +173,7 @@ impl Table {
             .next()
     }
 
-    fn path(&self) -> Option<(&Preset, &At)> {
+    pub(super) fn path(&self) -> Option<(&Preset, &At)> {
         let entry = self.path.as_ref()?;
         Some((entry.value.as_ref()?, &entry.at))
     }

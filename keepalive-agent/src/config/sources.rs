@@ -3,14 +3,17 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
+    fs,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     Config, ConfigOrigins, Diagnostic, Diagnostics, document,
+    locate::locate,
     merge::{self, Base, Locate},
     text::{Findings, Text},
     trusted_file::{self, Refusal, read},
@@ -111,7 +114,7 @@ impl Sources {
     ///
     /// Everything that is wrong in any of the files; none of them is used then.
     pub fn read(&self) -> Result<Merged, Diagnostics> {
-        self.read_supposing(None, merge::origins)
+        self.read_supposing(None, locate)
     }
 
     /// The same without where the values come from.
@@ -129,7 +132,23 @@ impl Sources {
     ///
     /// As [`Sources::read`].
     pub fn read_as_if(&self, path: &Path, text: Option<&str>) -> Result<Merged, Diagnostics> {
-        self.read_supposing(Some(Supposed { path, text }), merge::origins)
+        self.read_supposing(Some(Supposed { path, text }), locate)
+    }
+
+    /// Whether one of the files has had nothing in it since a moment ago: who writes a
+    /// file in place empties it first.
+    #[must_use]
+    pub fn was_just_emptied(&self) -> bool {
+        const MOMENT: Duration = Duration::from_secs(1);
+        let mut files = self.drop_ins(None, &mut Vec::new());
+        files.push(self.main.clone());
+        files.iter().any(|file| {
+            let emptied = fs::metadata(file)
+                .ok()
+                .filter(|found| found.is_file() && found.len() == 0)
+                .and_then(|found| found.modified().ok());
+            emptied.is_some_and(|at| at.elapsed().is_ok_and(|since| since < MOMENT))
+        })
     }
 
     fn read_supposing<O>(
@@ -221,7 +240,7 @@ pub fn read_files(main: Option<&Path>, drop_ins: &[PathBuf]) -> Result<Merged, D
             Err(refusal) => unreadable.push(about(path, &refusal)),
         }
     }
-    parse_all(&texts, unreadable, main, drop_ins.to_vec(), merge::origins)
+    parse_all(&texts, unreadable, main, drop_ins.to_vec(), locate)
 }
 
 /// Whether a file of this name in a directory of drop-ins is one. Hidden files
@@ -235,7 +254,7 @@ pub fn is_drop_in_name(name: &OsStr) -> bool {
 /// Reads one text as all there is.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Merged, Diagnostics> {
     let texts = [Text::new(path, text.to_owned())];
-    parse_all(&texts, Vec::new(), Some(path), Vec::new(), merge::origins)
+    parse_all(&texts, Vec::new(), Some(path), Vec::new(), locate)
 }
 
 /// Merges the texts of these files; `unreadable` is what is wrong already. Without a

@@ -1,13 +1,16 @@
 //! Start: the policy is put in force on the cgroup, where nothing of ours is, where
 //! an earlier agent has left its own, and where another one steps aside.
 
-use std::time::Duration;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
-    Daemon, Enforcement, Event, PATIENCE, Reporter,
+    Daemon, Enforcement, Event, Options, PATIENCE, Reporter,
     building::{Built, allowed},
     control::{Client, Request},
     log_of,
@@ -20,6 +23,7 @@ use crate::{
     hierarchy::CgroupPath,
     names::printable_path,
     sweep,
+    watch::Watch,
 };
 
 impl Daemon {
@@ -307,6 +311,33 @@ impl Daemon {
             && let Err(error) = pins.remove_stale()
         {
             warn!("{}", chain(&error));
+        }
+    }
+}
+
+/// Reads the files, and again while one of them is being written: half of a config would
+/// be put in force, in the place of a whole one perhaps, until it is read the next time.
+pub(super) fn read_when_whole(
+    mut watch: Option<&mut Watch>,
+    options: &Options,
+) -> Result<target::Read> {
+    /// Whoever takes longer is followed when they have finished.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_millis(10);
+    let begun = Instant::now();
+    loop {
+        let read = target::read(&options.sources, options.dry_run);
+        let has_news = watch
+            .as_mut()
+            .is_some_and(|watch| watch.has_news().unwrap_or(false));
+        let is_whole = !has_news && !options.sources.was_just_emptied();
+        if is_whole || begun.elapsed() > PATIENCE {
+            return read;
+        }
+        debug!("the files are being written");
+        thread::sleep(PAUSE);
+        if let Some(watch) = &mut watch {
+            watch.renew()?;
         }
     }
 }
