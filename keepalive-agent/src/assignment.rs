@@ -1098,7 +1098,7 @@ mod tests {
         let config = config(
             "[default]\n\
              [[policy]]\nname = 'a'\ncgroup = '/a'\n\
-             [[policy]]\nname = 'all'\ncgroup = '/**'\n\
+             [[policy]]\nname = 'all'\ncgroup = '/?'\n\
              [[policy]]\nname = 'web'\ncgroup = '/a'\nport = 443\n",
         );
         let (root, existing) = hierarchy(&["/", "/a", "/b"]);

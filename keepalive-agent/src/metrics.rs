@@ -274,7 +274,7 @@ pub const STATISTICS: [Statistic; 27] = [
     Statistic {
         name: "keepalive_map_capacity",
         kind: Kind::Gauge,
-        help: "Elements that such a map has room for; another config gets maps of another size",
+        help: "Elements that such a map has room for; another policy set has maps of another size",
         labels: &["map"],
         read: |now| {
             let maps = now.usage.iter();

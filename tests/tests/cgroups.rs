@@ -1,6 +1,7 @@
 //! Which policy a socket gets: by the cgroup it was made in, the nearest first.
 
 use std::fs;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 use keepalive_tests::{Agent, Cgroup, Options, Probe, Program, require};
@@ -199,11 +200,15 @@ fn two_policies_for_one_cgroup() -> Result<()> {
     Ok(())
 }
 
+/// There is one agent at a time on the root of the hierarchy.
+static ROOT: Mutex<()> = Mutex::new(());
+
 /// Attached at the root of the hierarchy, as on a real host, and told to claim
 /// nothing but this.
 #[test]
 fn from_the_root_of_the_hierarchy() -> Result<()> {
     require!();
+    let _alone = ROOT.lock().unwrap_or_else(PoisonError::into_inner);
     let root = Cgroup::new()?;
     let (claimed, other) = (root.child("claimed")?, root.child("other")?);
     let config = policy("claimed", &quoted(claimed.path()), 71);
@@ -223,6 +228,7 @@ fn from_the_root_of_the_hierarchy() -> Result<()> {
 fn in_the_root_of_the_hierarchy() -> Result<()> {
     const ADDRESS: &str = "127.77.0.1";
     require!();
+    let _alone = ROOT.lock().unwrap_or_else(PoisonError::into_inner);
     let config = format!(
         "[[policy]]\nname = \"root\"\ncgroup = \"/\"\nremote = \"{ADDRESS}\"\nidle = \"72s\"\n"
     );

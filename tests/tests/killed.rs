@@ -16,8 +16,10 @@ use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-fn idle(n: u64) -> String {
-    format!("[default]\nidle = \"{}s\"\n", 70 + n)
+/// One of four: two idle times, each in two configs that need a set of their own.
+fn config(n: u64) -> String {
+    let (idle, set) = (70 + n % 2, n / 2);
+    format!("[default]\nidle = \"{idle}s\"\n[[policy]]\nname = \"set-{set}\"\nport = 1\n")
 }
 
 /// What is killed: agents that start, reload and sweep.
@@ -31,7 +33,7 @@ impl Victims<'_> {
     /// Starts an agent and kills it some time later.
     fn one(&mut self) -> Result<()> {
         let file = tempfile::NamedTempFile::with_suffix(".toml")?;
-        fs::write(&file, idle(self.random.below(2)))?;
+        fs::write(&file, config(self.random.below(4)))?;
         let mut command = agent_command();
         command.arg("run").arg("--config").arg(file.path());
         command.args(["--cgroup", self.cgroup.path(), "--pin", self.pins.name()]);
@@ -40,7 +42,7 @@ impl Victims<'_> {
         // Some in the middle of the start, some after reloads and in their sweeps.
         for _ in 0..self.random.below(4) {
             sleep(Duration::from_millis(self.random.below(150)));
-            fs::write(&file, idle(self.random.below(2)))?;
+            fs::write(&file, config(self.random.below(4)))?;
         }
         sleep(Duration::from_millis(self.random.below(200)));
         let end = agent.child().try_wait()?;
@@ -57,7 +59,7 @@ fn killed(times: u32) -> Result<()> {
     let pins = Pins::new();
     let mut coming = Crowd::start((&cgroup, &netns), "127.0.1.1:0")?;
     let mut steady = Crowd::start((&cgroup, &netns), "127.0.2.1:0")?;
-    let mut agent = Agent::start_pinned(&cgroup, &idle(0), &pins, &[])?;
+    let mut agent = Agent::start_pinned(&cgroup, &config(0), &pins, &[])?;
     agent.swept()?;
     steady.connect(200)?;
     agent.kill()?;
@@ -94,7 +96,7 @@ fn killed(times: u32) -> Result<()> {
     assert!(churned.made > 500, "no churn to speak of: {churned:?}");
 
     // The next agent finishes what they had begun.
-    let mut agent = Agent::start_pinned(&cgroup, &idle(1), &pins, &[])?;
+    let mut agent = Agent::start_pinned(&cgroup, &config(1), &pins, &[])?;
     agent.swept()?;
     steady.all_have(Options::on(71, 10, 6))?;
     let found = status(&cgroup)?;
@@ -144,10 +146,10 @@ fn reloads_leave_nothing() -> Result<()> {
     require!(Need::Program("bpftool"));
     let cgroup = Cgroup::new()?;
     let pins = Pins::new();
-    let mut agent = Agent::start_pinned(&cgroup, &idle(0), &pins, &[])?;
+    let mut agent = Agent::start_pinned(&cgroup, &config(0), &pins, &[])?;
     agent.swept()?;
     let mut reload = |n: u64| -> Result<Loaded> {
-        agent.reload(&idle(n % 2))?;
+        agent.reload(&config(n % 4))?;
         Loaded::on(&cgroup)?.context("nothing is attached")
     };
     let mut earlier = Vec::new();
@@ -156,7 +158,7 @@ fn reloads_leave_nothing() -> Result<()> {
     }
     let before = holds(&agent)?;
     let mut reload = |n: u64| -> Result<Loaded> {
-        agent.reload(&idle(n % 2))?;
+        agent.reload(&config(n % 4))?;
         Loaded::on(&cgroup)?.context("nothing is attached")
     };
     for n in 4..24 {
@@ -166,6 +168,9 @@ fn reloads_leave_nothing() -> Result<()> {
     eprintln!("descriptors and kB: {before:?}, after 20 reloads {after:?}");
     assert_eq!(after.0, before.0, "descriptors");
     assert!(after.1 < before.1 + 1024, "{before:?} {after:?}");
+    // Other values took no other program.
+    earlier.dedup_by_key(|loaded| loaded.program);
+    ensure!(earlier.len() > 10, "{earlier:?}");
     let last = earlier.pop().context("none")?;
     let previous = earlier.pop().context("none")?;
     assert_eq!(last.maps.len(), previous.maps.len());

@@ -90,7 +90,14 @@ impl Connected {
     }
 }
 
+/// Each time is in a set of its own.
 fn config(named: u32, units: &[&str]) -> String {
+    let values = values(named, units);
+    format!("{values}[[policy]]\nname = 'set-{named}'\nport = 1\n")
+}
+
+/// The same without.
+fn values(named: u32, units: &[&str]) -> String {
     format!(
         "[default]\nidle = '60s'\n[[policy]]\nname = 'named'\nidle = '{named}s'\nunit = {units:?}\n"
     )
@@ -149,6 +156,15 @@ fn while_a_set_is_built() -> Result<()> {
 
 #[test]
 fn during_the_first_pass_of_a_sweep() -> Result<()> {
+    during_the_first_pass(config)
+}
+
+#[test]
+fn during_the_first_pass_for_other_values() -> Result<()> {
+    during_the_first_pass(values)
+}
+
+fn during_the_first_pass(config: fn(u32, &[&str]) -> String) -> Result<()> {
     require!(Need::Built(Program::Static));
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let node = Node::start(&config(63, &["none.service"]))?;

@@ -8,8 +8,9 @@ use keepalive_tests::{Agent, Cgroup, Need, Options, Probe, Program, bpftool, out
 
 const POLICY: &str = "[default]\nidle = \"70s\"\n";
 
-/// The first slot that holds a policy.
-const SLOT: usize = 1;
+/// The first slot that holds a policy, and the edition that is in force at first: two of
+/// each slot stand beside each other.
+const SLOT: usize = 2;
 
 /// The id of the map with this name of the program attached to the cgroup.
 fn map(cgroup: &Cgroup, name: &str) -> Result<String> {
@@ -72,7 +73,9 @@ fn a_refused_option_breaks_no_connection() -> Result<()> {
     const CONNECTIONS: u64 = 20;
     require!(Need::Program("bpftool"));
     let cgroup = Cgroup::new()?;
-    let agent = Agent::start(&cgroup, POLICY)?;
+    let mut agent = Agent::start(&cgroup, POLICY)?;
+    // A sweep would be refused them too.
+    agent.swept()?;
     spoil_idle(&cgroup)?;
     let without_idle = Options {
         idle: Options::UNTOUCHED.idle,

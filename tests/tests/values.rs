@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use keepalive_tests::Sockopt::Idle;
 use keepalive_tests::{
-    Agent, Cgroup, Kind, Loaded, Need, Pins, Probe, Program, Socket, agent_command, detach, output,
-    require,
+    Agent, Cgroup, Churn, Crowd, Kind, Loaded, Need, Netns, Pins, Probe, Program, Socket,
+    agent_command, detach, output, require,
 };
 use serde_json::{Value, json};
 
@@ -233,4 +233,37 @@ fn the_next_agent_knows_of_them() -> Result<()> {
     }
     agent.stop()?;
     detach(&root)
+}
+
+/// Every connection has the values of one config or of the other from its first moment,
+/// while policies have other values, come and go by turns.
+#[test]
+fn under_churn_by_turns_with_other_sets() -> Result<()> {
+    require!(Need::Program("ip"));
+    let root = Cgroup::new()?;
+    let netns = Netns::new()?;
+    let mut coming = Crowd::start((&root, &netns), "127.0.1.1:0")?;
+    let config = |n: u32| {
+        let (idle, set) = (70 + n % 2, n / 2 % 2);
+        format!("[default]\nidle = '{idle}s'\n[[policy]]\nname = 'set-{set}'\nport = 1\n")
+    };
+    let mut agent = Agent::start(&root, &config(0))?;
+    agent.swept()?;
+    let churn = Churn {
+        time: Duration::from_secs(1),
+        rate: 3000,
+        idle: [70, 71],
+    };
+    let done = AtomicBool::new(false);
+    let churned = scope(|scope| -> Result<_> {
+        let churned = scope.spawn(|| coming.churn_until(&done, &churn));
+        let reloaded = (1..30).try_for_each(|n| agent.reload(&config(n)).map(drop));
+        done.store(true, Ordering::Relaxed);
+        reloaded?;
+        churned.join().expect("a panic")
+    })?;
+    eprintln!("{churned:?}");
+    assert_eq!((churned.without, churned.broken), (0, 0), "{churned:?}");
+    assert!(churned.with.iter().all(|with| *with > 0), "{churned:?}");
+    Ok(())
 }

@@ -63,7 +63,7 @@ pub(super) struct Preamble {
 pub(super) type Slots = Arc<[(u32, Counted)]>;
 
 /// What a policy set is. Written before the set is put in force; what changes after that
-/// is written anew, or in [`Changes`].
+/// is written anew, or beside it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Description {
     /// How to understand it and the maps.

@@ -21,6 +21,8 @@ pub enum Operation {
     LinkCreate,
     /// The program under a link is replaced.
     LinkUpdate,
+    /// Running programs are waited for.
+    Wait,
     /// A link is taken off.
     LinkDetach,
     /// A link is pinned.

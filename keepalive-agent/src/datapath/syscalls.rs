@@ -360,6 +360,7 @@ pub(super) fn can_wait_for_programs() -> bool {
 /// readers of what RCU guards, and the kernel waits for all of those
 /// (`synchronize_rcu()` in kernel/sched/membarrier.c).
 pub(super) fn wait_for_programs() -> io::Result<()> {
+    fault::point(Operation::Wait)?;
     Ok(membarrier(MembarrierCommand::Global)?)
 }
 
