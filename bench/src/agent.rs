@@ -9,9 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use keepalive_tests::{Cgroup, Netns, Process};
-use rustix::process::Signal;
+use rustix::{param::clock_ticks_per_second, process::Signal};
 use tempfile::NamedTempFile;
 
 use crate::{
@@ -91,7 +91,21 @@ impl Agent {
             .with_context(|| format!("/proc/PID/status has no {field}"))
     }
 
-    /// Its CPU time in milliseconds.
+    /// The CPU time of all its threads, those that have ended included, in milliseconds.
+    fn cpu_of_process(&self) -> Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
+        // After the name, which may have spaces in it.
+        let (_, fields) = stat.rsplit_once(')').context("no name")?;
+        let fields: Vec<_> = fields.split_whitespace().collect();
+        let [user, system] = fields.get(11..13).context("too short")? else {
+            bail!("too short");
+        };
+        let ticks = user.parse::<f64>()? + system.parse::<f64>()?;
+        let per_second = u32::try_from(clock_ticks_per_second())?;
+        Ok(ticks * 1e3 / f64::from(per_second))
+    }
+
+    /// The CPU time of its main thread in milliseconds.
     fn cpu(&self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/schedstat", self.id()))?;
         let nanoseconds = stat.split(' ').next().context("an empty schedstat")?;
@@ -100,32 +114,84 @@ impl Agent {
 }
 
 /// `push`: from the start of the agent until it enforces, and from SIGHUP until
-/// another policy holds, by the number of cgroups that it names.
+/// another policy holds, by the number of cgroups that it names; the same for one of
+/// many policies, with what it takes of the processors.
 pub(crate) fn push(bench: &mut Bench) -> Result<()> {
     let mut table = Table::new("push", "policy for so many cgroups", "ms", &[]);
     let sizes = [1, 10, 100, 1_000, 10_000, 100_000];
     for &size in &sizes[..if bench.full { 6 } else { 5 }] {
         let root = Cgroup::new()?;
         crowd(&root, size)?;
-        let config = |idle: u32| {
+        let config = |name: &str, idle: u32| {
             format!(
-                "[[policy]]\nname = \"all\"\ncgroup = \"{}/*\"\nidle = \"{idle}s\"\n",
+                "[[policy]]\nname = \"{name}\"\ncgroup = \"{}/*\"\nidle = \"{idle}s\"\n",
                 root.path()
             )
         };
         for _ in 0..bench.rounds.min(7) {
             bench.go_on()?;
-            let mut agent = Agent::start(&bench.agent, &root, &config(60))?;
-            let started_in = agent.started_in.as_secs_f64() * 1e3;
-            table.add("start", Some(size), started_in);
-            for idle in [90, 120] {
-                let took = agent.reload(&config(idle))?;
-                table.add("reload", Some(size), took.as_secs_f64() * 1e3);
+            let mut agent = Agent::start(&bench.agent, &root, &config("all", 60))?;
+            table.add("start", Some(size), milliseconds(agent.started_in));
+            for (case, name, idle) in [
+                ("other values", "all", 90),
+                ("other values", "all", 120),
+                ("another set", "other", 120),
+            ] {
+                let took = agent.reload(&config(name, idle))?;
+                table.add(case, Some(size), milliseconds(took));
             }
         }
     }
     bench.report.take(table);
+    one_of_many(bench)
+}
+
+fn one_of_many(bench: &mut Bench) -> Result<()> {
+    const HOLDS: &str = "until it holds";
+    const CPU: &str = "CPU time";
+    const RELOADS: u32 = 5;
+    let mut table = Table::new("policies", "one of so many policies changes", "ms", &[]);
+    let sizes = [1, 100, 1_000, 10_000];
+    for size in sizes {
+        let root = Cgroup::new()?;
+        crowd(&root, size)?;
+        let config = |idle: u32| {
+            let policies = (0..size).map(|number| {
+                let idle = if number == 0 { idle } else { 60 };
+                format!(
+                    "[[policy]]\nname = \"p{number}\"\ncgroup = \"{}/c{number}\"\n\
+                     idle = \"{idle}s\"\n",
+                    root.path()
+                )
+            });
+            policies.collect::<String>()
+        };
+        let mut agent = Agent::start(&bench.agent, &root, &config(60))?;
+        for round in 0..bench.rounds.min(7) {
+            bench.go_on()?;
+            // Some of these, as the kernel counts in hundredths of a second.
+            let before = agent.cpu_of_process()?;
+            for reload in 0..RELOADS {
+                let took = agent.reload(&config(61 + round * RELOADS + reload))?;
+                table.add(HOLDS, Some(size), milliseconds(took));
+            }
+            let cpu = agent.cpu_of_process()? - before;
+            table.add(CPU, Some(size), cpu / f64::from(RELOADS));
+        }
+    }
+    for (what, case, limit) in [
+        ("one policy of 10,000 changes: until it holds", HOLDS, 100.0),
+        ("one policy of 10,000 changes: CPU time", CPU, 150.0),
+    ] {
+        let found = Summary::of(table.samples(case, 10_000));
+        bench.report.goals.push(Goal::new(what, limit, "ms", found));
+    }
+    bench.report.take(table);
     Ok(())
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 /// Makes so many cgroups below this one, which go with it.
