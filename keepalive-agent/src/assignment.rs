@@ -174,14 +174,18 @@ impl Assignment {
     #[must_use]
     pub fn only(&self, policies: &[usize]) -> Self {
         let claims = self.claims.iter();
+        let claims =
+            claims.filter_map(|claim| Claim::only(&claim.cgroup, &claim.policies, policies));
+        Self::of_some(&self.policies, policies, claims)
+    }
+
+    fn of_some(all: &[Assigned], policies: &[usize], claims: impl Iterator<Item = Claim>) -> Self {
+        let policies = policies.iter();
         Self {
             policies: policies
-                .iter()
-                .filter_map(|place| self.policies.get(*place).cloned())
+                .filter_map(|place| all.get(*place).cloned())
                 .collect(),
-            claims: claims
-                .filter_map(|claim| Claim::only(&claim.cgroup, &claim.policies, policies))
-                .collect(),
+            claims: claims.collect(),
             grants: Vec::new(),
         }
     }
@@ -316,14 +320,7 @@ impl Claimants {
     ) -> Assignment {
         let claims =
             cgroups.filter_map(|cgroup| Claim::only(&cgroup, &self.of(&cgroup.path), policies));
-        Assignment {
-            policies: policies
-                .iter()
-                .filter_map(|place| self.policies.get(*place).cloned())
-                .collect(),
-            claims: claims.collect(),
-            grants: Vec::new(),
-        }
+        Assignment::of_some(&self.policies, policies, claims)
     }
 
     /// Goes over to a config that has other values for some of the policies.

@@ -79,6 +79,21 @@ pub struct CgroupPattern {
     glob: Option<Glob>,
 }
 
+impl NamedPolicy {
+    /// Whether another one is the same but for its values, and for the names of units,
+    /// containers and pods that it selects.
+    fn is_same_claim(&self, other: &Self) -> bool {
+        let Self {
+            name,
+            cgroups,
+            selector: _,
+            rules,
+            policy: _,
+        } = self;
+        (name, cgroups, rules) == (&other.name, &other.cgroups, &other.rules)
+    }
+}
+
 /// Policies of a config, by their places: the default is the first, where there is one.
 pub type Values = Vec<(usize, Policy)>;
 
@@ -109,15 +124,7 @@ impl Config {
     #[must_use]
     pub fn values_beside(&self, other: &Self) -> Option<Values> {
         let is_same = |(one, other): (&NamedPolicy, &NamedPolicy)| {
-            let NamedPolicy {
-                name,
-                cgroups,
-                selector,
-                rules,
-                policy: _,
-            } = one;
-            (name, cgroups, selector, rules)
-                == (&other.name, &other.cgroups, &other.selector, &other.rules)
+            one.is_same_claim(other) && one.selector == other.selector
         };
         let is_same = self.default.is_some() == other.default.is_some()
             && self.self_service == other.self_service
@@ -176,16 +183,9 @@ impl Config {
     #[must_use]
     pub fn differs_in_names_only(&self, other: &Self) -> bool {
         let is_same = |(one, other): (&NamedPolicy, &NamedPolicy)| {
-            let NamedPolicy {
-                name,
-                cgroups,
-                selector,
-                rules,
-                policy,
-            } = one;
-            (name, cgroups, rules, policy)
-                == (&other.name, &other.cgroups, &other.rules, &other.policy)
-                && selector.is_empty() == other.selector.is_empty()
+            one.is_same_claim(other)
+                && one.policy == other.policy
+                && one.selector.is_empty() == other.selector.is_empty()
         };
         self.goes_by_names()
             && self.default == other.default

@@ -139,6 +139,16 @@ pub(crate) fn policy_or_leave(slot: u32) -> Option<&'static Policy> {
     record.map(|record| &record.policy)
 }
 
+/// The slot by which a connection went before: the same where its claim is.
+#[inline(always)]
+pub(crate) fn slot_before(claim: Claim, slot: u32, sock: TcpSock) -> u32 {
+    if claim.before == claim.now {
+        slot
+    } else {
+        self::slot(claim.before, sock)
+    }
+}
+
 /// The policy that connections may still have values of: what was in the same slot
 /// before, or what is in another one by which they went.
 #[inline(always)]

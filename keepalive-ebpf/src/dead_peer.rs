@@ -121,14 +121,7 @@ fn part(sock: TcpSock) -> u32 {
     let Some(record) = claim::policy(slot).filter(|record| record.policy.is_enforced()) else {
         return UNCLAIMED;
     };
-    let before = || {
-        let slot = if claim.before == claim.now {
-            slot
-        } else {
-            claim::slot(claim.before, sock)
-        };
-        claim::policy_before(claim, slot)
-    };
+    let before = || claim::policy_before(claim, claim::slot_before(claim, slot, sock));
     let has_part = has_part(sock, &record.policy)
         || before().is_some_and(|policy| self::has_part(sock, policy));
     if has_part { slot } else { UNCLAIMED }

@@ -44,11 +44,7 @@ struct Claimed {
 fn decide(pass: &mut Pass, sock: TcpSock) -> Option<Claimed> {
     let claim = nearest(pass, sock.cgroup());
     let slot = claim::slot(claim.now, sock);
-    let slot_before = if claim.before == claim.now {
-        slot
-    } else {
-        claim::slot(claim.before, sock)
-    };
+    let slot_before = claim::slot_before(claim, slot, sock);
     let originals = history::originals(sock.target());
     if slot < FIRST && slot_before < FIRST && originals.is_empty() {
         return None;

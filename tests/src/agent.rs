@@ -288,8 +288,7 @@ impl Agent {
     ///
     /// It does not take one in time.
     pub fn reloaded(&mut self) -> Result<Value> {
-        self.record("reloaded", SWEEP)
-            .with_context(|| self.stderr.so_far())?;
+        self.tells_difference()?;
         self.swept()
     }
 

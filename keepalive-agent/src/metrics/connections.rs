@@ -20,12 +20,16 @@ use tracing::debug;
 
 use super::Source;
 use crate::{
-    assignment::{Claimants, GRANTED, UNCLAIMED},
+    assignment::{GRANTED, UNCLAIMED},
     datapath::{self, Lister, chain},
     hierarchy::Hierarchy,
     kernel::layout::Kernel,
     memory, paths,
-    sockets::{self, cgroups::Cgroups, filter::Risk},
+    sockets::{
+        self,
+        cgroups::{self, Cgroups},
+        filter::Risk,
+    },
 };
 
 /// What was counted holds for so long at least.
@@ -176,12 +180,7 @@ impl<S: Send + Sync + 'static> Connections<S> {
 fn count(lister: &Lister, source: &Source) -> Result<Tally, sockets::Error> {
     let description = source.record.description();
     let root = &description.root.path;
-    let claimants = Claimants::new(&description.config, &description.root).map_err(|source| {
-        sockets::Error::Globs {
-            root: root.clone(),
-            source,
-        }
-    })?;
+    let claimants = cgroups::claimants(&description.config, &description.root)?;
     let names = claimants
         .policies()
         .iter()

@@ -16,6 +16,7 @@ use keepalive_common::{
 use super::{Error, Result};
 use crate::{
     assignment::{Assigned, Claimants},
+    config::Config,
     enforcing::Enforcing,
     grant::Grant,
     hierarchy::{Cgroup, CgroupPath, Hierarchy},
@@ -154,11 +155,7 @@ impl Cgroups {
         // agents, the one further up has the last word.
         running.sort_by_key(|agent| agent.root.path.depth());
         let agents = running.into_iter().map(|agent| {
-            let claimants =
-                Claimants::new(&agent.config, &agent.root).map_err(|source| Error::Globs {
-                    root: agent.root.path,
-                    source,
-                })?;
+            let claimants = claimants(&agent.config, &agent.root)?;
             Ok((claimants, agent.grants))
         });
         Ok(Self::claimed_by(hierarchy, agents.collect::<Result<_>>()?))
@@ -283,6 +280,18 @@ impl Cgroups {
         self.walked = Some(Instant::now());
         Ok(())
     }
+}
+
+/// Who claims what by a config that is in force.
+///
+/// # Errors
+///
+/// When it cannot be understood.
+pub(crate) fn claimants(config: &Config, root: &Cgroup) -> Result<Claimants> {
+    Claimants::new(config, root).map_err(|source| Error::Globs {
+        root: root.path.clone(),
+        source,
+    })
 }
 
 /// Settles who claims each cgroup; parents come before their children.
